@@ -1,0 +1,791 @@
+"""Text from a Gemma checkpoint: load, prefill, decode, print.
+
+From Python: `model, tokenizer = load_model(path)`, then `generate(model, [tokenizer.encode(text)])`.
+"""
+
+import argparse
+import json
+import os
+import random
+import secrets
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import load_weights, open_checkpoint
+from model import Transformer
+from tokenizer import TextStream, Tokenizer
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny-gemma"
+DEFAULT_PROMPT = "def fibonacci(n):\n"
+MAX_BATCH = 64  # rows that run at once where --batch_size doesn't say
+CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
+LENGTH_STEP = 64  # caches have a multiple of this length: fewer different shapes to compile
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_model(
+    path: str | Path = DEFAULT_CHECKPOINT, device: str | torch.device | None = None, precision: str = "bf16"
+) -> tuple[Transformer, Tokenizer]:
+    """Loads a checkpoint directory (or one weight file in it) on `device` (None: CUDA where there is a GPU).
+
+    `precision` is bf16 or fp32. The tokenizer's <end_of_turn> joins config.stop_ids. Raises FileNotFoundError or
+    ValueError with a line that says what is wrong; warns about shards that are converted in memory.
+    """
+    device = _device(device)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
+    dtype = PRECISIONS[precision]
+    checkpoint = open_checkpoint(path)
+    tokenizer = Tokenizer(checkpoint.directory / "tokenizer.model")
+    config = checkpoint.config
+    if tokenizer.end_of_turn is not None and tokenizer.end_of_turn not in config.stop_ids:
+        config = replace(config, stop_ids=(*config.stop_ids, tokenizer.end_of_turn))
+    if differences := config.differences_from_published():
+        warnings.warn(f"config.json differs from the published model and is followed: {differences}", stacklevel=2)
+    if not checkpoint.converted:
+        command = f"python scripts/convert_hf_checkpoint.py {checkpoint.directory}"
+        warnings.warn(
+            f"converting Hugging Face's files in memory; the next start is faster after: {command}", stacklevel=2
+        )
+
+    if device.type == "cuda":
+        _check_memory(checkpoint.parameters * dtype.itemsize, device, "the weights", "use a smaller model")
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(load_weights(checkpoint, device, dtype), assign=True)
+    return model.to(device).requires_grad_(False).eval(), tokenizer
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: use --device cpu")
+    return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`, as far as its driver or operating system says."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return sys.maxsize
+
+
+def _check_memory(needed: int, device: torch.device, what: str, advice: str):
+    available = free_memory(device)
+    if needed > available:
+        gib = 2**30
+        raise ValueError(
+            f"not enough {device.type} memory: {what} needs {needed / gib:.1f} GiB, {available / gib:.1f} GiB is free; "
+            + advice
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
+
+    The filters work in this order, each on what the one before left: repetition penalty (CTRL, arXiv:1909.05858, over
+    prompt and new tokens), temperature, top-k, top-p (arXiv:1904.09751), min-p (arXiv:2407.01082).
+    """
+
+    temperature: float = 0.8
+    top_k: int = 200
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        # written so that a NaN fails, too
+        for name, value, valid, rule in (
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0"),
+            ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0: no limit)"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {rule}, not {value}")
+
+
+def sample(
+    logits: Tensor,
+    noise: Tensor,
+    temperature: float | Tensor,
+    top_k: int = 0,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+) -> Tensor:
+    """Draws a token [B] for each row of logits [B, V] by inverting its cumulative distribution at noise [B] in [0, 1).
+
+    Nothing is read by the host. A top_p or min_p of None is off. Double precision keeps sums over a whole vocabulary
+    exact to well below the noise's own resolution.
+    """
+    tokens = None
+    if 0 < top_k < logits.shape[-1]:
+        logits, tokens = logits.topk(top_k)  # largest first
+    elif top_p is not None:
+        logits, tokens = logits.sort(descending=True)
+    # The largest is taken off first: dividing by a tiny temperature then overflows to -inf, never to NaN.
+    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
+    probabilities = logits.softmax(-1)
+    if top_p is not None:  # a token stays if those before it do not reach top_p: the first always does
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities * (before < top_p)
+    if min_p is not None:
+        probabilities = probabilities * (probabilities >= min_p * probabilities.amax(-1, keepdim=True))
+    cumulative = probabilities.cumsum(-1)
+    pick = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+    return (pick if tokens is None else tokens.gather(1, pick))[:, 0]
+
+
+def _noise(seed: int, prompt: int, sample_index: int, count: int) -> list[float]:
+    """`count` uniform numbers in [0, 1) that depend on these arguments alone: not on the device, nor on a neighbour."""
+    source = random.Random(f"{seed}/{prompt}/{sample_index}")
+    return [source.getrandbits(32) / 2**32 for _ in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+class Decoder:
+    """The decode state of `batch_size` rows of at most `length` tokens, allocated once, and the step that advances it.
+
+    Everything that a step reads or writes is on the device: token [B] is each row's newest, position [B] the number of
+    its tokens in the KV cache, output [B, length + 1] its new tokens, count [B] how many they are, limit [B] how many
+    they may be. A row that is done [B] keeps its position and count: what it still writes lies behind its results.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch_size: int,
+        length: int,
+        sampling: Sampling,
+        stop_ids: tuple[int, ...],
+        kv_dtype: torch.dtype | None = None,
+        compile: bool = False,
+        compile_prefill: bool = False,
+    ):
+        self.model, self.batch_size, self.length, self.sampling = model, batch_size, length, sampling
+        device = self.device = model.device
+        model.setup_caches(batch_size, length, kv_dtype)
+        self.token, self.position, self.count, self.limit = (
+            torch.zeros(batch_size, dtype=torch.long, device=device) for _ in range(4)
+        )
+        self.output = torch.zeros(batch_size, length + 1, dtype=torch.long, device=device)
+        self.done = torch.ones(batch_size, dtype=torch.bool, device=device)
+        self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
+        self.status = torch.zeros(3, dtype=torch.long, device=device)  # all done?, count and token of the first row
+
+        # Settings are tensors so that a compiled step serves any; what is off is None and costs nothing.
+        def setting(value: float, off: float) -> Tensor | None:
+            return None if value == off else torch.tensor(value, dtype=torch.float64, device=device)
+
+        self.temperature, self.top_p = setting(sampling.temperature, 0), setting(sampling.top_p, 1)
+        self.min_p, self.repetition_penalty = setting(sampling.min_p, 0), setting(sampling.repetition_penalty, 1)
+        self.noise = self.seen = None
+        if self.temperature is not None:
+            self.noise = torch.zeros(batch_size, length + 1, dtype=torch.float64, device=device)
+        if self.repetition_penalty is not None:
+            self.seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool, device=device)
+
+        self._step, self._prefill = self._eager_step, model.forward
+        self.compile_prefill = compile_prefill
+        if compile_prefill:
+            self._prefill = _compiled(model.forward, dynamic=None)
+            self.prefill([[0] * min(8, length)], [[0.0]], 1)
+        if not compile and 2 * model.weight_bytes < free_memory(device):
+            model.pack()
+        if compile:
+            self._step = _compiled(Decoder._eager_step, dynamic=False).__get__(self)
+            self._warm_up()
+
+    def _eager_step(self):
+        logits = self.model(self.token[:, None], self.position)
+        self.position += ~self.done
+        self._emit(logits)
+
+    def _emit(self, logits: Tensor):
+        """Draws a token for each row from logits [B, V] and records it where the row is not done."""
+        column = self.count[:, None]
+        if self.seen is not None:
+            penalised = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+            logits = torch.where(self.seen, penalised.float(), logits)
+        if self.temperature is None:
+            token = logits.argmax(-1)
+        else:
+            noise = self.noise.gather(1, column)[:, 0]
+            token = sample(logits, noise, self.temperature, self.sampling.top_k, self.top_p, self.min_p)
+        if self.seen is not None:
+            self.seen.scatter_(1, token[:, None], True)
+        self.token.copy_(token)
+        self.output.scatter_(1, column, token[:, None])  # a row that is done writes behind its last token
+        self.count += ~self.done
+        self.done |= (token[:, None] == self.stop_ids).any(-1) | (self.count >= self.limit)
+        self.status.copy_(torch.stack((self.done.all(), self.count[0], token[0])))
+
+    def _warm_up(self):
+        """Compiles the step; on CUDA also records it as one graph, which is then all that the host launches.
+
+        All rows are done meanwhile: what a step writes then is one cache slot, which prefill or the row's next token
+        overwrites.
+        """
+        self.done.fill_(True)
+        try:
+            if self.device.type != "cuda":
+                # Inductor then knows the weights and packs them: 1.5 times as fast on 2 cores with AVX512-BF16.
+                with torch._inductor.config.patch(freezing=True):
+                    self._step()
+                return
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._step()
+            self._step = self.graph.replay
+        except torch._inductor.exc.InvalidCxxCompiler:
+            raise ValueError("--compile needs a C++ compiler: install g++ or leave it out") from None
+
+    def prefill(self, prompts: list[list[int]], noise: list[list[float]], max_new_tokens: int, cached: int = 0):
+        """Starts a row for each prompt (at most batch_size; the other rows stay idle) and draws its first new token.
+
+        `cached` tokens of every row are in the KV cache already and the prompts continue them.
+        """
+        idle = self.batch_size - len(prompts)
+        prompts = prompts + [prompts[0][:1]] * idle
+        width = max(map(len, prompts))
+        if self.compile_prefill:
+            width = max(width, 2)  # a length of 1 would be compiled apart
+        # A row's own token as padding: none that repetition_penalty would count as seen
+        tokens = torch.tensor([prompt + prompt[:1] * (width - len(prompt)) for prompt in prompts]).to(self.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts]).to(self.device)
+        position = torch.full_like(lengths, cached) if cached else None
+        if self.compile_prefill:
+            torch._dynamo.mark_dynamic(tokens, 1)
+        logits = self._prefill(tokens, position, lengths)
+        self.position.copy_(lengths + cached)
+        self.count.zero_()
+        self.limit.fill_(max_new_tokens)
+        self.done.copy_(torch.arange(self.batch_size) >= self.batch_size - idle)
+        if self.noise is not None:
+            noise = torch.tensor(noise, dtype=torch.float64)
+            self.noise[: len(noise), : noise.shape[1]] = noise.to(self.device)
+        if self.seen is not None:
+            if not cached:
+                self.seen.zero_()
+            self.seen.scatter_(1, tokens, True)
+        self._emit(logits)
+
+    def decode(self, steps: int, on_token: Callable[[int], None] | None = None, on_step=None) -> int:
+        """Steps until every row is done, `steps` times at most; returns how many there were.
+
+        on_token gets the first row's tokens, the one that prefill drew included. On CUDA the host reads the status of
+        the step before while a step runs, so that the device never waits; the one step too many writes nothing.
+        """
+        lag = 1 if self.device.type == "cuda" else 0
+        pinned = [torch.empty_like(self.status, device="cpu", pin_memory=lag > 0) for _ in range(lag + 1)]
+        events = [torch.cuda.Event() for _ in pinned] if lag else []
+        pending, delivered, taken = deque(), 0, 0
+
+        def publish():
+            slot = taken % len(pinned)
+            pinned[slot].copy_(self.status, non_blocking=True)
+            if events:
+                events[slot].record()
+            pending.append(slot)
+
+        def finished() -> bool:
+            nonlocal delivered
+            slot = pending.popleft()
+            if events:
+                events[slot].synchronize()
+            all_done, count, token = pinned[slot].tolist()
+            if on_token is not None and count > delivered:
+                on_token(token)
+            delivered = count
+            return bool(all_done)
+
+        publish()
+        while taken < steps:
+            if len(pending) > lag and finished():
+                break
+            if on_step is not None:
+                on_step(taken + 1)
+            self._step()
+            taken += 1
+            publish()
+        while pending:
+            finished()
+        return taken
+
+    def results(self, rows: int) -> list[list[int]]:
+        """New tokens of the first `rows` rows, the stop token included where there is one."""
+        counts = self.count.tolist()
+        return [row[:count] for row, count in zip(self.output[:rows].tolist(), counts)]
+
+
+def _compiled(function: Callable, dynamic: bool | None) -> Callable:
+    import torch._dynamo
+    import torch._inductor.config
+    import torch._inductor.exc
+
+    # A long-lived process may meet many shapes; past the limit fullgraph=True would raise.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
+
+
+@dataclass
+class Stats:
+    """Seconds and counts of one or more `generate` calls."""
+
+    compile_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    rows: int = 0
+    steps: int = 0
+    bytes_read: int = 0  # weights and valid KV cache entries that the decode steps had to read
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second of decoding, all rows together; the first of each row is prefill's."""
+        return (self.new_tokens - self.rows) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.bytes_read / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int = 200,
+    *,
+    batch_size: int | None = None,
+    num_samples: int = 1,
+    temperature: float = 0.8,
+    top_k: int = 200,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop_ids: tuple[int, ...] | None = None,
+    kv_cache_dtype: torch.dtype | None = None,
+    compile: bool = False,
+    compile_prefill: bool = False,
+    on_token: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+    stats: Stats | None = None,
+) -> list[list[int]]:
+    """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; returns the new token ids.
+
+    There are num_samples continuations of each prompt, side by side, in the order of the prompts. One that ends with a
+    stop id (default: the model's; () never stops) keeps it as its last token. At most batch_size rows run at once,
+    those of similar length together; a row's result does not depend on the others, nor its noise (drawn from `seed`,
+    the prompt's index and the sample's) on the device. Settings are `Sampling`'s. on_token gets the tokens of a single
+    row as they come; on_step(i) is called before prefill (0) and before each decode step; `stats` is added to.
+
+    Raises ValueError for an empty prompt, an unknown token id, a prompt too long for the context, a setting out of its
+    range, or too little memory, saying which.
+    """
+    config, device = model.config, model.device
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if not prompts:
+        return []
+    for index, prompt in enumerate(prompts):
+        which = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
+        if not prompt:
+            raise ValueError(f"{which} is empty")
+        if not all(0 <= token < config.vocab_size for token in prompt):
+            raise ValueError(f"{which} has a token id outside the vocabulary of {config.vocab_size}")
+        check_context(model, len(prompt), max_new_tokens, which)
+    if on_token is not None and len(prompts) * num_samples > 1:
+        raise ValueError("on_token streams a single row")
+    stop_ids = config.stop_ids if stop_ids is None else tuple(stop_ids)
+    seed = secrets.randbits(32) if seed is None else seed
+    stats = Stats() if stats is None else stats
+
+    rows = [(i, j) for i in range(len(prompts)) for j in range(num_samples)]
+    rows.sort(key=lambda row: len(prompts[row[0]]))
+    turns = -(-len(rows) // min(batch_size or MAX_BATCH, len(rows)))
+    batch_size = -(-len(rows) // turns)  # even turns: no last one that is nearly empty
+    longest = max(map(len, prompts))
+    length = min(-(-(longest + max_new_tokens) // LENGTH_STEP) * LENGTH_STEP, config.context_length)
+    _check_run_memory(model, batch_size, length, longest, kv_cache_dtype, sampling)
+
+    results: dict[tuple[int, int], list[int]] = {}
+    try:
+        start = _now(device)
+        decoder = Decoder(model, batch_size, length, sampling, stop_ids, kv_cache_dtype, compile, compile_prefill)
+        stats.compile_seconds += _now(device) - start if compile or compile_prefill else 0
+        for i in range(0, len(rows), batch_size):
+            turn = rows[i : i + batch_size]
+            noise = [_noise(seed, *row, max_new_tokens) for row in turn] if temperature else []
+            start = _now(device)
+            if on_step is not None:
+                on_step(0)
+            decoder.prefill([prompts[row[0]] for row in turn], noise, max_new_tokens)
+            prefilled = _now(device)
+            steps = decoder.decode(max_new_tokens - 1, on_token, on_step)
+            end = _now(device)
+            results.update(zip(turn, decoder.results(len(turn))))
+
+            new_tokens = sum(len(results[row]) for row in turn)
+            prompt_tokens = sum(len(prompts[row[0]]) for row in turn)
+            context = (prompt_tokens + new_tokens / 2) / len(turn)
+            stats.prefill_seconds += prefilled - start
+            stats.decode_seconds += end - prefilled
+            stats.prompt_tokens += prompt_tokens
+            stats.new_tokens += new_tokens
+            stats.rows += len(turn)
+            stats.steps += steps
+            stats.bytes_read += steps * (
+                model.weight_bytes + model.cache_bytes(len(turn), int(context), kv_cache_dtype)
+            )
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"out of {device.type} memory with {batch_size} rows of {length} tokens; "
+            "lower --batch_size, --max_new_tokens or the length of the prompts"
+        ) from None
+    return [results[i, j] for i in range(len(prompts)) for j in range(num_samples)]
+
+
+def check_context(model: Transformer, prompt_tokens: int, max_new_tokens: int, which: str = "the prompt"):
+    """Raises ValueError if a prompt and its continuation do not fit the model's context."""
+    context = model.config.context_length
+    if prompt_tokens + max_new_tokens > context:
+        room = context - prompt_tokens
+        advice = f"--max_new_tokens can be at most {room}" if room > 0 else "shorten the prompt"
+        raise ValueError(
+            f"{which} has {prompt_tokens} tokens, and with {max_new_tokens} new ones exceeds the context of {context}: "
+            + advice
+        )
+
+
+def _check_run_memory(model, batch_size: int, length: int, longest: int, kv_dtype, sampling: Sampling):
+    """KV cache, decode state, and the largest activations of prefill (the feed-forward layer's, some at once)."""
+    config = model.config
+    held = sum(2 * layer.attention.cache.k.nbytes for layer in model.layers if layer.attention.cache is not None)
+    cache = max(0, model.cache_bytes(batch_size, length, kv_dtype) - held)
+    activations = batch_size * longest * (3 * config.intermediate_size + 4 * config.hidden_size) * model.dtype.itemsize
+    logits = batch_size * config.vocab_size * (4 if sampling.temperature == 0 else 24)
+    _check_memory(
+        cache + activations + logits,
+        model.device,
+        f"a batch of {batch_size} rows of {length} tokens",
+        "lower --batch_size, --max_new_tokens or the length of the prompts",
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists the options)")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = _Parser(prog="generate.py", description="Generate text with Gemma.")
+    add, default = parser.add_argument, Sampling()
+    add("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="directory, or weight file in it")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
+    source.add_argument(
+        "--prompts_file", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with 'prompt'"
+    )
+    source.add_argument("--interactive", action="store_true", help="chat; the cache is kept between turns")
+    add("--chat", action="store_true", help="put prompts into the chat format (instruction-tuned checkpoints)")
+    add("--max_new_tokens", type=int, default=200, metavar="N")
+    add("--batch_size", type=int, metavar="N", help=f"rows that run at once (default: all, at most {MAX_BATCH})")
+    add("--num_samples", type=int, default=1, metavar="N", help="completions of each prompt")
+    add("--temperature", type=float, default=default.temperature, help="0 is greedy (default: %(default)s)")
+    add("--top_k", type=int, default=default.top_k, help="0 is no limit (default: %(default)s)")
+    add("--top_p", type=float, default=default.top_p, help="(default: %(default)s)")
+    add("--min_p", type=float, default=default.min_p, help="(default: %(default)s)")
+    add("--repetition_penalty", type=float, default=default.repetition_penalty, help="(default: %(default)s)")
+    add("--seed", type=int, help="the same seed gives the same samples (default: a random one)")
+    add("--compile", action="store_true", help="compile the decode step; on CUDA, record it as one graph")
+    add("--compile_prefill", action="store_true", help="compile prefill, too")
+    add("--kv_cache_dtype", choices=("auto", "bf16"), default="auto", help="auto: as the weights")
+    add("--device", choices=("cuda", "cpu"), help="(default: cuda where there is a GPU)")
+    add("--precision", choices=tuple(PRECISIONS), default="bf16")
+    add("--json", action="store_true", help="print one JSON object a completion")
+    add("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of prefill and ten decode steps")
+    args = parser.parse_args(argv)
+    if args.interactive and (args.json or args.profile or args.num_samples > 1 or (args.batch_size or 1) > 1):
+        parser.error("--interactive takes no --json, --profile, --num_samples or --batch_size")
+    if args.profile is not None and not args.profile.absolute().parent.is_dir():
+        parser.error(f"--profile: there is no directory {args.profile.parent}")
+    return args
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Prompts of a text file, one a line, or of JSON lines, one object with a string `prompt` a line.
+
+    A file is JSON lines if its name ends in .jsonl or .json, or if any line is an object with a `prompt`. Raises
+    ValueError with the number of a line that holds no prompt, FileNotFoundError without the file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no prompts file at {file}")
+    lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
+
+    def prompt_of(line: bytes) -> str | None:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return None
+        prompt = entry.get("prompt") if isinstance(entry, dict) else None
+        return prompt if isinstance(prompt, str) else None
+
+    is_json = file.suffix in (".jsonl", ".json") or any(prompt_of(line) is not None for line in lines)
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt = prompt_of(line) if is_json else line.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file}, line {number}: not UTF-8 text") from None
+        if prompt is None:
+            raise ValueError(f"{file}, line {number}: not a JSON object with a string 'prompt'")
+        if not prompt:
+            raise ValueError(f"{file}, line {number}: the prompt is empty")
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{file} holds no prompts")
+    return prompts
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy that is much larger than any cache; the best of five."""
+    size = 2**30 if device.type == "cuda" else 2**27
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(5):
+        start = _now(device)
+        target.copy_(source)
+        best = min(best, _now(device) - start)
+    return 2 * size / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that PyTorch had allocated on a GPU, or that this process had resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def report(stats: Stats, load_seconds: float, model: Transformer, seed: int):
+    """The figures of a run, to stderr."""
+    device, gib = model.device, 2**30
+    peak = peak_memory(device)  # before the bandwidth's own buffers
+    bandwidth = copy_bandwidth(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{name}, {str(model.dtype).removeprefix('torch.')}, seed {seed}\n"
+        f"load {load_seconds:.2f} s, compile {stats.compile_seconds:.2f} s, "
+        f"prefill {stats.prefill_seconds:.3f} s ({stats.prompt_tokens} tokens), "
+        f"decode {stats.decode_seconds:.3f} s ({stats.new_tokens} tokens in {stats.rows} rows)\n"
+        f"decode {stats.decode_rate:.1f} tokens/s, {stats.bandwidth / 1e9:.1f} GB/s, "
+        f"{stats.bandwidth / bandwidth:.0%} of the copy bandwidth ({bandwidth / 1e9:.1f} GB/s)\n"
+        f"peak memory {peak / gib:.2f} GiB",
+        file=sys.stderr,
+    )
+
+
+def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sampling: Sampling, seed: int):
+    """A conversation on stdin and stdout. Each turn's prefill covers what is new since the one before."""
+    length = min(model.config.context_length, CHAT_LENGTH)
+    _check_run_memory(model, 1, length, min(length, 1024), _kv_dtype(args), sampling)
+    decoder = Decoder(
+        model, 1, length, sampling, model.config.stop_ids, _kv_dtype(args), args.compile, args.compile_prefill
+    )
+    cached, unread, turn = 0, [], 0  # tokens in the cache; the model's last token, which is not
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not text:
+            continue
+        tokens = unread + tokenizer.encode_turn(text, first=cached == 0)
+        if cached and cached + len(tokens) + args.max_new_tokens > length:
+            print(f"note: the conversation has filled its {length} tokens and starts anew", file=sys.stderr)
+            cached, tokens = 0, tokenizer.encode_turn(text)
+        if cached + len(tokens) + args.max_new_tokens > length:
+            print(f"error: {len(tokens)} tokens and {args.max_new_tokens} new ones exceed {length}", file=sys.stderr)
+            unread = []
+            continue
+        stream = tokenizer.stream()
+        noise = [_noise(seed, turn, 0, args.max_new_tokens)] if sampling.temperature else []
+        decoder.prefill([tokens], noise, args.max_new_tokens, cached)
+        decoder.decode(args.max_new_tokens - 1, lambda token: _print_token(token, stream, model.config.stop_ids))
+        print(stream.end(), flush=True)
+        (answer,) = decoder.results(1)
+        cached += len(tokens) + len(answer) - 1
+        unread = [] if answer[-1] in model.config.stop_ids else answer[-1:]
+        unread, turn = [*unread, tokenizer.end_of_turn], turn + 1
+
+
+def _print_token(token: int, stream: TextStream, stop_ids: tuple[int, ...]):
+    if token not in stop_ids:
+        print(stream.put(token), end="", flush=True)
+
+
+def _kv_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    return None if args.kv_cache_dtype == "auto" else PRECISIONS[args.kv_cache_dtype]
+
+
+class _Trace:
+    """Records prefill and ten decode steps as `on_step` is called, and writes them as a chrome trace."""
+
+    def __init__(self, file: Path):
+        self.file, self.recording = file, None
+
+    def __call__(self, step: int):
+        if step == 0 and self.recording is None:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self.recording = torch.profiler.profile(activities=activities)
+            self.recording.start()
+        elif step == 11:
+            self.finish()
+
+    def finish(self):
+        recording, self.recording = self.recording, False
+        if recording:
+            recording.stop()
+            temporary = self.file.with_name(f".{os.getpid()}.{self.file.name}")
+            recording.export_chrome_trace(str(temporary))
+            os.replace(temporary, self.file)
+
+
+def run(args: argparse.Namespace):
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    texts = read_prompts(args.prompts_file) if args.prompts_file else args.prompt or [DEFAULT_PROMPT]
+    for text in texts:
+        if not text:
+            raise ValueError("the prompt is empty")
+    start = time.perf_counter()
+    model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision)
+    load_seconds = _now(model.device) - start
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    if args.interactive:
+        with torch.no_grad():
+            return chat(model, tokenizer, args, sampling, seed)
+
+    prompts = [tokenizer.encode_turn(text) if args.chat else tokenizer.encode(text) for text in texts]
+    stop_ids, stats, stream = model.config.stop_ids, Stats(), tokenizer.stream()
+    streaming = sys.stdout.isatty() and not args.json and len(prompts) * args.num_samples == 1
+    trace = _Trace(args.profile) if args.profile else None
+
+    if streaming and not args.chat:
+        print(texts[0], end="", flush=True)
+    completions = generate(
+        model,
+        prompts,
+        args.max_new_tokens,
+        batch_size=args.batch_size,
+        num_samples=args.num_samples,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=seed,
+        kv_cache_dtype=_kv_dtype(args),
+        compile=args.compile,
+        compile_prefill=args.compile_prefill,
+        on_token=(lambda token: _print_token(token, stream, stop_ids)) if streaming else None,
+        on_step=trace,
+        stats=stats,
+    )
+    if trace:
+        trace.finish()
+    if streaming:
+        print(stream.end(), flush=True)
+    else:
+        _print_completions(texts, prompts, completions, tokenizer, stop_ids, args)
+    report(stats, load_seconds, model, seed)
+
+
+def _print_completions(texts, prompts, completions, tokenizer, stop_ids, args):
+    for i, tokens in enumerate(completions):
+        prompt, sample_index = divmod(i, args.num_samples)
+        stopped = tokens[-1] in stop_ids
+        text = tokenizer.decode(tokens[:-1] if stopped else tokens)
+        if args.json:
+            completion = {
+                "prompt": texts[prompt],
+                "text": text,
+                "tokens": tokens,
+                "finish_reason": "stop" if stopped else "length",
+                "prompt_tokens": len(prompts[prompt]),
+            }
+            print(json.dumps(completion, ensure_ascii=False))
+            continue
+        if len(completions) > 1:
+            print(f"--- prompt {prompt + 1}" + (f", sample {sample_index + 1}" if args.num_samples > 1 else ""))
+        print(text if args.chat else texts[prompt] + text)
+    sys.stdout.flush()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 with one line on stderr for what the user can mend."""
+    warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
+    try:
+        run(parse_arguments(argv))
+    except BrokenPipeError:  # the reader of stdout is gone; Python would complain once more on exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
