@@ -33,6 +33,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     bytes: tuple[int, int]
 
+    @property
+    def size(self) -> int:
+        return self.bytes[1] - self.bytes[0]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -135,10 +139,10 @@ def read_config(directory: Path) -> ModelConfig:
     return config
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, prefer_converted: bool = True) -> Checkpoint:
     """Finds and checks a checkpoint: a directory, or one weight file with config.json beside it.
 
-    In a directory a converted file comes before Hugging Face's shards. Raises FileNotFoundError or ValueError, naming
+    In a directory a converted file comes before Hugging Face's shards, if prefer_converted. Raises FileNotFoundError or ValueError, naming
     the file or tensor that is missing, left over, cut or of the wrong shape.
     """
     path = Path(path)
@@ -146,7 +150,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise FileNotFoundError(f"no checkpoint at {path}; scripts/prepare.sh REPO_ID downloads and converts one")
     directory = path if path.is_dir() else path.parent
     config = read_config(directory)
-    files, strict = ([path], None) if path.is_file() else _weight_files(directory)
+    files, strict = ([path], None) if path.is_file() else _weight_files(directory, prefer_converted)
 
     stored, converted = {}, False
     for file in files:
@@ -180,13 +184,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise ValueError(f"{tensor.key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{tensor.key} is stored as {tensor.dtype}; BF16, F16 and F32 can be read")
-        if tensor.bytes[1] - tensor.bytes[0] != prod(shape) * DTYPES[tensor.dtype].itemsize:
+        if tensor.size != prod(shape) * DTYPES[tensor.dtype].itemsize:
             raise ValueError(f"{tensor.file} is damaged: the bytes of {tensor.key} do not match its shape")
     parts = {name: [stored[part] for part, _ in sources_] for name, sources_ in table.items()}
     return Checkpoint(directory, config, parts, converted)
 
 
-def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+def _weight_files(directory: Path, prefer_converted: bool) -> tuple[list[Path], dict[str, str] | None]:
     """The files to read, and what Hugging Face's index, where there is one, says of them: {tensor: file name}."""
     index_file, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     shards = []
@@ -199,7 +203,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     elif single.exists():
         shards = [single]
     for file in sorted(directory.glob("*.safetensors")):
-        if file in shards or file.name.startswith("model-"):
+        if file in shards or file.name.startswith("model-") or not prefer_converted:
             continue
         metadata = read_header(file)[1]
         if metadata.get("format") == FORMAT and metadata.get("weight_format") in WEIGHT_FORMATS.values():
@@ -270,7 +274,7 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
     if len(dtypes) > 1:
         raise ValueError(f"the checkpoint mixes dtypes: {', '.join(sorted(dtypes))}")
     for name, tensors in checkpoint.parts.items():
-        size = sum(tensor.bytes[1] - tensor.bytes[0] for tensor in tensors)
+        size = sum(tensor.size for tensor in tensors)
         shape = [sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]]
         entries[name] = {"dtype": tensors[0].dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         layout += tensors
@@ -284,7 +288,7 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
         for tensor in layout:
             with open(tensor.file, "rb") as source:
                 source.seek(tensor.bytes[0])
-                left = tensor.bytes[1] - tensor.bytes[0]
+                left = tensor.size
                 while left:
                     block = source.read(min(left, chunk))
                     if not block:

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Downloads a checkpoint from the Hugging Face Hub into checkpoints/REPO_ID and converts it:
+#   scripts/prepare.sh google/gemma-7b [--hf_token TOKEN] [--revision REVISION]
+set -euo pipefail
+if [ $# -lt 1 ] || [[ "$1" == -* ]]; then
+  echo "usage: scripts/prepare.sh REPO_ID [--hf_token TOKEN] [--revision REVISION], REPO_ID such as google/gemma-7b" >&2
+  exit 2
+fi
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python "$root/scripts/download.py" "$@"
+python "$root/scripts/convert_hf_checkpoint.py" "$root/checkpoints/$1"
+echo "ready: python generate.py --checkpoint_path checkpoints/$1"

@@ -1,0 +1,436 @@
+"""Files: conversion, every way in which a checkpoint can be incomplete, settings, and the two scripts."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_GEMMA, reference_model, save_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checkpoint as checkpoint_file
+from checkpoint import convert, open_checkpoint, write_atomically
+from generate import load_model
+from model import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A small Gemma 3 in several shards."""
+    directory = tmp_path_factory.mktemp("sharded")
+    save_checkpoint(reference_model("gemma3-window-small"), directory, max_shard_size="100KB")
+    assert len(list(directory.glob("model-*.safetensors"))) > 3
+    return directory
+
+
+@pytest.fixture
+def copy(sharded, tmp_path):
+    return shutil.copytree(sharded, tmp_path / "checkpoint")
+
+
+def load(directory: Path):
+    return load_model(directory, device="cpu", precision="fp32")[0]
+
+
+# --- conversion
+
+
+def test_converted_file_holds_the_same_weights_under_our_names(copy):
+    direct = load(copy)
+    written = []
+    convert(open_checkpoint(copy), copy / "gemma.safetensors", written.append, chunk=1000)
+    assert sum(written) == sum(p.nbytes for p in direct.parameters())
+    for shard in copy.glob("model*"):
+        shard.unlink()
+    converted = load(copy)
+    for (name, one), (other_name, two) in zip(direct.named_parameters(), converted.named_parameters()):
+        assert name == other_name
+        assert torch.equal(one, two)
+    with safe_open(copy / "gemma.safetensors", "pt") as f:  # by the library, not by our own reader
+        assert f.metadata() == {"format": "gemma-fast", "format_version": "1", "weight_format": "fp32"}
+        assert set(f.keys()) == {name for name, _ in direct.named_parameters()}
+    assert all(parameter.data_ptr() % 8 == 0 for parameter in converted.parameters())
+
+
+def test_loading_a_converted_file_copies_nothing(tmp_path):
+    shutil.copytree(TINY_GEMMA, tmp_path, dirs_exist_ok=True)
+    convert(open_checkpoint(tmp_path), tmp_path / "gemma.safetensors")
+    model, _ = load_model(tmp_path, device="cpu")
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    areas = []
+    for line in maps.read_text().splitlines():
+        if line.endswith(str(tmp_path / "gemma.safetensors")):
+            areas.append([int(end, 16) for end in line.split()[0].split("-")])
+    for name, parameter in model.named_parameters():
+        assert any(start <= parameter.data_ptr() < end for start, end in areas), name
+
+
+def test_a_directory_with_both_loads_the_converted_file_without_a_warning(copy, recwarn):
+    load(copy)
+    assert "python scripts/convert_hf_checkpoint.py" in str(recwarn.pop(UserWarning).message)
+    convert(open_checkpoint(copy), copy / "any-name.safetensors")
+    for shard in copy.glob("model-*"):
+        shard.write_bytes(b"")  # not even looked at
+    load(copy)
+    assert not [w for w in recwarn if "convert" in str(w.message)]
+
+
+def test_one_file_of_a_directory_can_be_named(copy):
+    convert(open_checkpoint(copy), copy / "gemma.safetensors")
+    assert torch.equal(load(copy / "gemma.safetensors").norm.weight, load(copy).norm.weight)
+
+
+def test_half_precision_and_mixed_dtypes(copy):
+    for shard in copy.glob("model-*"):
+        save_file({k: v.half() for k, v in load_file(shard).items()}, shard)
+    assert load(copy).dtype == torch.float32
+    weights = load_file(shard)
+    save_file({k: v.float() for k, v in weights.items()}, shard)
+    load(copy)  # each tensor is converted as it is read
+    with pytest.raises(ValueError, match="mixes dtypes: F16, F32"):
+        convert(open_checkpoint(copy), copy / "gemma.safetensors")
+
+
+def test_a_crash_leaves_no_half_file(tmp_path):
+    file = tmp_path / "out"
+    file.write_bytes(b"old")
+
+    def write(out):
+        out.write(b"new")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(file, write)
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    assert file.read_bytes() == b"old"
+
+
+# --- incomplete checkpoints
+
+
+@pytest.mark.parametrize("tenth", range(10))
+@pytest.mark.parametrize("converted", [False, True])
+def test_weights_cut_at_any_place_are_refused(copy, tenth, converted):
+    file = sorted(copy.glob("model-*.safetensors"))[tenth % 3]
+    if converted:
+        file = copy / "gemma.safetensors"
+        convert(open_checkpoint(copy), file)
+    size = file.stat().st_size
+    places = [0, 5, 8, 200, size // 9, size // 3, size // 2, size - 1000, size - 8, size - 1]
+    with open(file, "rb+") as f:
+        f.truncate(places[tenth])
+    with pytest.raises(ValueError, match=rf"{file.name} is (cut|damaged)"):
+        load(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_cut_json_is_refused(copy, name, share):
+    text = (copy / name).read_text().rstrip()
+    (copy / name).write_text(text[: int(len(text) * share)])
+    with pytest.raises(ValueError, match=rf"{name} is cut or damaged"):
+        load(copy)
+
+
+def test_every_cut_of_the_tokenizer_is_refused(copy):
+    content = (TINY_GEMMA / "tokenizer.model").read_bytes()
+    fields = 59584  # here the pieces and the trainer's settings end: what is left would load
+    for end in (0, 1, 100, 28314, len(content) // 2, 58755, fields, len(content) - 1):
+        (copy / "tokenizer.model").write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"tokenizer\.model is cut"):
+            load(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", "has no config.json"),
+        ("tokenizer.model", "no tokenizer at"),
+        ("model-00002-of-*", r"shard .*model-00002-of-.* is missing"),
+        ("model*", "has no weights"),
+    ],
+)
+def test_missing_files(copy, name, message):
+    for file in copy.glob(name):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        load(copy)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere; scripts/prepare.sh"):
+        load(tmp_path / "nowhere")
+
+
+def edit_weights(directory: Path, edit):
+    """Joins the shards of a checkpoint, applies `edit` to the dict of tensors and saves one file."""
+    weights = {}
+    for shard in directory.glob("model-*.safetensors"):
+        weights |= load_file(shard)
+        shard.unlink()
+    (directory / "model.safetensors.index.json").unlink()
+    edit(weights)
+    save_file(weights, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.pop("model.layers.3.mlp.up_proj.weight"), "lacks model.layers.3.mlp.up_proj.weight"),
+        (lambda w: w.update({"model.layers.0.mlp.gate_proj.bias": torch.zeros(2)}), "no place for: .*gate_proj.bias"),
+        (lambda w: w.update({"model.norm.weight": torch.zeros(2)}), r"model.norm.weight has shape \[2\].*\[64\]"),
+        (
+            lambda w: w.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}),
+            "model.norm.weight is stored as I8",
+        ),
+        (lambda w: w.update({"language_model.model.norm.weight": torch.zeros(64)}), "model.norm.weight is in .* and"),
+    ],
+)
+def test_keys_that_are_missing_left_over_or_wrong(copy, edit, message):
+    edit_weights(copy, edit)
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+def test_many_missing_keys_are_counted(copy):
+    edit_weights(copy, lambda weights: [weights.pop(k) for k in list(weights) if "layers.2." in k])
+    with pytest.raises(ValueError, match=r"lacks model.layers.2.* and 10 more"):
+        load(copy)
+
+
+def test_index_that_names_another_shard(copy):
+    index_file = copy / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    names = sorted(set(index["weight_map"].values()))
+    key = next(k for k, v in index["weight_map"].items() if v == names[0])
+    index["weight_map"][key] = names[1]
+    index_file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"{key} is in {names[0]}, the index says elsewhere"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format_version": "2"}, "format version 2, this program reads 1"),
+        ({"weight_format": "int3"}, "weight format 'int3'"),
+    ],
+)
+def test_other_formats_are_refused_by_name(copy, metadata, message):
+    file = copy / "gemma.safetensors"
+    convert(open_checkpoint(copy), file)
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata() | metadata
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(ValueError, match=message):
+        load(file)
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "architecture 'llama' is not supported"),
+        ({"model_type": "gemma4"}, r"another generation or kind of Gemma \(gemma4\)"),
+        ({"model_type": "gemma3n"}, r"Gemma \(gemma3n\)"),
+        ({"model_type": "recurrent_gemma"}, r"Gemma \(recurrent_gemma\)"),
+        ({"model_type": None}, "architecture 'None'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
+        ({"use_bidirectional_attention": True}, "embedding model"),
+        ({"hidden_activation": "silu"}, "activation 'silu'"),
+        ({"hidden_size": "big"}, "positive number as 'hidden_size'"),
+        ({"num_attention_heads": 0}, "positive number as 'num_attention_heads'"),
+        ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
+        ({"layer_types": ["full_attention"] * 2}, "2 layer types are given for 7 layers"),
+        ({"layer_types": ["chunked_attention"] * 7}, "layer type 'chunked_attention'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "RoPE type 'yarn'"),
+    ],
+)
+def test_settings_that_are_not_supported_are_named(copy, change, message):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+def test_gemma_3_text_config_of_the_hub_takes_the_reference_defaults():
+    """gemma-3-4b-it's config.json leaves out heads, vocabulary and context, and has the older RoPE keys."""
+    hub = {
+        "model_type": "gemma3",
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+    }
+    assert ModelConfig.from_hf(hub) == ModelConfig.from_name("gemma-3-4b")
+
+
+def test_older_keys_of_gemma_1_to_3():
+    gemma = {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
+        "hidden_act": "gelu", "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    assert ModelConfig.from_hf(gemma | {"eos_token_id": [1, 107]}) == ModelConfig.from_name("gemma-2b")
+    gemma2 = {
+        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000,
+        "sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "eos_token_id": [1, 107],
+        "final_logit_softcapping": 30.0, "rope_theta": 10000.0, "hidden_activation": "gelu_pytorch_tanh",
+    }  # fmt: skip
+    assert ModelConfig.from_hf(gemma2) == ModelConfig.from_name("gemma-2-2b")
+    gemma3 = {
+        "model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
+        "sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1000000, "rope_local_base_freq": 10000,
+        "max_position_embeddings": 32768, "query_pre_attn_scalar": 256, "eos_token_id": [1, 106],
+        "attn_logit_softcapping": None, "final_logit_softcapping": None,
+    }  # fmt: skip
+    assert ModelConfig.from_hf(gemma3) == ModelConfig.from_name("gemma-3-1b")
+
+
+def test_a_published_models_wrong_setting_is_followed_with_a_warning():
+    right = ModelConfig.from_name("gemma-2-9b")
+    assert right.differences_from_published() == ""
+    first = replace(right, query_pre_attn_scalar=224)
+    assert first.differences_from_published() == "query_pre_attn_scalar 224 (gemma-2-9b: 256)"
+
+
+def test_stop_ids_come_from_the_generation_config_and_the_tokenizer(copy):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 77]}))
+    assert load(copy).config.stop_ids == (1, 77, 5)  # 5 is the tokenizer's <end_of_turn>
+    (copy / "generation_config.json").unlink()
+    assert load(copy).config.stop_ids == (1, 5)
+
+
+# --- scripts
+
+
+def run_script(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment or None,
+        check=False,
+    )
+
+
+def test_convert_script(copy):
+    done = run_script("scripts/convert_hf_checkpoint.py", copy)
+    assert done.returncode == 0
+    assert "writing gemma.safetensors: 100%" in done.stderr
+    before = (copy / "gemma.safetensors").read_bytes()
+    assert run_script("scripts/convert_hf_checkpoint.py", copy).returncode == 0  # again, from the shards
+    assert (copy / "gemma.safetensors").read_bytes() == before
+
+
+def test_convert_script_says_what_is_wrong(copy, tmp_path):
+    next(copy.glob("model-00002*")).unlink()
+    for directory, message in (
+        (copy, "shard"),
+        (tmp_path / "none", "no checkpoint at"),
+        (copy / "config.json", "is a file"),
+    ):
+        done = run_script("scripts/convert_hf_checkpoint.py", directory)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (copy / "gemma.safetensors").exists()
+
+
+def response_error(kind, status: int):
+    import httpx
+
+    request = httpx.Request("GET", "https://huggingface.co/x")
+    return kind("first line\nsecond line", response=httpx.Response(status, request=request))
+
+
+def test_download_says_what_to_do(monkeypatch, tmp_path):
+    import httpx
+    from huggingface_hub import errors
+
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import download
+
+    cases = [
+        (
+            response_error(errors.GatedRepoError, 403),
+            "gated: accept its licence at https://huggingface.co/google/gemma-7b",
+        ),
+        (response_error(errors.RepositoryNotFoundError, 404), "no repository google/gemma-7b"),
+        (response_error(errors.RevisionNotFoundError, 404), "no revision"),
+        (response_error(errors.HfHubHTTPError, 500), r"did not finish \(first line\); run it again"),
+        (errors.LocalEntryNotFoundError("offline"), "did not finish"),
+        (OSError("No space left on device"), "No space left"),
+        (httpx.ConnectError("no route"), r"can't be reached \(no route\)"),
+        (errors.HFValidationError("bad"), "not a repository id"),
+    ]
+    for error, message in cases:
+
+        def fail(*args, _error=error, **kwargs):
+            raise _error
+
+        monkeypatch.setattr(download, "snapshot_download", fail)
+        with pytest.raises(ValueError, match=message):
+            download.download("google/gemma-7b", tmp_path)
+
+
+def test_download_asks_for_what_is_needed_and_no_more(monkeypatch, tmp_path):
+    from fnmatch import fnmatch
+
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import download
+
+    calls = []
+
+    def snapshot(repo_id, local_dir, allow_patterns, **options):
+        calls.append((repo_id, allow_patterns))
+        Path(local_dir).mkdir(exist_ok=True)
+        (Path(local_dir) / "config.json").touch()
+
+    monkeypatch.setattr(download, "snapshot_download", snapshot)
+    with pytest.raises(ValueError, match="has no tokenizer.model"):
+        download.download("someone/other", tmp_path / "other")
+    (_, patterns), *_ = calls
+    wanted = ["config.json", "tokenizer.model", "model-00001-of-00004.safetensors", "model.safetensors.index.json"]
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in wanted)
+    unwanted = ["gemma-7b.gguf", "pytorch_model.bin", "original/x.safetensors.bin", "README.md"]
+    assert not any(fnmatch(name, pattern) for name in unwanted for pattern in patterns)
+
+
+def test_prepare_script_wants_a_repository():
+    for arguments in ((), ("--hf_token", "x")):
+        done = subprocess.run(
+            ["bash", "scripts/prepare.sh", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert "usage: scripts/prepare.sh REPO_ID" in done.stderr
+
+
+def test_names_cover_the_model():
+    """Our names and shapes for a checkpoint are those of the modules, for each generation."""
+    from model import Transformer
+
+    for name in ("gemma-2b", "gemma-2-9b", "gemma-3-4b"):
+        config = ModelConfig.from_name(name)
+        with torch.device("meta"):
+            shapes = {key: tuple(value.shape) for key, value in Transformer(config).state_dict().items()}
+        table = checkpoint_file.sources(config)
+        assert {k: (sum(s[0] for _, s in parts), *parts[0][1][1:]) for k, parts in table.items()} == shapes

@@ -1,0 +1,320 @@
+"""generate.py and benchmark.py as a user types them."""
+
+import itertools
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY_GEMMA
+
+import generate as program
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = program.main([*map(str, arguments), "--device", "cpu"])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_first_command_prints_text_and_figures():
+    done = subprocess.run(
+        [sys.executable, "generate.py"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.startswith("def fibonacci(n):\n")
+    assert len(done.stdout) > 200
+    for figure in (
+        r"load [\d.]+ s, compile [\d.]+ s, prefill [\d.]+ s \(\d+ tokens\), decode [\d.]+ s",
+        r"decode [\d.]+ tokens/s, [\d.]+ GB/s, \d+% of the copy bandwidth \([\d.]+ GB/s\)",
+        r"peak memory [\d.]+ GiB",
+    ):
+        assert re.search(figure, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_json_objects_in_input_order(capsys, tmp_path):
+    prompts = ["import sys\n", "x", "class Point:\n    def __init__(self, x, y):\n", "y"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt, "id": 3}) + "\n" for prompt in prompts))
+    options = ("--max_new_tokens", 30, "--seed", 5, "--num_samples", 2, "--precision", "fp32", "--json")
+    status, out, err = run(capsys, "--prompts_file", file, "--batch_size", 3, *options)
+    assert status == 0, err
+    completions = [json.loads(line) for line in out.splitlines()]
+    assert [c["prompt"] for c in completions] == [prompt for prompt in prompts for _ in range(2)]
+    tokenizer = program.Tokenizer(TINY_GEMMA / "tokenizer.model")
+    for c in completions:
+        assert set(c) == {"prompt", "text", "tokens", "finish_reason", "prompt_tokens"}
+        assert c["prompt_tokens"] == len(tokenizer.encode(c["prompt"]))
+        stopped = c["tokens"][-1] in (1, 5)
+        assert c["finish_reason"] == ("stop" if stopped else "length")
+        assert stopped or len(c["tokens"]) == 30
+        assert c["text"] == tokenizer.decode(c["tokens"][:-1] if stopped else c["tokens"])
+    _, again, _ = run(capsys, "--prompt", *prompts, *options)
+    assert again == out
+
+
+def test_finish_reason_stop(capsys):
+    """Twenty samples of 150 tokens: some reach the end of their file."""
+    options = (
+        "--num_samples",
+        20,
+        "--max_new_tokens",
+        150,
+        "--seed",
+        1,
+        "--json",
+        "--prompt",
+        "if __name__ == '__main__':\n    main()\n",
+    )
+    _, out, _ = run(capsys, *options)
+    completions = [json.loads(line) for line in out.splitlines()]
+    reasons = {c["finish_reason"] for c in completions}
+    assert reasons == {"stop", "length"}
+    assert all((c["tokens"][-1] in (1, 5)) == (c["finish_reason"] == "stop") for c in completions)
+
+
+def test_several_completions_are_told_apart(capsys):
+    _, out, _ = run(capsys, "--prompt", "a = 1\n", "b = 2\n", "--num_samples", 2, "--max_new_tokens", 3)
+    assert [line for line in out.splitlines() if line.startswith("--- ")] == [
+        "--- prompt 1, sample 1",
+        "--- prompt 1, sample 2",
+        "--- prompt 2, sample 1",
+        "--- prompt 2, sample 2",
+    ]
+    assert out.count("a = 1\n") >= 2
+
+
+def test_plain_prompts_file(capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("def f(x):\n{not json\n\n")  # blank lines at the end are no prompts
+    _, out, _ = run(capsys, "--prompts_file", file, "--max_new_tokens", 2, "--json")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["def f(x):", "{not json"]
+
+
+def test_a_single_prompt_streams_on_a_terminal():
+    """Through a pseudo-terminal: the text comes in pieces, and is the same as without a terminal."""
+    command = [sys.executable, "generate.py", "--temperature", "0", "--max_new_tokens", "60", "--device", "cpu"]
+    main_end, program_end = pty.openpty()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=program_end, stderr=subprocess.DEVNULL)
+    os.close(program_end)
+    pieces = []
+    while True:
+        try:
+            piece = os.read(main_end, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        pieces.append(piece)
+    assert process.wait() == 0
+    plain = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    assert b"".join(pieces).replace(b"\r\n", b"\n") == plain
+    assert len(pieces) > 5
+
+
+def test_interactive_chat_keeps_its_cache_between_turns(monkeypatch):
+    """Each turn's prefill gets what is new; what it sees is the whole conversation."""
+    prefills = []
+    prefill = program.Decoder.prefill
+
+    def record(self, prompts, noise, max_new_tokens, cached=0):
+        prefills.append((prompts[0], cached))
+        prefill(self, prompts, noise, max_new_tokens, cached)
+
+    monkeypatch.setattr(program.Decoder, "prefill", record)
+    monkeypatch.setattr("builtins.input", fake_input(["Sort a list.", "", "Reverse it.", "Thanks."]))
+    assert program.main(["--interactive", "--temperature", "0", "--max_new_tokens", "8", "--device", "cpu"]) == 0
+    assert len(prefills) == 3
+    tokenizer = program.Tokenizer(TINY_GEMMA / "tokenizer.model")
+    assert prefills[0] == (tokenizer.encode_turn("Sort a list."), 0)
+    for (before, cached_before), (tokens, cached) in itertools.pairwise(prefills):
+        assert cached_before + len(before) <= cached <= cached_before + len(before) + 8
+        assert tokenizer.end_of_turn in tokens[:2]
+        assert tokenizer.bos_id not in tokens
+
+
+def fake_input(lines):
+    lines = iter(lines)
+
+    def read(prompt=""):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    return read
+
+
+def test_interactive_conversation_that_fills_the_context_starts_anew(monkeypatch, capsys):
+    monkeypatch.setattr(program, "CHAT_LENGTH", 96)
+    monkeypatch.setattr("builtins.input", fake_input(["one two three"] * 5 + ["word " * 90]))
+    assert program.main(["--interactive", "--max_new_tokens", "20", "--device", "cpu"]) == 0
+    _, err = capsys.readouterr()
+    assert "note: the conversation has filled its 96 tokens and starts anew" in err
+    assert "new ones exceed 96" in err
+
+
+def test_chat_prints_the_answer_alone(capsys):
+    status, out, _ = run(capsys, "--chat", "--prompt", "Sort a list.", "--max_new_tokens", 5, "--json")
+    assert status == 0
+    assert json.loads(out)["prompt_tokens"] > 8
+    _, out, _ = run(capsys, "--chat", "--prompt", "Sort a list.", "--max_new_tokens", 5)
+    assert "Sort a list." not in out
+
+
+def test_compile_from_the_command_line(capsys):
+    options = ("--temperature", 0, "--max_new_tokens", 40, "--precision", "fp32")
+    _, eager, _ = run(capsys, *options)
+    _, compiled, err = run(capsys, *options, "--compile", "--compile_prefill")
+    assert compiled == eager
+    assert not re.search(r"compile 0\.00 s", err)
+
+
+def test_profile_is_a_trace_of_prefill_and_ten_steps(capsys, tmp_path):
+    trace = tmp_path / "trace.json"
+    status, _, err = run(capsys, "--profile", trace, "--max_new_tokens", 30)
+    assert status == 0, err
+    names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert names.count("aten::embedding") == 11
+    assert [f.name for f in tmp_path.iterdir()] == ["trace.json"]
+
+
+# --- mistakes: one line on stderr, exit status 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint_path", "nowhere"], "no checkpoint at nowhere"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a", ""], "the prompt is empty"),
+        (["--max_new_tokens", "8190"], "exceeds the context of 8192"),
+        (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--max_new_tokens", "many"], "argument --max_new_tokens: invalid int value: 'many'"),
+        (["--temperature", "-1"], "temperature must be at least 0, not -1.0"),
+        (["--top_p", "0"], "top_p must be above 0"),
+        (["--min_p", "1.5"], "min_p must be from 0 to 1"),
+        (["--top_k", "-5"], "top_k must be at least 0"),
+        (["--repetition_penalty", "0"], "repetition_penalty must be above 0"),
+        (["--num_samples", "0"], "num_samples must be at least 1"),
+        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--prompts_file", "nowhere.txt"], "no prompts file at nowhere.txt"),
+        (["--prompt", "a", "--interactive"], "not allowed with argument"),
+        (["--interactive", "--json"], "--interactive takes no --json"),
+        (["--kv_cache_dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--precision", "int4"], "invalid choice: 'int4'"),
+        (["--profile", "no/such/directory/trace.json"], "there is no directory no/such/directory"),
+        (["--tempratur", "1"], "unrecognized arguments: --tempratur 1"),
+    ],
+)
+def test_mistakes_get_one_line(capsys, arguments, message):
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a"}\n{"prompt": 3}\n', "line 2: not a JSON object with a string 'prompt'"),
+        (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "line 2: not a JSON"),
+        (b'{"text": "a"}\n{"prompt": "b"}\n', "line 1: not a JSON"),
+        (b'{"prompt": "a"}\n{"prompt": "b', "line 2: not a JSON"),
+        (b'{"prompt": "a"}\n{"prompt": ""}\n', "line 2: the prompt is empty"),
+        (b"one\n\nthree\n", "line 2: the prompt is empty"),
+        (b"one\n\xff\xfe\n", "line 2: not UTF-8"),
+        (b"", "holds no prompts"),
+        (b"\n\n", "holds no prompts"),
+    ],
+)
+def test_bad_lines_of_a_prompts_file_are_numbered(capsys, tmp_path, content, message):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    status, _, err = run(capsys, "--prompts_file", file)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys):
+    assert program.main(["--device", "cuda"]) == 2
+    assert "error: there is no CUDA device here: use --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "architecture 'llama' is not supported"),
+        ({"model_type": "gemma4_text"}, "(gemma4_text)"),
+        ({"num_hidden_layers": 7}, "lacks model.layers.6"),
+        ({"num_hidden_layers": 5}, "no place for: model.layers.5"),
+        ({"intermediate_size": 800}, "has shape"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_line(capsys, tmp_path, change, message):
+    shutil.copytree(TINY_GEMMA, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    status, out, err = run(capsys, "--checkpoint_path", tmp_path)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_cut_checkpoint_is_one_line(capsys, tmp_path):
+    shutil.copytree(TINY_GEMMA, tmp_path, dirs_exist_ok=True)
+    with open(tmp_path / "model.safetensors", "rb+") as f:
+        f.truncate(10_000_000)
+    status, _, err = run(capsys, "--checkpoint_path", tmp_path)
+    assert status == 2
+    assert "model.safetensors is damaged: 10,000,000 bytes, where its header describes 14,299,576" in err
+
+
+def test_too_little_memory_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(program, "free_memory", lambda device: 2**20)
+    status, _, err = run(capsys, "--num_samples", 64, "--max_new_tokens", 4000)
+    assert status == 2
+    assert "error: not enough cpu memory" in err
+
+
+def test_no_compiler_is_one_line():
+    """--compile where there is no C++ compiler."""
+    command = [sys.executable, "generate.py", "--compile", "--device", "cpu", "--max_new_tokens", "2"]
+    environment = os.environ | {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "error: --compile needs a C++ compiler" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} generate.py --num_samples 40 --max_new_tokens 40 --device cpu | head -c 5",
+        cwd=ROOT, shell=True, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_benchmark_without_a_gpu_says_so():
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "benchmark.py", "latency"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: protocol latency needs a CUDA GPU")
