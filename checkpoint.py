@@ -142,8 +142,8 @@ def read_config(directory: Path) -> ModelConfig:
 def open_checkpoint(path: str | Path, prefer_converted: bool = True) -> Checkpoint:
     """Finds and checks a checkpoint: a directory, or one weight file with config.json beside it.
 
-    In a directory a converted file comes before Hugging Face's shards, if prefer_converted. Raises FileNotFoundError or ValueError, naming
-    the file or tensor that is missing, left over, cut or of the wrong shape.
+    In a directory a converted file comes before Hugging Face's shards, if prefer_converted. Raises FileNotFoundError
+    or ValueError, naming the file or tensor that is missing, left over, cut or of the wrong shape.
     """
     path = Path(path)
     if not path.exists():

@@ -46,7 +46,7 @@ def download(repo_id: str, directory: Path, token: str | None = None, revision: 
         raise ValueError(f"'{repo_id}' is not a repository id such as google/gemma-7b ({error})") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"the download of {repo_id} did not finish ({_first_line(error)}); run it again, it goes on where it stopped"
+            f"the download of {repo_id} did not finish ({_first_line(error)}); run it again: it resumes where it stopped"
         ) from None
     except Exception as error:
         if not type(error).__module__.startswith("httpx"):  # the Hub's client leaves connection errors to its library
