@@ -26,7 +26,7 @@ from tokenizer import TextStream, Tokenizer
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny-gemma"
-DEFAULT_PROMPT = "def fibonacci(n):\n"
+DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 MAX_BATCH = 64  # rows that run at once where --batch_size doesn't say
 CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
 LENGTH_STEP = 64  # caches have a multiple of this length: fewer different shapes to compile
@@ -55,7 +55,7 @@ def load_model(
     if differences := config.differences_from_published():
         warnings.warn(f"config.json differs from the published model and is followed: {differences}", stacklevel=2)
     if not checkpoint.converted:
-        command = f"python scripts/convert_hf_checkpoint.py {checkpoint.directory}"
+        command = f"python scripts/convert_hf_checkpoint.py {os.path.relpath(checkpoint.directory)}"
         warnings.warn(
             f"converting Hugging Face's files in memory; the next start is faster after: {command}", stacklevel=2
         )
@@ -213,7 +213,8 @@ class Decoder:
         if self.repetition_penalty is not None:
             self.seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool, device=device)
 
-        self._step, self._prefill = self._eager_step, model.forward
+        # Not bound to self: without a cycle, memory is free as soon as the decoder is.
+        self._step, self._prefill = Decoder._eager_step, model.forward
         self.compile_prefill = compile_prefill
         if not compile and 2 * model.weight_bytes < free_memory(device):
             model.pack()
@@ -222,7 +223,7 @@ class Decoder:
                 self._prefill = _compiled(model.forward, dynamic=None)
                 self.prefill([[0] * min(8, length)], [[0.0]], 1)
             if compile:
-                self._step = _compiled(Decoder._eager_step, dynamic=False).__get__(self)
+                self._step = _compiled(Decoder._eager_step, dynamic=False)
                 self._warm_up()
         except RuntimeError as error:
             if "InvalidCxxCompiler" not in f"{error!r}{error.__cause__!r}":
@@ -263,18 +264,18 @@ class Decoder:
         if self.device.type != "cuda":
             # Inductor then knows the weights and packs them: 1.5 times as fast on 2 cores with AVX512-BF16.
             with torch._inductor.config.patch(freezing=True):
-                self._step()
+                self._step(self)
             return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._step()
+                self._step(self)
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._step()
-        self._step = self.graph.replay
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step(self)
+        self._step = lambda _: graph.replay()
 
     def prefill(self, prompts: list[list[int]], noise: list[list[float]], max_new_tokens: int, cached: int = 0):
         """Starts a row for each prompt (at most batch_size; the other rows stay idle) and draws its first new token.
@@ -341,7 +342,7 @@ class Decoder:
                 break
             if on_step is not None:
                 on_step(taken + 1)
-            self._step()
+            self._step(self)
             taken += 1
             publish()
         while pending:

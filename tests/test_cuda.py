@@ -119,6 +119,6 @@ def test_program(capsys, tmp_path, arguments):
     arguments = [str(tmp_path / "trace.json") if a == "TRACE" else a for a in arguments]
     assert program.main([*arguments, "--seed", "1"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("def fibonacci(n):\n")
+    assert out.startswith(program.DEFAULT_PROMPT)
     assert torch.cuda.get_device_name() in err
     assert "of the copy bandwidth" in err

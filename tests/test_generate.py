@@ -1,7 +1,9 @@
 """The engine: stops, batches, sampling and its seed, compiled against eager, mistakes from Python."""
 
 import collections
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -241,6 +243,26 @@ def test_the_same_seed_gives_the_same_samples(tiny, prompts):
     assert one == two
     assert generate(model, prompts, 15, seed=8) != one
     assert generate(model, prompts, 15) != generate(model, prompts, 15)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_decoder_is_freed_as_soon_as_nobody_uses_it(compile):
+    """It holds device memory; one that waited in a cycle for the garbage collector made memory grow."""
+    model = small_model()
+    for _ in range(2 if compile else 1):  # the compiler itself keeps the first one that it saw for a while
+        gc.collect()
+        gc.disable()
+        try:
+            with torch.inference_mode():
+                decoder = Decoder(model, 2, 64, Sampling(), (), compile=compile)
+                decoder.prefill([[2, 3]], [[0.5] * 9], 9)
+                decoder.decode(8)
+            alive = weakref.ref(decoder)
+            del decoder
+            freed = alive() is None
+        finally:
+            gc.enable()
+    assert freed
 
 
 # --- compiled

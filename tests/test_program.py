@@ -26,7 +26,7 @@ def test_first_command_prints_text_and_figures():
     done = subprocess.run(
         [sys.executable, "generate.py"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )
-    assert done.stdout.startswith("def fibonacci(n):\n")
+    assert done.stdout.startswith(program.DEFAULT_PROMPT)
     assert len(done.stdout) > 200
     for figure in (
         r"load [\d.]+ s, compile [\d.]+ s, prefill [\d.]+ s \(\d+ tokens\), decode [\d.]+ s",
