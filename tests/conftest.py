@@ -79,6 +79,13 @@ def reference_model(case: str, seed: int = 0):
     return model.eval()
 
 
+def copy_tiny_gemma(directory: Path) -> Path:
+    """As committed, whether or not it was converted since."""
+    return shutil.copytree(
+        TINY_GEMMA, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("gemma*.safetensors")
+    )
+
+
 def save_checkpoint(model, directory: Path, **options) -> Path:
     """As Hugging Face publishes it, with tiny-gemma's tokenizer beside it."""
     model.save_pretrained(directory, **options)

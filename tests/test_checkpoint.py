@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_GEMMA, reference_model, save_checkpoint
+from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma, reference_model, save_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -58,7 +58,7 @@ def test_converted_file_holds_the_same_weights_under_our_names(copy):
 
 
 def test_loading_a_converted_file_copies_nothing(tmp_path):
-    shutil.copytree(TINY_GEMMA, tmp_path, dirs_exist_ok=True)
+    copy_tiny_gemma(tmp_path)
     convert(open_checkpoint(tmp_path), tmp_path / "gemma.safetensors")
     model, _ = load_model(tmp_path, device="cpu")
     maps = Path("/proc/self/maps")

@@ -5,13 +5,12 @@ import json
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY_GEMMA
+from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma
 
 import generate as program
 
@@ -261,7 +260,7 @@ def test_no_gpu(capsys):
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_one_line(capsys, tmp_path, change, message):
-    shutil.copytree(TINY_GEMMA, tmp_path, dirs_exist_ok=True)
+    copy_tiny_gemma(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     status, out, err = run(capsys, "--checkpoint_path", tmp_path)
@@ -272,7 +271,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(capsys, tmp_path, change, me
 
 
 def test_a_cut_checkpoint_is_one_line(capsys, tmp_path):
-    shutil.copytree(TINY_GEMMA, tmp_path, dirs_exist_ok=True)
+    copy_tiny_gemma(tmp_path)
     with open(tmp_path / "model.safetensors", "rb+") as f:
         f.truncate(10_000_000)
     status, _, err = run(capsys, "--checkpoint_path", tmp_path)
