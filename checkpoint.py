@@ -6,21 +6,26 @@ Nothing here builds a model. Every file is checked whole (header, names, shapes,
 import json
 import os
 import struct
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from model import ModelConfig
+from model import ModelConfig, round_fp8
 
 FORMAT, FORMAT_VERSION = "gemma-fast", "1"
 CONVERTED_NAME = "gemma.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WEIGHT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+FP8_DTYPE = "F8_E4M3"
+FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+SCALES_NAME, SCALES_FORMAT = "fp8_scales.safetensors", "gemma-fast-fp8-scales"
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Checkpoint:
     directory: Path
     config: ModelConfig
     parts: dict[str, list[StoredTensor]]
-    converted: bool
+    weight_format: str | None  # bf16, fp16, fp32 or fp8 (Hugging Face's, too); None: Hugging Face's other files
 
     @property
     def parameters(self) -> int:
@@ -139,27 +144,28 @@ def read_config(directory: Path) -> ModelConfig:
     return config
 
 
-def open_checkpoint(path: str | Path, prefer_converted: bool = True) -> Checkpoint:
+def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.values()) -> Checkpoint:
     """Finds and checks a checkpoint: a directory, or one weight file with config.json beside it.
 
-    In a directory a converted file comes before Hugging Face's shards, if prefer_converted. Raises FileNotFoundError
-    or ValueError, naming the file or tensor that is missing, left over, cut or of the wrong shape.
+    In a directory, converted files of one of the weight `formats`, in this order, come before Hugging Face's shards. A
+    file that is named is taken whatever its format. Raises FileNotFoundError or ValueError, naming the file or tensor
+    that is missing, left over, cut or of the wrong shape.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}; scripts/prepare.sh REPO_ID downloads and converts one")
     directory = path if path.is_dir() else path.parent
     config = read_config(directory)
-    files, strict = ([path], None) if path.is_file() else _weight_files(directory, prefer_converted)
+    files, strict = ([path], None) if path.is_file() else _weight_files(directory, formats)
 
-    stored, converted = {}, False
+    stored, weight_format = {}, None
     for file in files:
         tensors, metadata = read_header(file)
-        converted = metadata.get("format") == FORMAT
-        if converted:
+        if metadata.get("format") == FORMAT:
             _check_format(file, metadata)
+            weight_format = metadata["weight_format"]
         for key, tensor in tensors.items():
-            name = key if converted else _canonical_name(key)
+            name = key if weight_format else _canonical_name(key)
             if name in stored:
                 raise ValueError(f"{name} is in {stored[name].file.name} and again in {file.name}")
             if name is not None:
@@ -171,8 +177,13 @@ def open_checkpoint(path: str | Path, prefer_converted: bool = True) -> Checkpoi
         raise ValueError(f"{key} is missing from {directory / file_name}, where the index says it is")
 
     table = sources(config)
-    if converted:  # one stored tensor a parameter, of the joined shape
+    if weight_format:  # one stored tensor a parameter, of the joined shape
         table = {name: [(name, (sum(s[0] for _, s in parts), *parts[0][1][1:]))] for name, parts in table.items()}
+    if weight_format == "fp8":
+        scales = [name for name in fp8_scale_names(config) if not name.startswith("head") or name in stored]
+        table |= {name: [(name, ())] for name in scales}
+    elif weight_format is None and _says_fp8(directory / "config.json", stored):
+        weight_format, table = "fp8", table | _fp8_scale_sources(config, table, stored)
     wanted = {name: shape for parts in table.values() for name, shape in parts}
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(f"{path} lacks {_some(missing)}")
@@ -180,17 +191,89 @@ def open_checkpoint(path: str | Path, prefer_converted: bool = True) -> Checkpoi
         raise ValueError(f"{path} has tensors that config.json has no place for: {_some(left_over)}")
     for name, shape in wanted.items():
         tensor = stored[name]
-        if tensor.shape != shape:
+        if shape == () and tensor.shape not in ((), (1,)):
+            raise ValueError(f"{tensor.key} has shape {list(tensor.shape)}: only one scale a tensor can be read")
+        if shape and tensor.shape != shape:
             raise ValueError(f"{tensor.key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES and not (weight_format == "fp8" and tensor.dtype == FP8_DTYPE):
             raise ValueError(f"{tensor.key} is stored as {tensor.dtype}; BF16, F16 and F32 can be read")
-        if tensor.size != prod(shape) * DTYPES[tensor.dtype].itemsize:
+        itemsize = 1 if tensor.dtype == FP8_DTYPE else DTYPES[tensor.dtype].itemsize
+        if tensor.size != prod(tensor.shape) * itemsize:
             raise ValueError(f"{tensor.file} is damaged: the bytes of {tensor.key} do not match its shape")
     parts = {name: [stored[part] for part, _ in sources_] for name, sources_ in table.items()}
-    return Checkpoint(directory, config, parts, converted)
+    return Checkpoint(directory, config, parts, weight_format)
 
 
-def _weight_files(directory: Path, prefer_converted: bool) -> tuple[list[Path], dict[str, str] | None]:
+def _says_fp8(config_file: Path, stored: dict[str, StoredTensor]) -> bool:
+    """Whether config.json describes FP8 weights and inputs with one static scale a tensor, as published for vLLM and
+    TGI: quant_method "fp8" (AutoFP8) or "compressed-tensors" (llm-compressor). Raises ValueError, naming what it found,
+    for any other quantisation, and for FP8 tensors that config.json says nothing of.
+
+    https://docs.vllm.ai/en/latest/features/quantization/fp8/,
+    https://github.com/vllm-project/compressed-tensors: src/compressed_tensors/quantization
+    """
+    config = read_json(config_file)
+    settings = config.get("quantization_config")
+    if settings is None:
+        if fp8 := [tensor.key for tensor in stored.values() if tensor.dtype.startswith("F8_")]:
+            raise ValueError(f"config.json has no quantization_config, and these tensors are FP8: {_some(fp8)}")
+        return False
+
+    def check(where: str, found, wanted):
+        if found != wanted:
+            raise ValueError(
+                f"{config_file}: {where} is {json.dumps(found)}, this program reads {json.dumps(wanted)}: "
+                "FP8 weights and inputs with one static scale a tensor"
+            )
+
+    method, kv_scheme = settings.get("quant_method"), settings.get("kv_cache_scheme")
+    schemes = {"kv_cache_scheme": kv_scheme} if isinstance(kv_scheme, dict) else {}
+    if method == "fp8":
+        check("activation_scheme", settings.get("activation_scheme"), "static")
+        check("weight_block_size", settings.get("weight_block_size"), None)
+        if not schemes:
+            check("kv_cache_scheme", kv_scheme or "static", "static")
+    elif method == "compressed-tensors":
+        for name, group in (settings.get("config_groups") or {"config_groups": {}}).items():
+            schemes |= {f"{name}'s {kind}": group.get(kind) or {} for kind in ("weights", "input_activations")}
+    else:
+        raise ValueError(f"{config_file}: quant_method '{method}' is not supported; 'fp8' and 'compressed-tensors' are")
+    for where, scheme in schemes.items():
+        for key, wanted in FP8_SCHEME.items():  # what is left out has these values, but for the type
+            found = scheme.get(key)
+            check(f"{key} of {where}", wanted if found is None and key != "type" else found, wanted)
+    if "e5m2" in str(config.get("kv_cache_torch_dtype")):
+        raise ValueError(f"{config_file}: kv_cache_torch_dtype is E5M2; only K and V scales of E4M3 can be read")
+    return True
+
+
+def _fp8_scale_sources(config: ModelConfig, table: dict, stored: dict[str, StoredTensor]) -> dict:
+    """Like `sources`, where the scales lie in a Hugging Face FP8 checkpoint. K and V may have none: an empty list.
+
+    Raises ValueError unless every linear weight, and nothing else, is E4M3.
+    """
+    scales, linear = {}, set()
+    for ours, theirs in fp8_scale_names(config).items():
+        module, kind = ours.rsplit(".", 1)
+        if kind in ("k_scale", "v_scale"):
+            attention = theirs.removesuffix(kind)
+            projection = f"{attention}{kind[0]}_proj."
+            # in turn: llm-compressor today, modelopt, llm-compressor before, AutoFP8 and TGI
+            names = (theirs, projection + kind, projection + "output_scale", attention + "kv_scale")
+            scales[ours] = [(name, ()) for name in names if name in stored][:1]
+        elif not ours.startswith("head"):
+            weights = [name for name, _ in table[f"{module}.weight"]]
+            scales[ours] = [(name.removesuffix("weight") + kind, ()) for name in weights]
+            linear.update(weights)
+    for name, tensor in stored.items():
+        if tensor.dtype != FP8_DTYPE if name in linear else tensor.dtype.startswith("F8_"):
+            raise ValueError(
+                f"{tensor.key} is stored as {tensor.dtype}; {FP8_DTYPE} can be read, in all linear layers and no others"
+            )
+    return scales
+
+
+def _weight_files(directory: Path, formats: Iterable[str]) -> tuple[list[Path], dict[str, str] | None]:
     """The files to read, and what Hugging Face's index, where there is one, says of them: {tensor: file name}."""
     index_file, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     shards = []
@@ -202,12 +285,15 @@ def _weight_files(directory: Path, prefer_converted: bool) -> tuple[list[Path], 
         shards = [directory / name for name in sorted(set(index.values()))]
     elif single.exists():
         shards = [single]
+    found = {}
     for file in sorted(directory.glob("*.safetensors")):
-        if file in shards or file.name.startswith("model-") or not prefer_converted:
-            continue
-        metadata = read_header(file)[1]
-        if metadata.get("format") == FORMAT and metadata.get("weight_format") in WEIGHT_FORMATS.values():
-            return [file], None
+        if formats and file not in shards and file.name != SCALES_NAME and not file.name.startswith("model-"):
+            metadata = read_header(file)[1]
+            if metadata.get("format") == FORMAT:
+                found.setdefault(metadata.get("weight_format"), file)
+    for weight_format in formats:
+        if weight_format in found:
+            return [found[weight_format]], None
     for shard in shards:
         if not shard.exists():
             raise FileNotFoundError(f"shard {shard} is missing; the index names it: download it again")
@@ -222,7 +308,7 @@ def _check_format(file: Path, metadata: dict[str, str]):
             f"{file} has format version {metadata.get('format_version')}, this program reads {FORMAT_VERSION}: "
             "convert it again with scripts/convert_hf_checkpoint.py"
         )
-    if metadata.get("weight_format") not in WEIGHT_FORMATS.values():
+    if metadata.get("weight_format") not in ("fp8", *WEIGHT_FORMATS.values()):
         raise ValueError(f"{file} has weight format '{metadata.get('weight_format')}', which this program can't read")
 
 
@@ -244,23 +330,152 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def load_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def load_weights(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, scales: dict[str, float] | None = None
+) -> dict[str, torch.Tensor]:
     """The state dict, on `device` in `dtype`. On a CPU a tensor that is stored whole in `dtype` stays a view of the
-    mapped file; every other one is copied once."""
+    mapped file; every other one is copied once.
+
+    With `scales` (of `fp8_scale_names`) linear weights become E4M3 as they are read, a part at a time: the model never
+    exists in both formats. FP8 parts with scales of their own get the largest of them, as in vLLM: those with a smaller
+    one are rounded again. Scales of K and V that are not there are 1.0, with a warning. Raises ValueError if a weight's
+    scale is not what the weight asks for, or is not a positive number.
+    """
     weights = {}
     with ExitStack() as stack:
         files = {tensor.file for tensors in checkpoint.parts.values() for tensor in tensors}
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
         for name, tensors in checkpoint.parts.items():
             loaded = [opened[tensor.file].get_tensor(tensor.key) for tensor in tensors]
-            if len(loaded) == 1:
-                weights[name] = loaded[0].to(device, dtype)
+            if name.endswith("_scale"):
+                values = [_scale(tensor, value) for tensor, value in zip(tensors, loaded)]
+                weights[name] = torch.tensor(max(values, default=1.0), device=device)
                 continue
+            scale = None if scales is None else scales.get(name.removesuffix("weight") + "weight_scale")
+            if name == "embedding.weight" and scales is not None:
+                scale = scales.get("head_scales.weight_scale")
+            if scale is not None:
+                check_weight_scale(name, loaded, scale)
+            fp8 = loaded[0].dtype == torch.float8_e4m3fn
+            if len(loaded) == 1 and scale is None:
+                weights[name] = loaded[0].to(device, loaded[0].dtype if fp8 else dtype)
+                continue
+            own_scales = [1.0] * len(loaded)
+            if fp8:
+                own = checkpoint.parts[f"{name}_scale"]
+                own_scales = [_scale(tensor, opened[tensor.file].get_tensor(tensor.key)) for tensor in own]
+                scale = max(own_scales)
+            target_dtype = dtype if scale is None else torch.float8_e4m3fn
             rows = sum(len(part) for part in loaded)
-            weights[name] = torch.empty(rows, *loaded[0].shape[1:], device=device, dtype=dtype)
-            for part, target in zip(loaded, weights[name].split([len(part) for part in loaded])):
-                target.copy_(part)
+            weights[name] = torch.empty(rows, *loaded[0].shape[1:], device=device, dtype=target_dtype)
+            for part, own_scale, target in zip(loaded, own_scales, weights[name].split([len(part) for part in loaded])):
+                if scale is None or (fp8 and own_scale == scale):
+                    target.copy_(part)
+                    continue
+                for rows_in, rows_out in zip(part.split(4096), target.split(4096)):  # 4096 rows in float32 at a time
+                    rows_out.copy_(round_fp8(rows_in.to(device).float() * own_scale, scale))
+    if without := [name for name, tensors in checkpoint.parts.items() if not tensors]:
+        warnings.warn(f"{checkpoint.directory} lacks {_some(without)}: 1.0 is used", stacklevel=3)
     return weights
+
+
+def _scale(tensor: StoredTensor, value: torch.Tensor) -> float:
+    if value.numel() != 1 or not 0 < value.item() < float("inf"):
+        shown = value.item() if value.numel() == 1 else f"of shape {list(value.shape)}"
+        raise ValueError(f"{tensor.key} in {tensor.file} is {shown}; a scale is one positive number")
+    return value.item()
+
+
+def fp8_scale_names(config: ModelConfig) -> dict[str, str]:
+    """Our name of each scale -> its name in the scale file, which is Hugging Face's module and input_scale,
+    weight_scale, k_scale or v_scale."""
+    names = {}
+    for i in range(config.n_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        for our_module, their_module in (
+            ("attention.wqkv", "self_attn.qkv_proj"),
+            ("attention.wo", "self_attn.o_proj"),
+            ("feed_forward.w13", "mlp.gate_up_proj"),
+            ("feed_forward.w2", "mlp.down_proj"),
+        ):
+            for kind in ("input_scale", "weight_scale"):
+                names[f"{ours}.{our_module}.{kind}"] = f"{theirs}.{their_module}.{kind}"
+        for kind in ("k_scale", "v_scale"):
+            names[f"{ours}.attention.{kind}"] = f"{theirs}.self_attn.{kind}"
+    for kind in ("input_scale", "weight_scale"):
+        names[f"head_scales.{kind}"] = f"lm_head.{kind}"
+    return names
+
+
+def check_weight_scale(name: str, parts: list[torch.Tensor], scale: float):
+    """Raises ValueError if the largest of a weight's values is not what its scale says."""
+    largest = max(part.abs().max().item() for part in parts) / 448
+    if not 0.99 * largest <= scale <= 1.01 * largest:
+        raise ValueError(
+            f"{SCALES_NAME} is of another model: {name} asks for the scale {largest:.3g}, it says {scale:.3g}; "
+            "run calibrate.py again"
+        )
+
+
+def read_scales(file: Path, config: ModelConfig) -> dict[str, float]:
+    """Scales by our names, from a file that calibrate.py wrote or of the same names.
+
+    One kv_scale may stand for k_scale and v_scale; where a layer has neither, they are 1.0, with a warning. Raises
+    FileNotFoundError, or ValueError for a file that is cut, of another model, or has a scale that is not a positive
+    number.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"no FP8 scaling factors at {file}")
+    tensors, metadata = read_header(file)
+    if metadata.get("format", SCALES_FORMAT) != SCALES_FORMAT:
+        raise ValueError(f"{file} is no file of FP8 scaling factors but {metadata['format']}")
+    if metadata.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise ValueError(f"{file} has format version {metadata['format_version']}, this program reads {FORMAT_VERSION}")
+    model = metadata.get("model", fingerprint(config))
+    if model != fingerprint(config):
+        raise ValueError(f"{file} is of another model ({model}, this one is {fingerprint(config)}): run calibrate.py")
+    values = {}
+    with safe_open(file, framework="pt") as f:
+        for key, tensor in tensors.items():
+            values[key] = _scale(tensor, f.get_tensor(key))
+    scales, without = {}, 0
+    for ours, theirs in fp8_scale_names(config).items():
+        if theirs.endswith((".k_scale", ".v_scale")):
+            both = values.pop(theirs[: -len("k_scale")] + "kv_scale", None) if theirs.endswith(".v_scale") else None
+            both = both or values.get(theirs[: -len("k_scale")] + "kv_scale")
+            value = values.pop(theirs, both)
+            without += value is None
+            scales[ours] = 1.0 if value is None else value
+        elif theirs in values:
+            scales[ours] = values.pop(theirs)
+        else:
+            raise ValueError(f"{file} lacks {theirs}: it is of another model, or cut; run calibrate.py again")
+    if values:
+        raise ValueError(f"{file} has factors that this model has no place for: {_some(list(values))}")
+    if without:
+        warnings.warn(f"{file} has no factors for K and V: 1.0 is used; run calibrate.py", stacklevel=2)
+    return scales
+
+
+def write_scales(file: Path, config: ModelConfig, scales: dict[str, float], metadata: dict[str, str]):
+    """Writes scales by our names as calibrate.py's file, which `read_scales` reads."""
+    entries = {
+        theirs: ("F32", (), lambda value=scales[ours]: [tensor_bytes(torch.tensor(value))])
+        for ours, theirs in fp8_scale_names(config).items()
+    }
+    write_safetensors(file, entries, {"format": SCALES_FORMAT} | metadata)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def fingerprint(config: ModelConfig) -> str:
+    """What tells models apart in a scale file: generation and sizes."""
+    return (
+        f"gemma-{config.generation}, {config.n_layers} layers, {config.hidden_size}, {config.intermediate_size}, "
+        f"{config.n_heads}/{config.n_kv_heads} heads of {config.head_dim}, {config.vocab_size}"
+    )
 
 
 def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] = lambda n: None, chunk: int = 1 << 24):
@@ -269,33 +484,53 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
     Joining tensors along their first dimension is joining their bytes, so that none has to be loaded. `progress` is
     called with the number of bytes written since the last call.
     """
-    entries, layout, offset = {}, [], 0
+    if checkpoint.weight_format == "fp8":
+        raise ValueError(f"{checkpoint.directory} is an FP8 checkpoint already: it is loaded as it is, not converted")
     dtypes = {tensor.dtype for tensors in checkpoint.parts.values() for tensor in tensors}
     if len(dtypes) > 1:
         raise ValueError(f"the checkpoint mixes dtypes: {', '.join(sorted(dtypes))}")
-    for name, tensors in checkpoint.parts.items():
-        size = sum(tensor.size for tensor in tensors)
-        shape = [sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]]
-        entries[name] = {"dtype": tensors[0].dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        layout += tensors
-        offset += size
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "weight_format": WEIGHT_FORMATS[dtypes.pop()]}
-    header = json.dumps({"__metadata__": metadata, **entries}).encode()
-    header += b" " * (-(8 + len(header)) % 64)  # tensors start at multiples of 64 bytes in the mapped file
 
-    def write(out):
-        out.write(struct.pack("<Q", len(header)) + header)
-        for tensor in layout:
+    def blocks(tensors: list[StoredTensor]):
+        for tensor in tensors:
             with open(tensor.file, "rb") as source:
                 source.seek(tensor.bytes[0])
-                left = tensor.size
-                while left:
-                    block = source.read(min(left, chunk))
-                    if not block:
-                        raise ValueError(f"{tensor.file} became shorter while it was read")
-                    out.write(block)
+                for start in range(0, tensor.size, chunk):
+                    block = source.read(min(chunk, tensor.size - start))
                     progress(len(block))
-                    left -= len(block)
+                    yield block
+
+    entries = {}
+    for name, tensors in checkpoint.parts.items():
+        shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
+        entries[name] = (tensors[0].dtype, shape, partial(blocks, tensors))
+    write_safetensors(file, entries, {"weight_format": WEIGHT_FORMATS[dtypes.pop()]})
+
+
+def write_safetensors(
+    file: Path, entries: dict[str, tuple[str, tuple[int, ...], Callable[[], Iterable]]], metadata: dict[str, str]
+):
+    """Writes name -> (dtype as safetensors spells it, shape, what gives the tensor's bytes in blocks), one by one.
+
+    `metadata` says the file's format, unless it is ours. The library's own writer wants all tensors in memory. Raises
+    ValueError if a tensor's bytes are too few or many.
+    """
+    if metadata.get("format") != "pt":  # Hugging Face's
+        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION} | metadata
+    header, offset = {"__metadata__": metadata}, 0
+    for name, (dtype, shape, _) in entries.items():
+        size = prod(shape) * (1 if dtype == FP8_DTYPE else DTYPES[dtype].itemsize)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-(8 + len(encoded)) % 64)  # the mapped tensors start at a multiple of 64 bytes
+
+    def write(out):
+        out.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, (_, _, blocks) in entries.items():
+            for block in blocks():
+                out.write(block)
+            if out.tell() != 8 + len(encoded) + header[name]["data_offsets"][1]:
+                raise ValueError(f"{name} became shorter or longer while it was read")
 
     write_atomically(file, write)
 

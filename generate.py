@@ -20,11 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import load_weights, open_checkpoint
+from checkpoint import SCALES_NAME, WEIGHT_FORMATS, load_weights, open_checkpoint, read_scales
 from model import Transformer
 from tokenizer import TextStream, Tokenizer
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KV_DTYPES = {
+    "auto": None,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny-gemma"
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 MAX_BATCH = 64  # rows that run at once where --batch_size doesn't say
@@ -36,36 +42,77 @@ LENGTH_STEP = 64  # caches have a multiple of this length: fewer different shape
 
 
 def load_model(
-    path: str | Path = DEFAULT_CHECKPOINT, device: str | torch.device | None = None, precision: str = "bf16"
+    path: str | Path = DEFAULT_CHECKPOINT,
+    device: str | torch.device | None = None,
+    precision: str = "bf16",
+    fp8: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
     """Loads a checkpoint directory (or one weight file in it) on `device` (None: CUDA where there is a GPU).
 
-    `precision` is bf16 or fp32. The tokenizer's <end_of_turn> joins config.stop_ids. Raises FileNotFoundError or
-    ValueError with a line that says what is wrong; warns about shards that are converted in memory.
+    `precision`, bf16 or fp32, is that of everything but FP8 weights. With `fp8`, linear layers work in E4M3: from the
+    directory's FP8 file, or quantised while loading with the factors of fp8_scales.safetensors; so does an FP8 file that
+    is named. Factors for K and V are taken along where there are any. The tokenizer's <end_of_turn> joins
+    config.stop_ids. Raises FileNotFoundError or ValueError with a line that says what is wrong; warns about shards that
+    are converted in memory.
     """
     device = _device(device)
     if precision not in PRECISIONS:
         raise ValueError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, ("fp8", *WEIGHT_FORMATS.values()) if fp8 else WEIGHT_FORMATS.values())
+    fp8 = fp8 or checkpoint.weight_format == "fp8"
+    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no FP8 hardware: leave out --fp8")
     tokenizer = Tokenizer(checkpoint.directory / "tokenizer.model")
     config = checkpoint.config
     if tokenizer.end_of_turn is not None and tokenizer.end_of_turn not in config.stop_ids:
         config = replace(config, stop_ids=(*config.stop_ids, tokenizer.end_of_turn))
     if differences := config.differences_from_published():
         warnings.warn(f"config.json differs from the published model and is followed: {differences}", stacklevel=2)
-    if not checkpoint.converted:
+    if checkpoint.weight_format is None:
         command = f"python scripts/convert_hf_checkpoint.py {os.path.relpath(checkpoint.directory)}"
         warnings.warn(
             f"converting Hugging Face's files in memory; the next start is faster after: {command}", stacklevel=2
         )
 
+    scales, kv_problem = {}, None
+    if checkpoint.weight_format != "fp8":
+        scales_file = checkpoint.directory / SCALES_NAME
+        try:
+            scales = read_scales(scales_file, config)
+        except FileNotFoundError as error:
+            if fp8:
+                command = f"python calibrate.py --checkpoint_path {os.path.relpath(checkpoint.directory)}"
+                raise FileNotFoundError(f"--fp8 needs scaling factors; {error}: run {command}") from None
+        except ValueError as error:
+            if fp8:
+                raise
+            kv_problem = str(error)  # for whoever asks for an E4M3 cache
     if device.type == "cuda":
-        _check_memory(checkpoint.parameters * dtype.itemsize, device, "the weights", "use a smaller model")
+        itemsize = 1 if fp8 else dtype.itemsize  # of most weights
+        _check_memory(checkpoint.parameters * itemsize, device, "the weights", "use a smaller model or --fp8")
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(load_weights(checkpoint, device, dtype), assign=True)
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+        if fp8:
+            model.use_fp8(head="head_scales.input_scale" in checkpoint.parts)
+    quantising = fp8 and checkpoint.weight_format != "fp8"
+    linear_scales = {
+        k: v for k, v in scales.items() if k.startswith("layers.") and k[-8:] not in (".k_scale", ".v_scale")
+    }
+    weights = load_weights(checkpoint, device, dtype, linear_scales if quantising else None)
+    if quantising:
+        weights |= {name: torch.tensor(scale, device=device) for name, scale in linear_scales.items()}
+    else:  # the FP8 file's own
+        scales |= {name: weights.pop(name).item() for name in list(weights) if name.endswith((".k_scale", ".v_scale"))}
+    for i, layer in enumerate(model.layers):
+        kv_scales = scales.get(f"layers.{i}.attention.k_scale"), scales.get(f"layers.{i}.attention.v_scale")
+        if None not in kv_scales:
+            layer.attention.kv_scales, model.has_kv_scales = kv_scales, True
+    model.kv_scales_problem = kv_problem
+    model.load_state_dict(weights, assign=True)
+    model.to(device).requires_grad_(False).eval()
+    model.te_version = model.use_te()
+    return model, tokenizer
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -192,6 +239,10 @@ class Decoder:
     ):
         self.model, self.batch_size, self.length, self.sampling = model, batch_size, length, sampling
         device = self.device = model.device
+        if kv_dtype == torch.float8_e4m3fn and model.kv_scales_problem:
+            raise ValueError(model.kv_scales_problem)
+        if kv_dtype == torch.float8_e4m3fn and not model.has_kv_scales:
+            warnings.warn("no scaling factors for K and V: 1.0 is used; calibrate.py makes better ones", stacklevel=3)
         model.setup_caches(batch_size, length, kv_dtype)
         self.token, self.position, self.count, self.limit = (
             torch.zeros(batch_size, dtype=torch.long, device=device) for _ in range(4)
@@ -523,13 +574,13 @@ def _now(device: torch.device) -> float:
 # The program
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(f"{message} (--help lists the options)")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(prog="generate.py", description="Generate text with Gemma.")
+def program_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="generate.py", description="Generate text with Gemma.")
     add, default = parser.add_argument, Sampling()
     add("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="directory, or weight file in it")
     source = parser.add_mutually_exclusive_group()
@@ -550,17 +601,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, help="the same seed gives the same samples (default: a random one)")
     add("--compile", action="store_true", help="compile the decode step; on CUDA, record it as one graph")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
-    add("--kv_cache_dtype", choices=("auto", "bf16"), default="auto", help="auto: as the weights")
+    add("--fp8", action="store_true", help="FP8 weights and matrix products (calibrate.py makes the scaling factors)")
+    add("--kv_cache_dtype", choices=tuple(KV_DTYPES), default="auto", help="auto: as --precision")
     add("--device", choices=("cuda", "cpu"), help="(default: cuda where there is a GPU)")
     add("--precision", choices=tuple(PRECISIONS), default="bf16")
     add("--json", action="store_true", help="print one JSON object a completion")
     add("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of prefill and ten decode steps")
-    args = parser.parse_args(argv)
-    if args.interactive and (args.json or args.profile or args.num_samples > 1 or (args.batch_size or 1) > 1):
-        parser.error("--interactive takes no --json, --profile, --num_samples or --batch_size")
-    if args.profile is not None and not args.profile.absolute().parent.is_dir():
-        parser.error(f"--profile: there is no directory {args.profile.parent}")
-    return args
+    return parser
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -625,8 +672,9 @@ def report(stats: Stats, load_seconds: float, model: Transformer, seed: int):
     peak = peak_memory(device)  # before the bandwidth's own buffers
     bandwidth = copy_bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    te = f", prefill on TransformerEngine {model.te_version}" if model.te_version else ""
     print(
-        f"{name}, {str(model.dtype).removeprefix('torch.')}, seed {seed}\n"
+        f"{name}, {str(model.dtype).removeprefix('torch.')}, seed {seed}{te}\n"
         f"load {load_seconds:.2f} s, compile {stats.compile_seconds:.2f} s, "
         f"prefill {stats.prefill_seconds:.3f} s ({stats.prompt_tokens} tokens), "
         f"decode {stats.decode_seconds:.3f} s ({stats.new_tokens} tokens in {stats.rows} rows)\n"
@@ -640,9 +688,16 @@ def report(stats: Stats, load_seconds: float, model: Transformer, seed: int):
 def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sampling: Sampling, seed: int):
     """A conversation on stdin and stdout. Each turn's prefill covers what is new since the one before."""
     length = min(model.config.context_length, CHAT_LENGTH)
-    _check_run_memory(model, 1, length, min(length, 1024), _kv_dtype(args), sampling)
+    _check_run_memory(model, 1, length, min(length, 1024), KV_DTYPES[args.kv_cache_dtype], sampling)
     decoder = Decoder(
-        model, 1, length, sampling, model.config.stop_ids, _kv_dtype(args), args.compile, args.compile_prefill
+        model,
+        1,
+        length,
+        sampling,
+        model.config.stop_ids,
+        KV_DTYPES[args.kv_cache_dtype],
+        args.compile,
+        args.compile_prefill,
     )
     cached, unread, turn = 0, [], 0  # tokens in the cache; the model's last token, which is not
     while True:
@@ -676,10 +731,6 @@ def _print_token(stream: TextStream, stop_ids: tuple[int, ...], token: int):
         print(stream.put(token), end="", flush=True)
 
 
-def _kv_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    return None if args.kv_cache_dtype == "auto" else PRECISIONS[args.kv_cache_dtype]
-
-
 class _Trace:
     """Records prefill and ten decode steps as `on_step` is called, and writes them as a chrome trace."""
 
@@ -706,13 +757,17 @@ class _Trace:
 
 
 def run(args: argparse.Namespace):
+    if args.interactive and (args.json or args.profile or args.num_samples > 1 or (args.batch_size or 1) > 1):
+        raise ValueError("--interactive takes no --json, --profile, --num_samples or --batch_size")
+    if args.profile is not None and not args.profile.absolute().parent.is_dir():
+        raise ValueError(f"--profile: there is no directory {args.profile.parent}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     texts = read_prompts(args.prompts_file) if args.prompts_file else args.prompt or [DEFAULT_PROMPT]
     for text in texts:
         if not text:
             raise ValueError("the prompt is empty")
     start = time.perf_counter()
-    model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision)
+    model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision, args.fp8)
     load_seconds = _now(model.device) - start
     seed = secrets.randbits(32) if args.seed is None else args.seed
     if args.interactive:
@@ -738,7 +793,7 @@ def run(args: argparse.Namespace):
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
         seed=seed,
-        kv_cache_dtype=_kv_dtype(args),
+        kv_cache_dtype=KV_DTYPES[args.kv_cache_dtype],
         compile=args.compile,
         compile_prefill=args.compile_prefill,
         on_token=partial(_print_token, stream, stop_ids) if streaming else None,
@@ -775,11 +830,11 @@ def _print_completions(texts, prompts, completions, tokenizer, stop_ids, args):
     sys.stdout.flush()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one line on stderr for what the user can mend."""
+def run_program(run: Callable, parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+    """Parses, runs and gives the exit status: 0, or 2 with one line on stderr for what the user can mend."""
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
     try:
-        run(parse_arguments(argv))
+        run(parser.parse_args(argv))
     except BrokenPipeError:  # the reader of stdout is gone; Python would complain once more on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
@@ -788,6 +843,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(run, program_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def main() -> int:
     try:
         if args.directory.is_file():
             raise ValueError(f"{args.directory} is a file; name the checkpoint's directory")
-        checkpoint = open_checkpoint(args.directory, prefer_converted=False)
+        checkpoint = open_checkpoint(args.directory, formats=())
         size = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"writing {file.name}") as bar:
             convert(checkpoint, file, bar.update)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import TINY_GEMMA
+from conftest import TINY_GEMMA, copy_tiny_gemma
 
+import calibrate
 import generate as program
+from checkpoint import SCALES_NAME, read_config, read_scales
 from generate import Stats, generate, load_model
 
 pytestmark = pytest.mark.cuda
@@ -92,6 +94,77 @@ def test_bfloat16_loss_is_the_cpus(tiny):
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).cpu(), tokens[:, 1:].flatten()).item()
 
     assert loss("cuda") == pytest.approx(loss("cpu"), abs=0.002)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    directory = copy_tiny_gemma(tmp_path_factory.mktemp("calibrated"))
+    assert calibrate.main(["--checkpoint_path", str(directory), "--max_tokens", "8192"]) == 0
+    return directory
+
+
+def python_tokens(tokenizer, rows: int, length: int) -> torch.Tensor:
+    with open(torch.__file__, encoding="utf-8") as f:
+        return torch.tensor(tokenizer.encode(f.read())[: rows * length]).view(rows, length)
+
+
+@torch.inference_mode()
+def test_calibration_is_the_cpus(calibrated, tmp_path):
+    other = copy_tiny_gemma(tmp_path)
+    assert calibrate.main(["--checkpoint_path", str(other), "--max_tokens", "8192", "--device", "cpu"]) == 0
+    one, two = (read_scales(d / SCALES_NAME, read_config(d)) for d in (calibrated, other))
+    for name, scale in one.items():  # maxima go through layers of bfloat16 roundings before they are taken
+        assert scale == pytest.approx(two[name], rel=0.03), name
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_logits_are_the_cpus(calibrated, tiny, kv_dtype):
+    """Teacher-forced over 4 x 200 tokens: GPU and CPU in FP8 differ by less than BF16 differs from float32."""
+    tokens = python_tokens(tiny[1], 4, 200)
+    logits = {}
+    for device in ("cpu", "cuda"):
+        model, _ = load_model(calibrated, device=device, precision="bf16", fp8=True)
+        model.setup_caches(4, 256, kv_dtype)
+        logits[device] = model(tokens.to(device), all_logits=True).cpu()
+    exact = load_model(TINY_GEMMA, device="cpu", precision="fp32")[0](tokens, all_logits=True)
+    rounded = load_model(TINY_GEMMA, device="cpu", precision="bf16")[0](tokens, all_logits=True)
+    difference, bf16 = (logits["cuda"] - logits["cpu"]).abs().mean(), (rounded - exact).abs().mean()
+    print(
+        f"FP8 GPU to CPU {difference:.4f}, BF16 to float32 {bf16:.4f}, FP8 to float32 {(logits['cpu'] - exact).abs().mean():.4f}"
+    )
+    assert difference <= 3 * bf16
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_compiled_is_eager(calibrated, prompts, kv_dtype):
+    """In float32 outside the FP8 products. A row's neighbours and its padding change nothing."""
+    model, _ = load_model(calibrated, device="cuda", precision="fp32", fp8=True)
+    options = dict(kv_cache_dtype=kv_dtype, **GREEDY)
+    expected = [generate(model, [prompt], 32, **options)[0] for prompt in prompts]
+    same = [a == b for a, b in zip(expected, generate(model, prompts, 32, compile=True, **options))]
+    assert sum(same) >= len(same) - 1  # a value on the border between two FP8 codes may fall to either side
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("fp8", [False, True])
+def test_prefill_on_transformer_engine_is_pytorchs(calibrated, tiny, fp8):
+    pytest.importorskip("transformer_engine")
+    model, _ = load_model(calibrated, device="cuda", precision="bf16", fp8=fp8)
+    assert model.te_version
+    exact = load_model(calibrated, device="cpu", precision="fp32", fp8=fp8)[0]
+    for rows, length in ((4, 200), (1, 5), (3, 7)):
+        tokens = python_tokens(tiny[1], rows, length)
+        on_te = model(tokens.cuda(), all_logits=True).cpu()
+        for module in model.modules():
+            if getattr(module, "te", None) is not None:
+                module.te = None
+        on_torch = model(tokens.cuda(), all_logits=True).cpu()
+        model.use_te()
+        truth = exact(tokens, all_logits=True)
+        te_error, error = (on_te - truth).abs().mean(), (on_torch - truth).abs().mean()
+        print(f"{rows} x {length}, fp8 {fp8}: TE {te_error:.4f}, PyTorch {error:.4f} from the CPU's float32")
+        assert te_error <= 1.5 * error + 1e-3
 
 
 def test_memory_does_not_grow_over_generations(tiny, prompts):

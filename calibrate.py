@@ -1,0 +1,193 @@
+"""FP8 scaling factors from text: runs a BF16 model over it and records the largest inputs, weights, K and V.
+
+Writes fp8_scales.safetensors beside the checkpoint: one float32 a factor, real = fp8 * factor, factor = amax / 448.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import SCALES_NAME, fingerprint, fp8_scale_names, write_scales
+from eval import read_texts, windows
+from generate import DEFAULT_CHECKPOINT, PRECISIONS, Parser, load_model, run_program
+from model import Transformer
+
+E4M3_MAX = 448
+MIN_TOKENS = 64  # fewer say next to nothing about what inputs can be
+
+
+class Histogram:
+    """How often each absolute value occurred, in bfloat16: 32,768 counts, from which any percentile is exact."""
+
+    values = torch.arange(2**15, dtype=torch.int16).view(torch.bfloat16).double()
+
+    def __init__(self):
+        self.counts = None
+
+    def add(self, x: Tensor):
+        bits = x.detach().bfloat16().view(torch.int16) & 0x7FFF
+        counts = torch.bincount(bits.flatten().int(), minlength=2**15)
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def amax(self, percentile: float = 100.0) -> float:
+        """The value that `percentile` per cent of all do not exceed. Raises ValueError for infinite values or NaN."""
+        counts = self.counts.cpu()
+        if counts[0x7F80:].any():
+            raise ValueError("the model computes values that are not finite; it cannot be calibrated")
+        cumulative = counts.cumsum(0)
+        index = int(torch.searchsorted(cumulative, percentile / 100 * cumulative[-1]))
+        if percentile == 100:
+            index = int(counts.nonzero().max())
+        return self.values[index].item()
+
+    def above(self, amax: float) -> int:
+        return int(self.counts.cpu()[self.values > amax].sum())
+
+
+class _KVRecorder:
+    """Stands in a layer for its KV cache and sees what would be written."""
+
+    k_scale = v_scale = 1.0
+
+    def __init__(self, k: Histogram, v: Histogram):
+        self.k, self.v = k, v
+
+    def rounded(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.k.add(k)
+        self.v.add(v)
+        return k, v
+
+    def write(self, *_):
+        pass
+
+
+@torch.inference_mode()
+def record(model: Transformer, token_windows: Iterable[list[int]], batch_size: int = 8) -> dict[str, Histogram]:
+    """Histograms by our scale names (`fp8_scale_names`) of all linear inputs, K and V over windows of tokens."""
+    histograms = {name: Histogram() for name in fp8_scale_names(model.config) if not name.endswith("weight_scale")}
+    hooks, token_windows = [], list(token_windows)
+
+    def watch(module, name: str):
+        hooks.append(module.register_forward_pre_hook(lambda _, inputs: histograms[name].add(inputs[0])))
+
+    caches = [layer.attention.cache for layer in model.layers]
+    try:
+        for i, layer in enumerate(model.layers):
+            attention, feed_forward = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+            watch(layer.attention.wqkv, f"{attention}.wqkv.input_scale")
+            watch(layer.attention.wo, f"{attention}.wo.input_scale")
+            watch(layer.feed_forward.w13, f"{feed_forward}.w13.input_scale")
+            watch(layer.feed_forward.w2, f"{feed_forward}.w2.input_scale")
+            layer.attention.cache = _KVRecorder(*(histograms[f"{attention}.{kind}_scale"] for kind in "kv"))
+
+        def head_input(_, inputs, x):  # of every position, where the model makes logits for the last one only
+            histograms["head_scales.input_scale"].add(model.norm(x))
+
+        hooks.append(model.layers[-1].register_forward_hook(head_input))
+        with tqdm(total=sum(map(len, token_windows)), unit=" tokens", desc="calibrating", file=sys.stderr) as bar:
+            while token_windows:
+                length = len(token_windows[0])
+                batch = [w for w in token_windows[:batch_size] if len(w) == length]
+                token_windows = token_windows[len(batch) :]
+                model(torch.tensor(batch).to(model.device))
+                bar.update(len(batch) * length)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, cache in zip(model.layers, caches):
+            layer.attention.cache = cache
+    return histograms
+
+
+def scales(model: Transformer, histograms: dict[str, Histogram], percentile: float = 100.0) -> dict[str, float]:
+    """Factors by our names: inputs, K and V by `percentile` of what was recorded, weights by their maximum."""
+    parameters, factors = dict(model.named_parameters()), {}
+    for name in fp8_scale_names(model.config):
+        if name.endswith("weight_scale"):
+            weight = "embedding.weight" if name.startswith("head") else name.removesuffix("_scale")
+            amax = parameters[weight].abs().max().item()
+        else:
+            amax = histograms[name].amax(percentile)
+        factors[name] = amax / E4M3_MAX if amax else 1.0
+    return factors
+
+
+def print_table(factors: dict[str, float], histograms: dict[str, Histogram], rows: int = 10):
+    """The widest inputs, and how many of the recorded values their factors saturate."""
+    names = sorted(histograms, key=lambda name: -factors[name])
+    print(f"{'widest':<42} {'amax':>9} {'weight amax':>12} {'saturated':>16}")
+    for name in names[:rows]:
+        amax = factors[name] * E4M3_MAX
+        weight = factors.get(name.replace("input_scale", "weight_scale")) if "input" in name else None
+        above, total = histograms[name].above(amax * (1 + 1e-6)), int(histograms[name].counts.sum())
+        print(
+            f"{name:<42} {amax:>9.3g} {'' if weight is None else f'{weight * E4M3_MAX:.3g}':>12} "
+            f"{f'{above:,} of {total:,}':>16}"
+        )
+    saturated = sum(histograms[name].above(factors[name] * E4M3_MAX * (1 + 1e-6)) for name in names)
+    print(f"saturated in all {len(names)} tensors: {saturated:,} values")
+
+
+def own_text() -> list[str]:
+    """The built-in sample: this program's README and sources."""
+    directory = Path(__file__).parent
+    return [file.read_text(encoding="utf-8") for file in (directory / "README.md", *sorted(directory.glob("*.py")))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="calibrate.py", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="directory with BF16 weights")
+    add("--text", type=Path, metavar="FILE", help="text, or JSON lines with 'text' (default: this program's sources)")
+    add("--window", type=int, default=512, metavar="N", help="tokens that the model sees at once")
+    add("--batch_size", type=int, default=8, metavar="N")
+    add("--max_tokens", type=int, default=65536, metavar="N", help="of the text, from its start (default: %(default)s)")
+    add("--percentile", type=float, default=100.0, help="of the absolute values; 100 is their maximum")
+    add("--device", choices=("cuda", "cpu"))
+    add("--precision", choices=tuple(PRECISIONS), default="bf16")
+    return run_program(run, parser, argv)
+
+
+def run(args: argparse.Namespace):
+    if not 50 < args.percentile <= 100:
+        raise ValueError(f"--percentile must be above 50 and at most 100, not {args.percentile}")
+    texts = read_texts(args.text) if args.text else own_text()
+    if not args.text:
+        print(
+            "note: calibrating on this program's own sources; --text FILE with your kind of text is better",
+            file=sys.stderr,
+        )
+    directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
+    model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision)
+    if any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters()):
+        raise ValueError(f"{args.checkpoint_path} is quantised already: calibrating needs BF16 weights")
+    token_windows = windows(texts, tokenizer, args.window)[: max(1, args.max_tokens // args.window)]
+    tokens = sum(map(len, token_windows))
+    if tokens < MIN_TOKENS:
+        raise ValueError(f"the text has {tokens} tokens; calibrating needs at least {MIN_TOKENS}")
+    histograms = record(model, token_windows, args.batch_size)
+    factors = scales(model, histograms, args.percentile)
+    file = directory / SCALES_NAME
+    write_scales(
+        file,
+        model.config,
+        factors,
+        {
+            "model": fingerprint(model.config),
+            "kv_cache_dtype": "fp8_e4m3",
+            "text": args.text.name if args.text else "built-in",
+            "tokens": str(tokens),
+            "amax": "maximum" if args.percentile == 100 else f"percentile {args.percentile:g}",
+        },
+    )
+    print_table(factors, histograms)
+    print(f"{file}: {len(factors)} factors from {tokens:,} tokens")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
