@@ -8,6 +8,7 @@ import calibrate
 import generate as program
 from checkpoint import SCALES_NAME, read_config, read_scales
 from generate import Stats, generate, load_model
+from model import FP8Linear
 
 pytestmark = pytest.mark.cuda
 GREEDY = dict(temperature=0, stop_ids=())
@@ -120,20 +121,44 @@ def test_calibration_is_the_cpus(calibrated, tmp_path):
 @torch.inference_mode()
 @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8_logits_are_the_cpus(calibrated, tiny, kv_dtype):
-    """Teacher-forced over 4 x 200 tokens: GPU and CPU in FP8 differ by less than BF16 differs from float32."""
+    """Teacher-forced over 4 x 200 tokens: the mean loss agrees to 0.01, single logits to less than FP8's own error.
+
+    Not closer: a difference of one part in a million, which any other order of summing makes, moves some input to the
+    next FP8 code, 6 % away, and after some layers two correct programs differ by most of what each differs from
+    float32. Layer by layer they agree: see the next test.
+    """
     tokens = python_tokens(tiny[1], 4, 200)
-    logits = {}
-    for device in ("cpu", "cuda"):
-        model, _ = load_model(calibrated, device=device, precision="bf16", fp8=True)
-        model.setup_caches(4, 256, kv_dtype)
-        logits[device] = model(tokens.to(device), all_logits=True).cpu()
-    exact = load_model(TINY_GEMMA, device="cpu", precision="fp32")[0](tokens, all_logits=True)
-    rounded = load_model(TINY_GEMMA, device="cpu", precision="bf16")[0](tokens, all_logits=True)
-    difference, bf16 = (logits["cuda"] - logits["cpu"]).abs().mean(), (rounded - exact).abs().mean()
-    print(
-        f"FP8 GPU to CPU {difference:.4f}, BF16 to float32 {bf16:.4f}, FP8 to float32 {(logits['cpu'] - exact).abs().mean():.4f}"
+
+    def logits(directory, device, precision, fp8=False):
+        model, _ = load_model(directory, device=device, precision=precision, fp8=fp8)
+        model.setup_caches(4, 256, kv_dtype if fp8 else None)
+        return model(tokens.to(device), all_logits=True).cpu()
+
+    def loss(logits):
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+    exact, on_cpu, on_gpu = (
+        logits(TINY_GEMMA, "cpu", "fp32"),
+        logits(calibrated, "cpu", "bf16", True),
+        logits(calibrated, "cuda", "bf16", True),
     )
-    assert difference <= 3 * bf16
+    assert (on_gpu - on_cpu).abs().mean() <= 1.1 * (on_cpu - exact).abs().mean()
+    assert loss(on_gpu) == pytest.approx(loss(on_cpu), abs=0.01)
+
+
+@torch.inference_mode()
+def test_each_fp8_layer_is_the_cpus_to_bfloat16s_rounding(calibrated):
+    """The same inputs through every FP8 layer, on the GPU's matrix units and on the CPU: as far apart as a rounding to
+    bfloat16 (half of 2^-8), on 1 row, on a few and on many; through TransformerEngine, too, where it is installed."""
+    on_cpu, _ = load_model(calibrated, device="cpu", fp8=True)
+    on_gpu, _ = load_model(calibrated, device="cuda", fp8=True)
+    for (name, one), (_, two) in zip(on_cpu.named_modules(), on_gpu.named_modules()):
+        if isinstance(one, FP8Linear):
+            for shape in ((1, 1), (3, 1), (64, 1), (1, 2), (2, 5), (3, 64)):  # [B, T]; T > 1 is prefill, TE's part
+                x = 30 * one.input_scale * torch.randn(*shape, one.in_features)
+                x = x.bfloat16()
+                expected, y = one(x).float(), two(x.cuda()).float().cpu()
+                assert (y - expected).norm() <= 2**-8 * expected.norm(), (name, shape)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn, torch.float8_e5m2])
