@@ -187,6 +187,28 @@ def protocol_latency(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def protocol_fp8(args: argparse.Namespace) -> list[dict]:
+    """gemma-7b, random weights, batch 1, 8 and 64, 128 prompt tokens, 64 new, --compile: BF16, FP8, FP8 with E4M3 cache."""
+    device, rows = torch.device("cuda"), []
+    config = ModelConfig.from_name("gemma-7b")
+    for weights, head, cache in (("bf16", False, None), ("fp8", False, None), ("fp8", True, torch.float8_e4m3fn)):
+        model = Transformer.random(config, device, fp8=weights == "fp8", head=head)
+        model.has_kv_scales = True  # of 1.0, which does for random values
+        name = weights + (" with head, E4M3 cache" if head else "")
+        for batch in (1, 8, 64):
+            release()
+            torch.cuda.reset_peak_memory_stats()
+            run = ours(model, random_prompts(batch, 128, config.vocab_size), 64, compile=True, kv_cache_dtype=cache)
+            (row,) = measure({name: run}, 64 * batch, device, {"model": "gemma-7b", "batch": batch, "context": 128})
+            row["weights_gib"] = round(model.weight_bytes / 2**30, 2)
+            row["kv_cache_gib"] = round(model.cache_bytes(batch, 192, cache) / 2**30, 3)
+            row["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
+            rows.append(row)
+        del model, run
+        release()
+    return rows
+
+
 def release():
     gc.collect()
     torch.compiler.reset()
@@ -222,7 +244,7 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-PROTOCOLS = {"cpu": (protocol_cpu, "cpu"), "latency": (protocol_latency, "cuda")}
+PROTOCOLS = {"cpu": (protocol_cpu, "cpu"), "latency": (protocol_latency, "cuda"), "fp8": (protocol_fp8, "cuda")}
 
 
 def main() -> int:

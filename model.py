@@ -253,9 +253,12 @@ def _rope_settings(config: dict, generation: int) -> tuple[tuple[float, float], 
 
 
 def round_fp8(x: Tensor, scale: float | Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
-    """x / scale, saturated and rounded to the nearest value of an FP8 `dtype`."""
+    """x / scale, saturated and rounded to the nearest value of an FP8 `dtype`.
+
+    Times the reciprocal in float32, as TransformerEngine does it: a division would break the many ties otherwise.
+    """
     limit = torch.finfo(dtype).max
-    return (x.float() / scale).clamp(-limit, limit).to(dtype)
+    return (x.float() * (1 / scale)).clamp(-limit, limit).to(dtype)
 
 
 class Shared(NamedTuple):
@@ -661,15 +664,38 @@ class Transformer(nn.Module):
         self.register_buffer("rope_frequency_local", torch.cat((-frequency_local, frequency_local)), persistent=False)
 
     @classmethod
-    def random(cls, config: ModelConfig, device="cpu", dtype=torch.bfloat16, seed: int = 0) -> "Transformer":
-        """A model with weights drawn on `device` from N(0, 0.02²), norms zero: for measuring and testing."""
+    def random(
+        cls,
+        config: ModelConfig,
+        device="cpu",
+        dtype=torch.bfloat16,
+        seed: int = 0,
+        fp8: bool = False,
+        head: bool = False,
+    ) -> "Transformer":
+        """A model with weights drawn on `device` from N(0, 0.02²), norms zero: for measuring and testing. With `fp8`,
+        linear layers, and with `head` the embedding, are in E4M3, inputs scaled for values up to 20."""
         with torch.device("meta"):
             model = cls(config)
+            if fp8:
+                model.use_fp8(head)
         generator = torch.Generator(device).manual_seed(seed)
-        weights = {}
+        weights, weight_scale = {}, 0.1 / 448
         for name, parameter in model.named_parameters():
-            weight = torch.zeros(parameter.shape, device=device, dtype=dtype)
-            weights[name] = weight if parameter.dim() == 1 else weight.normal_(0, 0.02, generator=generator)
+            if name.endswith("_scale"):
+                weights[name] = torch.tensor(weight_scale if name.endswith("weight_scale") else 20 / 448, device=device)
+                continue
+            weights[name] = weight = torch.zeros(
+                parameter.shape, device=device, dtype=parameter.dtype if fp8 else dtype
+            )
+            if weight.dtype == torch.float32:
+                weights[name] = weight = weight.to(dtype)
+            if weight.dtype == torch.float8_e4m3fn:
+                for rows in weight.split(4096):
+                    values = torch.empty(rows.shape, device=device).normal_(0, 0.02, generator=generator)
+                    rows.copy_(round_fp8(values, weight_scale))
+            elif weight.dim() > 1:
+                weight.normal_(0, 0.02, generator=generator)
         model.load_state_dict(weights, assign=True)
         return model.to(device).requires_grad_(False).eval()
 
