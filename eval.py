@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import DEFAULT_CHECKPOINT, KV_DTYPES, PRECISIONS, Parser, load_model
+from generate import DEFAULT_CHECKPOINT, KV_DTYPES, PRECISIONS, Parser, check_kv_scales, load_model, run_program
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -147,7 +146,7 @@ def _check_window(model: Transformer, window: int):
 # The program
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def program_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="eval.py", description=__doc__)
     add = parser.add_argument
     add("--text", type=Path, required=True, metavar="FILE", help="plain text, or JSON lines (.jsonl) with 'text'")
@@ -161,23 +160,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--against", type=Path, metavar="PATH", help="a reference checkpoint; its KV cache is as its weights")
     add("--against_fp8", action="store_true", help="run the reference's linear layers in FP8")
     add("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
-    for name in ("window", "batch_size"):
-        least = 2 if name == "window" else 1
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    if args.against_fp8 and args.against is None:
-        parser.error("--against_fp8 needs --against")
-    return args
+    return parser
 
 
 def run(args: argparse.Namespace):
+    for name, least in (("window", 2), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if args.against_fp8 and args.against is None:
+        raise ValueError("--against_fp8 needs --against")
+
     def load(path: Path, fp8: bool) -> tuple[Transformer, Tokenizer]:
         return load_model(path, args.device, args.precision, **({"fp8": True} if fp8 else {}))
 
     texts = read_texts(args.text)
     model, tokenizer = load(args.checkpoint_path, args.fp8)
     _check_window(model, args.window)
+    check_kv_scales(model, KV_DTYPES[args.kv_cache_dtype])
     pieces = windows(texts, tokenizer, args.window)
     reference = None
     if args.against is not None:
@@ -201,16 +200,7 @@ def run(args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one line on stderr for what the user can mend."""
-    warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
-    try:
-        run(parse_arguments(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_program(run, program_parser(), argv)
 
 
 if __name__ == "__main__":

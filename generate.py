@@ -239,10 +239,7 @@ class Decoder:
     ):
         self.model, self.batch_size, self.length, self.sampling = model, batch_size, length, sampling
         device = self.device = model.device
-        if kv_dtype == torch.float8_e4m3fn and model.kv_scales_problem:
-            raise ValueError(model.kv_scales_problem)
-        if kv_dtype == torch.float8_e4m3fn and not model.has_kv_scales:
-            warnings.warn("no scaling factors for K and V: 1.0 is used; calibrate.py makes better ones", stacklevel=3)
+        check_kv_scales(model, kv_dtype)
         model.setup_caches(batch_size, length, kv_dtype)
         self.token, self.position, self.count, self.limit = (
             torch.zeros(batch_size, dtype=torch.long, device=device) for _ in range(4)
@@ -404,6 +401,14 @@ class Decoder:
         """New tokens of the first `rows` rows, the stop token included where there is one."""
         counts = self.count.tolist()
         return [row[:count] for row, count in zip(self.output[:rows].tolist(), counts)]
+
+
+def check_kv_scales(model: Transformer, kv_dtype: torch.dtype | None):
+    """Raises ValueError for an E4M3 cache if the file of factors is bad, and warns if there are none for K and V."""
+    if kv_dtype == torch.float8_e4m3fn and model.kv_scales_problem:
+        raise ValueError(model.kv_scales_problem)
+    if kv_dtype == torch.float8_e4m3fn and not model.has_kv_scales:
+        warnings.warn("no scaling factors for K and V: 1.0 is used; calibrate.py makes better ones", stacklevel=3)
 
 
 def _compiled(function: Callable, dynamic: bool | None) -> Callable:
