@@ -8,7 +8,6 @@ import datetime
 import gc
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from statistics import median
 
 import torch
 
+from checkpoint import write_atomically
 from generate import DEFAULT_CHECKPOINT, Stats, copy_bandwidth, generate, load_model, peak_memory
 from model import ModelConfig, Transformer
 
@@ -271,9 +271,8 @@ def main() -> int:
                 {key: row[key] for key in ("model", "batch", "name", "tokens_per_second", "share_of_copy_bandwidth")}
             )
     if args.output:
-        temporary = args.output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, args.output)
+        content = (json.dumps(result, indent=1) + "\n").encode()
+        write_atomically(args.output, lambda out: out.write(content))
     return 0
 
 

@@ -10,6 +10,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 TINY_GEMMA = ROOT / "checkpoints" / "tiny-gemma"
+GREEDY = dict(temperature=0, stop_ids=())
+TEXTS = (  # prompts of different lengths
+    "def fibonacci(n):\n",
+    "import os\n\n\nclass Path:\n    def __init__(self, path):\n",
+    "#",
+    "x = [i for i in",
+)
 
 # hidden 64 and head_dim 24 or 32: head_dim is never hidden / heads. Sequences in the tests have about 40 tokens.
 SIZES = dict(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_GEMMA, copy_tiny_gemma
+from conftest import GREEDY, TEXTS, TINY_GEMMA, copy_tiny_gemma
 
 import calibrate
 import generate as program
@@ -11,7 +11,6 @@ from generate import Stats, generate, load_model
 from model import FP8Linear
 
 pytestmark = pytest.mark.cuda
-GREEDY = dict(temperature=0, stop_ids=())
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +20,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def prompts(tiny):
-    texts = (
-        "def fibonacci(n):\n",
-        "import os\n\n\nclass Path:\n    def __init__(self, path):\n",
-        "#",
-        "x = [i for i in",
-    )
-    return [tiny[1].encode(text) for text in texts]
+    return [tiny[1].encode(text) for text in TEXTS]
 
 
 @pytest.fixture(scope="module")

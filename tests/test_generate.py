@@ -7,13 +7,11 @@ import weakref
 
 import pytest
 import torch
-from conftest import SIZES, TINY_GEMMA, reference_model, save_checkpoint
+from conftest import GREEDY, SIZES, TEXTS, TINY_GEMMA, reference_model, save_checkpoint
 
 import generate as program
 from generate import Decoder, Sampling, Stats, generate, load_model, sample
 from model import ModelConfig, Transformer
-
-GREEDY = dict(temperature=0, stop_ids=())
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +22,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def prompts(tiny):
-    texts = (
-        "def fibonacci(n):\n",
-        "import os\n\n\nclass Path:\n    def __init__(self, path):\n",
-        "#",
-        "x = [i for i in",
-    )
-    return [tiny[1].encode(text) for text in texts]
+    return [tiny[1].encode(text) for text in TEXTS]
 
 
 def small_model(seed: int = 0, dtype=torch.float32) -> Transformer:
