@@ -26,7 +26,7 @@ def test_first_command_prints_text_and_figures():
         [sys.executable, "generate.py"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.startswith(program.DEFAULT_PROMPT)
-    assert len(done.stdout) > 200
+    assert done.stdout[len(program.DEFAULT_PROMPT) :].strip()  # how much there is, the draw decides: it has no seed
     for figure in (
         r"load [\d.]+ s, compile [\d.]+ s, prefill [\d.]+ s \(\d+ tokens\), decode [\d.]+ s",
         r"decode [\d.]+ tokens/s, [\d.]+ GB/s, \d+% of the copy bandwidth \([\d.]+ GB/s\)",
