@@ -176,7 +176,7 @@ def test_compile_from_the_command_line(capsys):
 
 def test_profile_is_a_trace_of_prefill_and_ten_steps(capsys, tmp_path):
     trace = tmp_path / "trace.json"
-    status, _, err = run(capsys, "--profile", trace, "--max_new_tokens", 30)
+    status, _, err = run(capsys, "--profile", trace, "--max_new_tokens", 30, "--temperature", 0)
     assert status == 0, err
     names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
     assert names.count("aten::embedding") == 11
