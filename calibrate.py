@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import SCALES_NAME, fingerprint, fp8_scale_names, write_scales
+from checkpoint import E4M3_MAX, SCALES_NAME, fingerprint, fp8_scale_names, write_scales
 from eval import read_texts, windows
 from generate import DEFAULT_CHECKPOINT, PRECISIONS, Parser, load_model, run_program
 from model import Transformer
 
-E4M3_MAX = 448
 MIN_TOKENS = 64  # fewer say next to nothing about what inputs can be
 
 

@@ -8,11 +8,13 @@ import os
 import struct
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from safetensors import safe_open
@@ -23,8 +25,9 @@ FORMAT, FORMAT_VERSION = "gemma-fast", "1"
 CONVERTED_NAME = "gemma.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WEIGHT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-FP8_DTYPE = "F8_E4M3"
+FP8_DTYPE, E4M3_MAX = "F8_E4M3", 448
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+PIECE, READERS = 1 << 24, 4  # bytes of a tensor that a thread copies at a time, and threads, on the way to a GPU
 SCALES_NAME, SCALES_FORMAT = "fp8_scales.safetensors", "gemma-fast-fp8-scales"
 
 
@@ -334,49 +337,105 @@ def load_weights(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, scales: dict[str, float] | None = None
 ) -> dict[str, torch.Tensor]:
     """The state dict, on `device` in `dtype`. On a CPU a tensor that is stored whole in `dtype` stays a view of the
-    mapped file; every other one is copied once.
+    mapped file; every other one is copied once, in pieces of PIECE bytes.
 
-    With `scales` (of `fp8_scale_names`) linear weights become E4M3 as they are read, a part at a time: the model never
+    With `scales` (of `fp8_scale_names`) linear weights become E4M3 as they are read, a piece at a time: the model never
     exists in both formats. FP8 parts with scales of their own get the largest of them, as in vLLM: those with a smaller
     one are rounded again. Scales of K and V that are not there are 1.0, with a warning. Raises ValueError if a weight's
     scale is not what the weight asks for, or is not a positive number.
     """
-    weights = {}
+    weights, pieces, largest = {}, [], {}
     with ExitStack() as stack:
         files = {tensor.file for tensors in checkpoint.parts.values() for tensor in tensors}
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
         for name, tensors in checkpoint.parts.items():
-            loaded = [opened[tensor.file].get_tensor(tensor.key) for tensor in tensors]
             if name.endswith("_scale"):
-                values = [_scale(tensor, value) for tensor, value in zip(tensors, loaded)]
+                values = [_scale(tensor, opened[tensor.file].get_tensor(tensor.key)) for tensor in tensors]
                 weights[name] = torch.tensor(max(values, default=1.0), device=device)
                 continue
-            scale = None if scales is None else scales.get(name.removesuffix("weight") + "weight_scale")
-            if name == "embedding.weight" and scales is not None:
-                scale = scales.get("head_scales.weight_scale")
-            if scale is not None:
-                check_weight_scale(name, loaded, scale)
-            fp8 = loaded[0].dtype == torch.float8_e4m3fn
-            if len(loaded) == 1 and scale is None:
-                weights[name] = loaded[0].to(device, loaded[0].dtype if fp8 else dtype)
+            scale, own_scales = None if scales is None else scales.get(weight_scale_name(name)), [1.0] * len(tensors)
+            stored_dtype = torch_dtype(tensors[0])
+            if stored_dtype == torch.float8_e4m3fn:
+                if len(tensors) > 1:
+                    own = checkpoint.parts[f"{name}_scale"]
+                    own_scales = [_scale(tensor, opened[tensor.file].get_tensor(tensor.key)) for tensor in own]
+                    scale = max(own_scales)
+            elif scale is not None:
+                largest[name] = []
+            target_dtype = dtype if scale is None and stored_dtype.itemsize > 1 else torch.float8_e4m3fn
+            if len(tensors) == 1 and stored_dtype == target_dtype and device.type == "cpu":
+                weights[name] = opened[tensors[0].file].get_tensor(tensors[0].key)
                 continue
-            own_scales = [1.0] * len(loaded)
-            if fp8:
-                own = checkpoint.parts[f"{name}_scale"]
-                own_scales = [_scale(tensor, opened[tensor.file].get_tensor(tensor.key)) for tensor in own]
-                scale = max(own_scales)
-            target_dtype = dtype if scale is None else torch.float8_e4m3fn
-            rows = sum(len(part) for part in loaded)
-            weights[name] = torch.empty(rows, *loaded[0].shape[1:], device=device, dtype=target_dtype)
-            for part, own_scale, target in zip(loaded, own_scales, weights[name].split([len(part) for part in loaded])):
-                if scale is None or (fp8 and own_scale == scale):
-                    target.copy_(part)
-                    continue
-                for rows_in, rows_out in zip(part.split(4096), target.split(4096)):  # 4096 rows in float32 at a time
-                    rows_out.copy_(round_fp8(rows_in.to(device).float() * own_scale, scale))
+            rows = [tensor.shape[0] for tensor in tensors]
+            weights[name] = torch.empty(sum(rows), *tensors[0].shape[1:], device=device, dtype=target_dtype)
+            for tensor, own_scale, target in zip(tensors, own_scales, weights[name].split(rows)):
+                if target_dtype == torch.float8_e4m3fn and (
+                    stored_dtype.itemsize > 1 or (scale is not None and own_scale != scale)
+                ):
+                    convert = partial(_quantised, own_scale=own_scale, scale=scale, largest=largest.get(name))
+                else:
+                    convert = None
+                step = max(1, PIECE * tensor.shape[0] // tensor.size)
+                for start in range(0, tensor.shape[0], step):
+                    pieces.append((tensor, start, target[start : start + step], convert))
+        _copy_pieces(pieces, opened, device)
+    for name, values in largest.items():
+        check_weight_scale(name, torch.stack(values).max().item(), scales[weight_scale_name(name)])
     if without := [name for name, tensors in checkpoint.parts.items() if not tensors]:
         warnings.warn(f"{checkpoint.directory} lacks {_some(without)}: 1.0 is used", stacklevel=3)
     return weights
+
+
+def weight_scale_name(name: str) -> str:
+    """Of the parameter `name`, in `fp8_scale_names`."""
+    return "head_scales.weight_scale" if name == "embedding.weight" else f"{name}_scale"
+
+
+def torch_dtype(tensor: StoredTensor) -> torch.dtype:
+    return torch.float8_e4m3fn if tensor.dtype == FP8_DTYPE else DTYPES[tensor.dtype]
+
+
+def _quantised(rows: torch.Tensor, own_scale: float, scale: float, largest: list | None) -> torch.Tensor:
+    if largest is not None:
+        largest.append(rows.abs().max().float())
+    return round_fp8(rows.float() * own_scale, scale)
+
+
+def _copy_pieces(pieces: list, opened: dict, device: torch.device):
+    """Copies (stored tensor, first row, target rows, conversion or None) for each of `pieces`.
+
+    To a GPU through pinned buffers and a few threads: a mapped file's pages would be copied one by one.
+    """
+    if device.type != "cuda":
+        for tensor, start, target, convert in pieces:
+            rows = opened[tensor.file].get_slice(tensor.key)[start : start + len(target)]
+            target.copy_(rows if convert is None else convert(rows))
+        return
+    buffers = SimpleQueue()
+    for _ in range(READERS):
+        buffers.put(torch.empty(PIECE, dtype=torch.uint8, pin_memory=True))
+
+    def copy(piece):
+        tensor, start, target, convert = piece
+        row = tensor.size // tensor.shape[0]
+        size = row * len(target)
+        buffer = buffers.get() if size <= PIECE else torch.empty(size, dtype=torch.uint8)
+        try:
+            with open(tensor.file, "rb", buffering=0) as f:
+                f.seek(tensor.bytes[0] + start * row)
+                if f.readinto(buffer[:size].numpy()) != size:
+                    raise ValueError(f"{tensor.file} became shorter while it was read")
+            with torch.no_grad():
+                rows = buffer[:size].to(device, non_blocking=True).view(torch_dtype(tensor)).view(target.shape)
+                target.copy_(rows if convert is None else convert(rows))
+                torch.cuda.current_stream(device).synchronize()  # before the buffer's next use
+        finally:
+            if size <= PIECE:
+                buffers.put(buffer)
+
+    with ThreadPoolExecutor(READERS) as threads:
+        for _ in threads.map(copy, pieces):  # raises what a thread raised
+            pass
 
 
 def _scale(tensor: StoredTensor, value: torch.Tensor) -> float:
@@ -407,9 +466,9 @@ def fp8_scale_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def check_weight_scale(name: str, parts: list[torch.Tensor], scale: float):
-    """Raises ValueError if the largest of a weight's values is not what its scale says."""
-    largest = max(part.abs().max().item() for part in parts) / 448
+def check_weight_scale(name: str, largest: float, scale: float):
+    """Raises ValueError if the largest of a weight's absolute values is not what its scale says."""
+    largest /= E4M3_MAX
     if not 0.99 * largest <= scale <= 1.01 * largest:
         raise ValueError(
             f"{SCALES_NAME} is of another model: {name} asks for the scale {largest:.3g}, it says {scale:.3g}; "
