@@ -11,11 +11,11 @@ import secrets
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny-gemma"
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 MAX_BATCH = 64  # rows that run at once where --batch_size doesn't say
 CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
+STOP_IDS = 16  # at most
 LENGTH_STEP = 64  # caches have a multiple of this length: fewer different shapes to compile
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,19 +185,22 @@ def sample(
     top_k: int = 0,
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
+    limit: Tensor | None = None,
 ) -> Tensor:
     """Draws a token [B] for each row of logits [B, V] by inverting its cumulative distribution at noise [B] in [0, 1).
 
-    Nothing is read by the host. A top_p or min_p of None is off. Double precision keeps sums over a whole vocabulary
+    Nothing is read by the host. A top_p or min_p of None is off. Of the top_k only the first `limit` count. Double precision keeps sums over a whole vocabulary
     exact to well below the noise's own resolution.
     """
     tokens = None
-    if 0 < top_k < logits.shape[-1]:
+    if 0 < top_k <= logits.shape[-1]:
         logits, tokens = logits.topk(top_k)  # largest first
     elif top_p is not None:
         logits, tokens = logits.sort(descending=True)
     # The largest is taken off first: dividing by a tiny temperature then overflows to -inf, never to NaN.
     logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
+    if limit is not None:
+        logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= limit, float("-inf"))
     probabilities = logits.softmax(-1)
     if top_p is not None:  # a token stays if those before it do not reach top_p: the first always does
         before = probabilities.cumsum(-1) - probabilities
@@ -217,13 +221,110 @@ def _noise(seed: int, prompt: int, sample_index: int, count: int) -> list[float]
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
+TOP_K_STEP = 256  # top_k is rounded up to a multiple for the device, which then counts the first top_k of them
+
+
+class Draw(NamedTuple):
+    """What of `Sampling` shapes the computation of a step; values are the device's, and may change between runs."""
+
+    greedy: bool
+    top_k: int  # a multiple of TOP_K_STEP; 0: the whole vocabulary
+    sort: bool  # the whole vocabulary, for top-p
+    penalise: bool
+
+    @classmethod
+    def of(cls, sampling: Sampling, vocab_size: int) -> "Draw":
+        if sampling.temperature == 0:
+            return cls(True, 0, False, sampling.repetition_penalty != 1)
+        top_k = min(-(-sampling.top_k // TOP_K_STEP) * TOP_K_STEP, vocab_size) if sampling.top_k < vocab_size else 0
+        return cls(False, top_k, top_k == 0 and sampling.top_p < 1, sampling.repetition_penalty != 1)
+
+
+@dataclass
+class State:
+    """What a decode step reads and writes, all on the device, for B rows of at most L tokens.
+
+    A row that is done keeps its position and count: what it still writes lies behind its results.
+    """
+
+    token: Tensor  # [B], each row's newest
+    position: Tensor  # [B], how many of its tokens are in the KV cache
+    output: Tensor  # [B, L + 1], its new tokens
+    count: Tensor  # [B], how many they are
+    limit: Tensor  # [B], how many they may be
+    done: Tensor  # [B], bool
+    noise: Tensor  # [B, L + 1], float64 in [0, 1), one for each new token
+    seen: Tensor | None  # [B, V], bool: what repetition_penalty is for
+    settings: Tensor  # [5], float64: Sampling's values in their order
+    stop_ids: Tensor  # [STOP_IDS], -1 where there is none
+    log: Tensor  # [L + 1, 3], a row a step: whether all rows are done; count and token of the first row
+    step: Tensor  # [1], the log's next row
+
+    @classmethod
+    def empty(cls, batch_size: int, length: int, device: torch.device) -> "State":
+        def zeros(*shape, dtype=torch.long):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            token=zeros(batch_size),
+            position=zeros(batch_size),
+            output=zeros(batch_size, length + 1),
+            count=zeros(batch_size),
+            limit=zeros(batch_size),
+            done=torch.ones(batch_size, dtype=torch.bool, device=device),
+            noise=zeros(batch_size, length + 1, dtype=torch.float64),
+            seen=None,
+            settings=zeros(5, dtype=torch.float64),
+            stop_ids=zeros(STOP_IDS),
+            log=zeros(length + 1, 3),
+            step=zeros(1),
+        )
+
+    def rows(self, count: int) -> "State":
+        """The first `count` rows, in the same memory."""
+        shared = ("settings", "stop_ids", "log", "step")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return State(**{k: v if k in shared or v is None else v[:count] for k, v in values.items()})
+
+
+def decode_step(model: Transformer, state: State, draw: Draw):
+    """One token for each row."""
+    logits = model(state.token[:, None], state.position)
+    state.position += ~state.done
+    emit(state, logits, draw)
+
+
+def emit(state: State, logits: Tensor, draw: Draw):
+    """Draws a token for each row from logits [B, V] and records it where the row is not done."""
+    temperature, top_k, top_p, min_p, repetition_penalty = state.settings
+    column = state.count[:, None]
+    if draw.penalise:
+        penalised = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+        logits = torch.where(state.seen, penalised.float(), logits)
+    if draw.greedy:
+        token = logits.argmax(-1)
+    else:
+        noise = state.noise.gather(1, column)[:, 0]
+        limit = top_k if draw.top_k else None
+        filters = (top_p, min_p) if draw.top_k or draw.sort else (None, min_p)
+        token = sample(logits, noise, temperature, draw.top_k, *filters, limit=limit)
+    if draw.penalise:
+        state.seen.scatter_(1, token[:, None], True)
+    state.token.copy_(token)
+    state.output.scatter_(1, column, token[:, None])  # a row that is done writes behind its last token
+    state.count += ~state.done
+    state.done |= (token[:, None] == state.stop_ids).any(-1) | (state.count >= state.limit)
+    status = torch.stack((state.done.all(), state.count[0], token[0]))
+    state.log.index_copy_(0, state.step, status[None])
+    state.step += 1
+
 
 class Decoder:
-    """The decode state of `batch_size` rows of at most `length` tokens, allocated once, and the step that advances it.
+    """Decode state and KV cache of up to `batch_size` rows of at most `length` tokens, allocated once, and what
+    advances them. It may serve many runs: prompts, sampling and, on a GPU, the number of rows change between them.
 
-    Everything that a step reads or writes is on the device: token [B] is each row's newest, position [B] the number of
-    its tokens in the KV cache, output [B, length + 1] its new tokens, count [B] how many they are, limit [B] how many
-    they may be. A row that is done [B] keeps its position and count: what it still writes lies behind its results.
+    `compile` records the decode step as one CUDA graph, once for each number of rows and `Draw`, all in one memory pool;
+    on a CPU torch.compile makes the step. `compile_prefill` does so with prefill, for prompts padded to a power of two.
     """
 
     def __init__(
@@ -231,176 +332,263 @@ class Decoder:
         model: Transformer,
         batch_size: int,
         length: int,
-        sampling: Sampling,
-        stop_ids: tuple[int, ...],
         kv_dtype: torch.dtype | None = None,
         compile: bool = False,
         compile_prefill: bool = False,
     ):
-        self.model, self.batch_size, self.length, self.sampling = model, batch_size, length, sampling
-        device = self.device = model.device
         check_kv_scales(model, kv_dtype)
-        model.setup_caches(batch_size, length, kv_dtype)
-        self.token, self.position, self.count, self.limit = (
-            torch.zeros(batch_size, dtype=torch.long, device=device) for _ in range(4)
-        )
-        self.output = torch.zeros(batch_size, length + 1, dtype=torch.long, device=device)
-        self.done = torch.ones(batch_size, dtype=torch.bool, device=device)
-        self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
-        self.status = torch.zeros(3, dtype=torch.long, device=device)  # all done?, count and token of the first row
+        self.batch_size, self.length, self.kv_dtype = batch_size, length, kv_dtype
+        self.compile, self.compile_prefill = compile, compile_prefill
+        self.device = model.device
+        with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
+            self.caches = model.new_caches(batch_size, length, kv_dtype)
+            self.all = self.state = State.empty(batch_size, length, self.device)
+            self.log = torch.zeros_like(self.all.log, device="cpu", pin_memory=self.device.type == "cuda")
+        self.draw = Draw(True, 0, False, False)
+        self.steps, self.prefills, self.pool = {}, {}, None
+        if self.device.type == "cuda":
+            self.streams = [torch.cuda.Stream(self.device) for _ in range(2)]
+        # Functions, not methods of self: without a cycle, memory is free as soon as the decoder is.
+        self._step, self._prefill = decode_step, Transformer.forward
+        if self.device.type == "cpu":
+            self._step = _compiled(decode_step, dynamic=False) if compile else decode_step
+            self._prefill = _compiled(Transformer.forward, dynamic=None) if compile_prefill else Transformer.forward
 
-        # Settings are tensors so that a compiled step serves any; what is off is None and costs nothing.
-        def setting(value: float, off: float) -> Tensor | None:
-            return None if value == off else torch.tensor(value, dtype=torch.float64, device=device)
-
-        self.temperature, self.top_p = setting(sampling.temperature, 0), setting(sampling.top_p, 1)
-        self.min_p, self.repetition_penalty = setting(sampling.min_p, 0), setting(sampling.repetition_penalty, 1)
-        self.noise = self.seen = None
-        if self.temperature is not None:
-            self.noise = torch.zeros(batch_size, length + 1, dtype=torch.float64, device=device)
-        if self.repetition_penalty is not None:
-            self.seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool, device=device)
-
-        # Not bound to self: without a cycle, memory is free as soon as the decoder is.
-        self._step, self._prefill = Decoder._eager_step, model.forward
-        self.compile_prefill = compile_prefill
-        if not compile and 2 * model.weight_bytes < free_memory(device):
+    def start(self, model: Transformer, rows: int, sampling: Sampling, stop_ids: tuple[int, ...]):
+        """Readies the first `rows` rows of the state and the KV cache for a run; compiles or records what is not yet."""
+        if len(stop_ids) > STOP_IDS:
+            raise ValueError(f"{len(stop_ids)} stop ids are given; at most {STOP_IDS} can be")
+        model.attach_caches([cache.rows(rows) for cache in self.caches])
+        self.draw = Draw.of(sampling, model.config.vocab_size)
+        if self.draw.penalise and self.all.seen is None:
+            with torch.inference_mode(False):
+                shape = (self.batch_size, model.config.vocab_size)
+                self.all.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        self.state = self.all.rows(rows)
+        self.state.settings.copy_(torch.tensor(astuple(sampling), dtype=torch.float64))
+        self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (STOP_IDS - len(stop_ids)))))
+        self.state.step.zero_()
+        if self.device.type == "cpu" and not self.compile and 2 * model.weight_bytes < free_memory(self.device):
             model.pack()
+        if not self.compile and not self.compile_prefill:
+            return
         try:
-            if compile_prefill:
-                self._prefill = _compiled(model.forward, dynamic=None)
-                self.prefill([[0] * min(8, length)], [[0.0]], 1)
-            if compile:
-                self._step = _compiled(Decoder._eager_step, dynamic=False)
-                self._warm_up()
+            if self.compile and (rows, self.draw) not in self.steps:
+                self.steps[rows, self.draw] = self._make_step(model)
+            if self.compile_prefill and self.device.type == "cpu" and rows not in self.prefills:
+                self.prefill(model, [[0] * min(8, self.length)], [[0.0]], 1)
+                self.prefills[rows] = None
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from None
             if "InvalidCxxCompiler" not in f"{error!r}{error.__cause__!r}":
                 raise
             raise ValueError("--compile needs a C++ compiler: install g++ or leave it out") from None
 
-    def _eager_step(self):
-        logits = self.model(self.token[:, None], self.position)
-        self.position += ~self.done
-        self._emit(logits)
-
-    def _emit(self, logits: Tensor):
-        """Draws a token for each row from logits [B, V] and records it where the row is not done."""
-        column = self.count[:, None]
-        if self.seen is not None:
-            penalised = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
-            logits = torch.where(self.seen, penalised.float(), logits)
-        if self.temperature is None:
-            token = logits.argmax(-1)
-        else:
-            noise = self.noise.gather(1, column)[:, 0]
-            token = sample(logits, noise, self.temperature, self.sampling.top_k, self.top_p, self.min_p)
-        if self.seen is not None:
-            self.seen.scatter_(1, token[:, None], True)
-        self.token.copy_(token)
-        self.output.scatter_(1, column, token[:, None])  # a row that is done writes behind its last token
-        self.count += ~self.done
-        self.done |= (token[:, None] == self.stop_ids).any(-1) | (self.count >= self.limit)
-        self.status.copy_(torch.stack((self.done.all(), self.count[0], token[0])))
-
-    def _warm_up(self):
-        """Compiles the step; on CUDA also records it as one graph, which is then all that the host launches.
+    def _make_step(self, model: Transformer) -> "torch.cuda.CUDAGraph | None":
+        """Compiles the step for this number of rows and this draw; on CUDA also records it as one graph.
 
         All rows are done meanwhile: what a step writes then is one cache slot, which prefill or the row's next token
         overwrites.
         """
-        self.done.fill_(True)
-        if self.device.type != "cuda":
-            # Inductor then knows the weights and packs them: 1.5 times as fast on 2 cores with AVX512-BF16.
+        self.state.done.fill_(True)
+        if self.device.type == "cuda":
+            graph = self._record(lambda: self._step(model, self.state, self.draw))
+        else:  # Inductor then knows the weights and packs them: 1.5 times as fast on 2 cores with AVX512-BF16.
+            graph = None
             with torch._inductor.config.patch(freezing=True):
-                self._step(self)
-            return
-        stream = torch.cuda.Stream()
+                self._step(model, self.state, self.draw)
+        self.state.step.zero_()
+        return graph
+
+    def _record(self, run: Callable):
+        """One CUDA graph of what `run` launches. It runs twice before: kernels are compiled, libraries take memory."""
+        stream = self.streams[0]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._step(self)
+                run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step(self)
-        self._step = lambda _: graph.replay()
+        with torch.cuda.graph(graph, pool=self.pool):
+            run()
+        self.pool = graph.pool()
+        return graph
 
-    def prefill(self, prompts: list[list[int]], noise: list[list[float]], max_new_tokens: int, cached: int = 0):
-        """Starts a row for each prompt (at most batch_size; the other rows stay idle) and draws its first new token.
+    def prefill(
+        self,
+        model: Transformer,
+        prompts: list[list[int]],
+        noise: list[list[float]],
+        max_new_tokens: int,
+        cached: int = 0,
+    ):
+        """Starts a row for each prompt (at most those of `start`; the other rows stay idle) and draws its first token.
 
         `cached` tokens of every row are in the KV cache already and the prompts continue them.
         """
-        idle = self.batch_size - len(prompts)
+        state = self.state
+        idle = len(state.token) - len(prompts)
         prompts = prompts + [prompts[0][:1]] * idle
         width = max(map(len, prompts))
-        if self.compile_prefill:
+        if self.compile_prefill and self.device.type == "cuda":
+            width = min(max(16, 1 << (width - 1).bit_length()), self.length)
+        elif self.compile_prefill:
             width = max(width, 2)  # a length of 1 would be compiled apart
         # A row's own token as padding: none that repetition_penalty would count as seen
         tokens = torch.tensor([prompt + prompt[:1] * (width - len(prompt)) for prompt in prompts]).to(self.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts]).to(self.device)
         position = torch.full_like(lengths, cached) if cached else None
-        if self.compile_prefill:
+        if self.compile_prefill and self.device.type == "cpu":
             torch._dynamo.mark_dynamic(tokens, 1)
-        logits = self._prefill(tokens, position, lengths)
-        self.position.copy_(lengths + cached)
-        self.count.zero_()
-        self.limit.fill_(max_new_tokens)
-        self.done.copy_(torch.arange(self.batch_size) >= self.batch_size - idle)
-        if self.noise is not None:
+        if self.compile_prefill and self.device.type == "cuda" and not cached:
+            logits = self._recorded_prefill(model, tokens, lengths)
+        else:
+            logits = self._prefill(model, tokens, position, lengths)
+        state.position.copy_(lengths + cached)
+        state.count.zero_()
+        state.limit.fill_(max_new_tokens)
+        state.done.copy_(torch.arange(len(prompts)) >= len(prompts) - idle)
+        state.step.zero_()
+        if not self.draw.greedy:
             noise = torch.tensor(noise, dtype=torch.float64)
-            self.noise[: len(noise), : noise.shape[1]] = noise.to(self.device)
-        if self.seen is not None:
+            state.noise[: len(noise), : noise.shape[1]] = noise.to(self.device)
+        if self.draw.penalise:
             if not cached:
-                self.seen.zero_()
-            self.seen.scatter_(1, tokens, True)
-        self._emit(logits)
+                state.seen.zero_()
+            state.seen.scatter_(1, tokens, True)
+        emit(state, logits, self.draw)
 
-    def decode(self, steps: int, on_token: Callable[[int], None] | None = None, on_step=None) -> int:
+    def _recorded_prefill(self, model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
+        if tokens.shape not in self.prefills:
+            tokens, lengths = tokens.clone(), lengths.clone()
+            result = []
+
+            def run():
+                result[:] = [model(tokens, None, lengths)]
+
+            self.prefills[tokens.shape] = self._record(run), tokens, lengths, result[0]
+        graph, tokens_in, lengths_in, logits = self.prefills[tokens.shape]
+        tokens_in.copy_(tokens)
+        lengths_in.copy_(lengths)
+        graph.replay()
+        return logits
+
+    def decode(
+        self,
+        model: Transformer,
+        steps: int,
+        on_token: Callable[[int], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
+        check: str = "ping-pong",
+    ) -> int:
         """Steps until every row is done, `steps` times at most; returns how many there were.
 
-        on_token gets the first row's tokens, the one that prefill drew included. On CUDA the host reads the status of
-        the step before while a step runs, so that the device never waits; the one step too many writes nothing.
+        on_token gets the first row's tokens, the one that prefill drew included. `check`, for the benchmark: whether all
+        rows are done is read "ping-pong" as below, after "every" step, or "never".
+
+        On CUDA two streams take turns. Step i waits, on the device, for the event that step i - 1 records behind its
+        last kernel; behind that event comes the copy of the step's row of the log to the host, which runs beside step i,
+        and then another event, on which the host waits before it reads the row. It reads row i - 1 while step i runs,
+        so that the device never waits for it. Every step has a row of its own on both sides: none is overwritten while
+        it is copied or read. The one step too many writes nothing: its rows are done.
         """
-        lag = 1 if self.device.type == "cuda" else 0
-        pinned = [torch.empty_like(self.status, device="cpu", pin_memory=lag > 0) for _ in range(lag + 1)]
-        events = [torch.cuda.Event() for _ in pinned] if lag else []
-        pending, delivered, taken = deque(), 0, 0
+        graph = self.steps.get((len(self.state.token), self.draw))
+        step = graph.replay if graph is not None else partial(self._step, model, self.state, self.draw)
+        delivered = 0
 
-        def publish():
-            slot = taken % len(pinned)
-            pinned[slot].copy_(self.status, non_blocking=True)
-            if events:
-                events[slot].record()
-            pending.append(slot)
-
-        def finished() -> bool:
+        def all_done(i: int) -> bool:
             nonlocal delivered
-            slot = pending.popleft()
-            if events:
-                events[slot].synchronize()
-            all_done, count, token = pinned[slot].tolist()
+            done, count, token = self.log[i].tolist()
             if on_token is not None and count > delivered:
                 on_token(token)
             delivered = count
-            return bool(all_done)
+            return bool(done)
 
-        publish()
+        if self.device.type == "cpu":
+            for taken in range(steps + 1):
+                self.log[taken].copy_(self.state.log[taken])
+                if all_done(taken) or taken == steps:
+                    return taken
+                if on_step is not None:
+                    on_step(taken + 1)
+                step()
+
+        stepped, landed = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
+        before = torch.cuda.current_stream()
+
+        def publish(i: int):
+            stepped[i % 2].record()
+            if check != "never":
+                self.log[i].copy_(self.state.log[i], non_blocking=True)
+                landed[i % 2].record()
+
+        taken = 0
+        self.streams[0].wait_stream(before)
+        with torch.cuda.stream(self.streams[0]):
+            publish(0)
         while taken < steps:
-            if len(pending) > lag and finished():
-                break
+            if check == "every" or (check == "ping-pong" and taken > 0):
+                i = taken if check == "every" else taken - 1
+                with torch.cuda.nvtx.range("stop check"):
+                    landed[i % 2].synchronize()
+                    if all_done(i):
+                        break
             if on_step is not None:
                 on_step(taken + 1)
-            self._step(self)
             taken += 1
-            publish()
-        while pending:
-            finished()
+            with torch.cuda.stream(self.streams[taken % 2]), torch.cuda.nvtx.range("decode step"):
+                stepped[(taken - 1) % 2].wait()
+                step()
+                publish(taken)
+        for stream in self.streams:
+            before.wait_stream(stream)
+        if check == "never":
+            self.log.copy_(self.state.log)
+        torch.cuda.synchronize(self.device)
+        for i in range(max(0, taken - 1), taken + 1):
+            all_done(i)
         return taken
 
     def results(self, rows: int) -> list[list[int]]:
         """New tokens of the first `rows` rows, the stop token included where there is one."""
-        counts = self.count.tolist()
-        return [row[:count] for row, count in zip(self.output[:rows].tolist(), counts)]
+        counts = self.state.count.tolist()
+        return [row[:count] for row, count in zip(self.state.output[:rows].tolist(), counts)]
+
+
+def _padded_rows(rows: int) -> int:
+    """How many rows a graph is recorded for: a power of two, or a multiple of 64."""
+    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
+
+
+def decoder_for(
+    model: Transformer,
+    rows: int,
+    length: int,
+    kv_dtype: torch.dtype | None = None,
+    compile: bool = False,
+    compile_prefill: bool = False,
+) -> Decoder:
+    """The model's decoder if it fits the arguments, else a new one in its place.
+
+    Where steps are graphs and attention reads what a row has, a larger one does: lengths and rows are rounded up to a
+    power of two, so that a prompt of another length seldom needs a new one.
+    """
+    roomy = compile and model.device.type == "cuda"
+    held, config = model.decoder, model.config
+    if held is not None and (held.kv_dtype, held.compile, held.compile_prefill) == (kv_dtype, compile, compile_prefill):
+        if (held.batch_size, held.length) == (rows, length):
+            return held
+        if roomy and held.batch_size >= rows and held.length >= length:
+            return held
+    model.decoder = held = None  # freed first
+    model.attach_caches([None] * config.n_layers)
+    if roomy:
+        more = _padded_rows(rows), min(max(512, 1 << (length - 1).bit_length()), config.context_length)
+        if model.cache_bytes(*more, kv_dtype) < free_memory(model.device) // 2:
+            rows, length = more
+    model.decoder = Decoder(model, rows, length, kv_dtype, compile, compile_prefill)
+    return model.decoder
 
 
 def check_kv_scales(model: Transformer, kv_dtype: torch.dtype | None):
@@ -464,6 +652,7 @@ def generate(
     compile_prefill: bool = False,
     on_token: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
+    stop_check: str = "ping-pong",
     stats: Stats | None = None,
 ) -> list[list[int]]:
     """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; returns the new token ids.
@@ -472,7 +661,8 @@ def generate(
     stop id (default: the model's; () never stops) keeps it as its last token. At most batch_size rows run at once,
     those of similar length together; a row's result does not depend on the others, nor its noise (drawn from `seed`,
     the prompt's index and the sample's) on the device. Settings are `Sampling`'s. on_token gets the tokens of a single
-    row as they come; on_step(i) is called before prefill (0) and before each decode step; `stats` is added to.
+    row as they come; on_step(i) is called before prefill (0) and before each decode step; stop_check is for the
+    benchmark (`Decoder.decode`); `stats` is added to.
 
     Raises ValueError for an empty prompt, an unknown token id, a prompt too long for the context, a setting out of its
     range, or too little memory, saying which.
@@ -508,7 +698,10 @@ def generate(
     results: dict[tuple[int, int], list[int]] = {}
     try:
         start = _now(device)
-        decoder = Decoder(model, batch_size, length, sampling, stop_ids, kv_cache_dtype, compile, compile_prefill)
+        decoder = decoder_for(model, batch_size, length, kv_cache_dtype, compile, compile_prefill)
+        graphs = compile and device.type == "cuda"
+        padded = min(_padded_rows(batch_size), decoder.batch_size) if graphs else batch_size
+        decoder.start(model, padded, sampling, stop_ids)
         stats.compile_seconds += _now(device) - start
         for i in range(0, len(rows), batch_size):
             turn = rows[i : i + batch_size]
@@ -516,9 +709,9 @@ def generate(
             start = _now(device)
             if on_step is not None:
                 on_step(0)
-            decoder.prefill([prompts[row[0]] for row in turn], noise, max_new_tokens)
+            decoder.prefill(model, [prompts[row[0]] for row in turn], noise, max_new_tokens)
             prefilled = _now(device)
-            steps = decoder.decode(max_new_tokens - 1, on_token, on_step)
+            steps = decoder.decode(model, max_new_tokens - 1, on_token, on_step, stop_check)
             end = _now(device)
             results.update(zip(turn, decoder.results(len(turn))))
 
@@ -557,7 +750,7 @@ def check_context(model: Transformer, prompt_tokens: int, max_new_tokens: int, w
 def _check_run_memory(model, batch_size: int, length: int, longest: int, kv_dtype, sampling: Sampling):
     """KV cache, decode state, and the largest activations of prefill (the feed-forward layer's, some at once)."""
     config = model.config
-    held = sum(2 * layer.attention.cache.k.nbytes for layer in model.layers if layer.attention.cache is not None)
+    held = 0 if model.decoder is None else sum(2 * cache.k.nbytes for cache in model.decoder.caches)
     cache = max(0, model.cache_bytes(batch_size, length, kv_dtype) - held)
     activations = batch_size * longest * (3 * config.intermediate_size + 4 * config.hidden_size) * model.dtype.itemsize
     logits = batch_size * config.vocab_size * (4 if sampling.temperature == 0 else 24)
@@ -694,16 +887,8 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sam
     """A conversation on stdin and stdout. Each turn's prefill covers what is new since the one before."""
     length = min(model.config.context_length, CHAT_LENGTH)
     _check_run_memory(model, 1, length, min(length, 1024), KV_DTYPES[args.kv_cache_dtype], sampling)
-    decoder = Decoder(
-        model,
-        1,
-        length,
-        sampling,
-        model.config.stop_ids,
-        KV_DTYPES[args.kv_cache_dtype],
-        args.compile,
-        args.compile_prefill,
-    )
+    decoder = decoder_for(model, 1, length, KV_DTYPES[args.kv_cache_dtype], args.compile, args.compile_prefill)
+    decoder.start(model, 1, sampling, model.config.stop_ids)
     cached, unread, turn = 0, [], 0  # tokens in the cache; the model's last token, which is not
     while True:
         try:
@@ -722,8 +907,8 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sam
             continue
         stream = tokenizer.stream()
         noise = [_noise(seed, turn, 0, args.max_new_tokens)] if sampling.temperature else []
-        decoder.prefill([tokens], noise, args.max_new_tokens, cached)
-        decoder.decode(args.max_new_tokens - 1, partial(_print_token, stream, model.config.stop_ids))
+        decoder.prefill(model, [tokens], noise, args.max_new_tokens, cached)
+        decoder.decode(model, args.max_new_tokens - 1, partial(_print_token, stream, model.config.stop_ids))
         print(stream.end(), flush=True)
         (answer,) = decoder.results(1)
         cached += len(tokens) + len(answer) - 1

@@ -5,6 +5,7 @@ H query heads, K key/value heads, D head_dim, V vocabulary.
 """
 
 import importlib.util
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -285,6 +286,12 @@ class KVCache:
         self.k_scale = self.v_scale = 1.0  # real = stored * scale
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def rows(self, count: int) -> "KVCache":
+        """The first `count` rows, in the same memory."""
+        view = copy(self)
+        view.k, view.v = self.k[:count], self.v[:count]
+        return view
 
     def held_positions(self, end: Tensor) -> Tensor:
         """[B, S]: the position of the token in each slot once each row has `end` [B] tokens; negative where none is."""
@@ -640,6 +647,7 @@ class Transformer(nn.Module):
     packed_head: PackedWeight | None = None
     has_kv_scales = False  # whether the layers' kv_scales were calibrated
     kv_scales_problem: str | None = None  # what is wrong with the file that they should have come from
+    decoder = None  # `generate`'s, kept from run to run with the KV cache
     te_version: str | None = None  # of TransformerEngine, if prefill runs on it
 
     def __init__(self, config: ModelConfig):
@@ -768,21 +776,30 @@ class Transformer(nn.Module):
         slots = sum(self._slots(layer, length) for layer in range(self.config.n_layers))
         return 2 * batch_size * slots * self.config.n_kv_heads * self.config.head_dim * (dtype or self.dtype).itemsize
 
-    def setup_caches(self, batch_size: int, length: int, dtype: torch.dtype | None = None):
-        """Allocates the KV caches for batch_size rows of at most `length` tokens, in `dtype` (None: the weights').
+    def new_caches(self, batch_size: int, length: int, dtype: torch.dtype | None = None) -> list[KVCache]:
+        """KV caches for batch_size rows of at most `length` tokens, in `dtype` (None: the weights'), one a layer."""
+        config, dtype, caches = self.config, dtype or self.dtype, []
+        with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
+            for index, layer in enumerate(self.layers):
+                slots = self._slots(index, length)
+                cache = KVCache(batch_size, config.n_kv_heads, slots, config.head_dim, dtype, self.device)
+                if dtype == torch.float8_e4m3fn:  # E5M2 has the range to do without
+                    cache.k_scale, cache.v_scale = layer.attention.kv_scales
+                caches.append(cache)
+        return caches
 
-        Caches of these very sizes are kept: what they hold from an earlier run is never seen by a later one.
-        """
-        config, dtype = self.config, dtype or self.dtype
-        for index, layer in enumerate(self.layers):
-            slots, cache = self._slots(index, length), layer.attention.cache
-            if cache is None or (cache.k.shape[0], cache.slots, cache.dtype) != (batch_size, slots, dtype):
-                layer.attention.cache = cache = None  # freed first
-                with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
-                    cache = KVCache(batch_size, config.n_kv_heads, slots, config.head_dim, dtype, self.device)
-                layer.attention.cache = cache
-            if dtype == torch.float8_e4m3fn:  # E5M2 has the range to do without
-                cache.k_scale, cache.v_scale = layer.attention.kv_scales
+    def attach_caches(self, caches: list[KVCache | None]):
+        for layer, cache in zip(self.layers, caches):
+            layer.attention.cache = cache
+
+    def setup_caches(self, batch_size: int, length: int, dtype: torch.dtype | None = None):
+        """Gives every layer a cache of `new_caches`. Caches of these very sizes are kept: what they hold from an earlier
+        run is never seen by a later one."""
+        held = self.layers[0].attention.cache, self.layers[-1].attention.cache
+        wanted = [(batch_size, self._slots(i, length), dtype or self.dtype) for i in (0, self.config.n_layers - 1)]
+        if None in held or [(len(cache.k), cache.slots, cache.dtype) for cache in held] != wanted:
+            self.attach_caches([None] * self.config.n_layers)  # freed first
+            self.attach_caches(self.new_caches(batch_size, length, dtype))
 
     def _slots(self, layer: int, length: int) -> int:
         return min(self.config.window, length) if self.config.is_local(layer) else length

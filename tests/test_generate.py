@@ -105,21 +105,20 @@ def test_cache_dtype(tiny, prompts, kv_dtype):
 
 def test_conversation_behind_its_cache_is_the_conversation_at_once(tiny):
     model, tokenizer = tiny
-    decoder = Decoder(model, 1, 256, Sampling(temperature=0), ())
+    decoder = Decoder(model, 1, 256)
     turns = [tokenizer.encode("def add(a, b):\n"), tokenizer.encode("class A:\n", bos=False), [300]]
     history, cached = [], 0
     with torch.inference_mode():
         for turn in turns:
             unread = history[cached:] + turn
-            decoder.prefill([unread], [], 10, cached)
-            decoder.decode(9)
+            decoder.start(model, 1, Sampling(temperature=0), ())
+            decoder.prefill(model, [unread], [], 10, cached)
+            decoder.decode(model, 9)
             (answer,) = decoder.results(1)
             history += turn
             assert answer == generate(model, [history], 10, **GREEDY)[0]
             model_length = len(history) + len(answer) - 1
             history, cached = history + answer, model_length
-            decoder = Decoder(model, 1, 256, Sampling(temperature=0), ())  # generate() took the caches
-            decoder.prefill([history[:cached]], [], 1)
 
 
 # --- against the reference
@@ -246,9 +245,10 @@ def test_a_decoder_is_freed_as_soon_as_nobody_uses_it(compile):
         gc.disable()
         try:
             with torch.inference_mode():
-                decoder = Decoder(model, 2, 64, Sampling(), (), compile=compile)
-                decoder.prefill([[2, 3]], [[0.5] * 9], 9)
-                decoder.decode(8)
+                decoder = Decoder(model, 2, 64, compile=compile)
+                decoder.start(model, 2, Sampling(), ())
+                decoder.prefill(model, [[2, 3]], [[0.5] * 9], 9)
+                decoder.decode(model, 8)
             alive = weakref.ref(decoder)
             del decoder
             freed = alive() is None

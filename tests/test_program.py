@@ -121,9 +121,9 @@ def test_interactive_chat_keeps_its_cache_between_turns(monkeypatch):
     prefills = []
     prefill = program.Decoder.prefill
 
-    def record(self, prompts, noise, max_new_tokens, cached=0):
+    def record(self, model, prompts, noise, max_new_tokens, cached=0):
         prefills.append((prompts[0], cached))
-        prefill(self, prompts, noise, max_new_tokens, cached)
+        prefill(self, model, prompts, noise, max_new_tokens, cached)
 
     monkeypatch.setattr(program.Decoder, "prefill", record)
     monkeypatch.setattr("builtins.input", fake_input(["Sort a list.", "", "Reverse it.", "Thanks."]))
