@@ -61,15 +61,23 @@ SMS = 132  # of an H100 or H200
 
 
 class Gemv(NamedTuple):
-    """A program owns block_n outputs and adds up block_k columns at a time, two such tiles in flight."""
+    """A program owns block_n outputs and adds up block_k columns at a time, with num_stages - 1 such tiles in flight.
+
+    `ahead` columns, a power of 2 or 0, are asked for before the kernels before have finished.
+    """
 
     block_n: int
     block_k: int
     num_warps: int
+    num_stages: int
+    ahead: int
 
 
 class Skinny(NamedTuple):
-    """A program owns block_n outputs of all rows, block_m at most, and one of `split` shares of the columns."""
+    """A program owns block_n outputs of all rows, block_m at most, and one of `split` shares of the columns.
+
+    The rest is as in `Gemv`.
+    """
 
     block_m: int
     block_n: int
@@ -77,6 +85,7 @@ class Skinny(NamedTuple):
     split: int
     num_warps: int
     num_stages: int
+    ahead: int
 
 
 class AttentionConfig(NamedTuple):
@@ -91,7 +100,7 @@ class AttentionConfig(NamedTuple):
 def linear_config(m: int, n: int, k: int, dtype: torch.dtype, geglu: bool = False) -> Gemv | Skinny | None:
     """How `linear_rows` multiplies m rows by a weight [n, k] of `dtype`; None for cuBLAS."""
     if m <= 2:
-        return Gemv(block_n=2 if geglu else 4, block_k=1024, num_warps=4)
+        return Gemv(block_n=2 if geglu else 4, block_k=1024, num_warps=4, num_stages=4, ahead=4096)
     if m > 64 or dtype == torch.float32:
         return None
     block_m, block_k = max(16, _power_of_2(m)), 128 // dtype.itemsize  # a cache line of each weight row
@@ -99,7 +108,7 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, geglu: bool = Fals
     split = 1
     while -(-n // block_n) * split < 2 * SMS and k >= 2 * split * 4 * block_k:  # four tiles a program at least
         split *= 2
-    return Skinny(block_m, block_n, block_k, split, num_warps=4, num_stages=5 if block_m < 64 else 4)
+    return Skinny(block_m, block_n, block_k, split, num_warps=4, num_stages=5 if block_m < 64 else 4, ahead=4 * block_k)
 
 
 def attention_config(group: int, cache_dtype: torch.dtype) -> AttentionConfig:
@@ -139,16 +148,19 @@ def _wait(PDL: tl.constexpr):
 
 
 @jit
-def _prefetch(pointers):
-    """Into L2, without waiting for it."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.uint64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def _prefetch(rows_ptr, first, WIDTH, AHEAD: tl.constexpr, PDL: tl.constexpr):
+    """AHEAD columns from `first` of the weight's rows [n], WIDTH long, on their way to L2 while this kernel waits."""
+    if PDL and AHEAD > 0:
+        LINE: tl.constexpr = 1024 // rows_ptr.dtype.element_ty.primitive_bitwidth  # of 128 bytes
+        columns = tl.minimum(first + tl.arange(0, AHEAD // LINE) * LINE, WIDTH - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [(rows_ptr[:, None] + columns[None, :]).to(tl.uint64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @jit
@@ -896,6 +908,8 @@ def _gemv_kernel(
     GEGLU: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -903,29 +917,24 @@ def _gemv_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if GEGLU:  # gate and up in turn: rows n and n + OUT
         i = tl.arange(0, 2 * BLOCK_N)
-        weight_row = tl.program_id(0) * BLOCK_N + i // 2
-        in_weight = weight_row < OUT
-        weight_row += i % 2 * OUT
+        row = tl.minimum(tl.program_id(0) * BLOCK_N + i // 2, OUT - 1) + i % 2 * OUT
         acc_0 = tl.zeros([2 * BLOCK_N, BLOCK_K], tl.float32)
     else:
-        weight_row = n
-        in_weight = n < OUT
+        row = tl.minimum(n, OUT - 1)  # what is read twice is not stored
         acc_0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_1 = acc_0
+    rows_ptr = weight_ptr + row.to(tl.int64) * IN
     columns = tl.arange(0, BLOCK_K)
-    weight_ptrs = weight_ptr + weight_row.to(tl.int64)[:, None] * IN + columns[None, :]
-    weight = tl.load(weight_ptrs, mask=in_weight[:, None] & (columns < IN)[None, :], other=0.0)
+    _prefetch(rows_ptr, 0, IN, AHEAD, PDL)
     _wait(PDL)
     post_rms_0, rms_0, post_rms_1, rms_1 = 1.0, 1.0, 1.0, 1.0
     if norm_ptr is not None:
         post_rms_0, rms_0 = _prepare_row(x_ptr, y_ptr, post_ptr, x_new_ptr, 0, M, eps, IN, ROW_BLOCK, PARTS)
         if M == 2:
             post_rms_1, rms_1 = _prepare_row(x_ptr, y_ptr, post_ptr, x_new_ptr, 1, M, eps, IN, ROW_BLOCK, PARTS)
-    for k in range(0, IN, BLOCK_K):
-        following = (k + BLOCK_K + columns < IN)[None, :]
-        next_weight = tl.load(weight_ptrs + (k + BLOCK_K), mask=in_weight[:, None] & following, other=0.0)
+    for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
-        w = weight.to(tl.float32)
+        weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
         x = _input(
             x_ptr,
             y_ptr,
@@ -941,7 +950,7 @@ def _gemv_kernel(
             IN,
             PARTS,
         )
-        acc_0 += w * x[None, :]
+        acc_0 += weight * x[None, :]
         if M == 2:
             x = _input(
                 x_ptr,
@@ -958,8 +967,7 @@ def _gemv_kernel(
                 IN,
                 PARTS,
             )
-            acc_1 += w * x[None, :]
-        weight = next_weight
+            acc_1 += weight * x[None, :]
     _finish_row(acc_0, input_scale_ptr, weight_scale_ptr, next_scale_ptr, out_ptr, 0, n, OUT, BLOCK_N, GEGLU, dtype)
     if M == 2:
         _finish_row(acc_1, input_scale_ptr, weight_scale_ptr, next_scale_ptr, out_ptr, 1, n, OUT, BLOCK_N, GEGLU, dtype)
@@ -1022,6 +1030,8 @@ def gemv(
         GEGLU=geglu,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        AHEAD=config.ahead,
         dtype=_triton_dtype(dtype),
         num_warps=config.num_warps,
     )
@@ -1036,12 +1046,13 @@ def _skinny_kernel(
     weight_scale_ptr,
     out_ptr,
     rows,
+    tiles,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TILES: tl.constexpr,
+    EVEN: tl.constexpr,
     AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     PROMOTE: tl.constexpr,
@@ -1052,20 +1063,17 @@ def _skinny_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_K)
-    first = tl.program_id(1) * (TILES * BLOCK_K)
-    weight_row = tl.minimum(n, OUT - 1).to(tl.int64) * IN  # what is read twice is not stored
-    if PDL:
-        LINE: tl.constexpr = 128 * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
-        ahead = tl.minimum(first + tl.arange(0, AHEAD * BLOCK_K // LINE) * LINE, IN - 1)
-        _prefetch(weight_ptr + weight_row[:, None] + ahead[None, :])
-    weight_ptrs = weight_ptr + weight_row[:, None] + (first + columns)[None, :]
+    first = tl.program_id(1) * tiles * BLOCK_K
+    rows_ptr = weight_ptr + tl.minimum(n, OUT - 1).to(tl.int64) * IN  # what is read twice is not stored
+    _prefetch(rows_ptr, first, IN, AHEAD, PDL)
+    weight_ptrs = rows_ptr[:, None] + (first + columns)[None, :]
     x_ptrs = x_ptr + m[None, :] * IN + (first + columns)[:, None]
     in_rows = (m < rows)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     _wait(PDL)
-    for tile in tl.range(0, TILES, num_stages=STAGES):
+    for tile in tl.range(0, tiles, num_stages=STAGES):
         k = tile * BLOCK_K
-        if IN % (TILES * BLOCK_K) == 0:
+        if EVEN:
             weight = tl.load(weight_ptrs + k)
             x = tl.load(x_ptrs + k, mask=in_rows, other=0.0)
         else:
@@ -1101,14 +1109,14 @@ def skinny_matmul(
     _launch(
         _skinny_kernel,
         (-(-n // config.block_n), split),
-        *(x, weight, input_scale, weight_scale, out, m),
+        *(x, weight, input_scale, weight_scale, out, m, tiles),
         OUT=n,
         IN=k,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        TILES=tiles,
-        AHEAD=4,
+        EVEN=k % (config.block_k * tiles) == 0,
+        AHEAD=config.ahead,
         STAGES=config.num_stages,
         PROMOTE=config.block_k if weight.dtype == E4M3 else 0,
         num_warps=config.num_warps,

@@ -220,7 +220,7 @@ def linear_inputs(m, n, k, dtype):
 def test_gemv(dtype, m, shape):
     inputs = linear_inputs(m, *shape, dtype)
     out = F32 if dtype == F32 else BF16
-    y = kernels.gemv(*inputs, out, config=Gemv(block_n=4, block_k=64, num_warps=4))
+    y = kernels.gemv(*inputs, out, config=Gemv(block_n=4, block_k=64, num_warps=4, num_stages=3, ahead=256))
     assert_same(y, kernels.linear_reference(*inputs, out))
 
 
@@ -236,7 +236,7 @@ def test_gemv_with_norm_and_geglu(quantise, dtype, m, kind, geglu):
     norm = AddNorm(y, normal(k, dtype=dtype) if kind == "post" else None, normal(k, dtype=dtype), 1e-6)
     next_scale = scalar(0.05) if quantise and geglu else None
     arguments = (x, weight, input_scale, weight_scale, dtype, norm, geglu, next_scale)
-    x_new, result = kernels.gemv(*arguments, config=Gemv(block_n=2, block_k=32, num_warps=4))
+    x_new, result = kernels.gemv(*arguments, config=Gemv(block_n=2, block_k=32, num_warps=4, num_stages=2, ahead=0))
     expected_x, expected = kernels.gemv_reference(*arguments)
     assert_same(x_new, expected_x)
     if quantise:  # one step of the input's rounding is 1 / 8 of it
@@ -252,7 +252,7 @@ def test_skinny_matmul(dtype, split, shape):
     m, n, k = shape
     inputs = linear_inputs(m, n, k, dtype)
     out = F32 if dtype == F32 else BF16
-    config = Skinny(block_m=16 if m <= 16 else 32, block_n=32, block_k=32, split=split, num_warps=4, num_stages=2)
+    config = Skinny(16 if m <= 16 else 32, block_n=32, block_k=32, split=split, num_warps=4, num_stages=2, ahead=128)
     y = kernels.skinny_matmul(*inputs, out, config)
     assert y.dim() == 2 if split == 1 else (len(y) <= split and y.dtype == F32)
     assert_same(y if split == 1 else y.sum(0).to(out), kernels.linear_reference(*inputs, out))
