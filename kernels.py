@@ -115,7 +115,7 @@ def attention_config(group: int, cache_dtype: torch.dtype) -> AttentionConfig:
     """For `group` query heads on each key head."""
     if group == 1:
         return AttentionConfig(block_s=16 if cache_dtype.itemsize > 1 else 32, num_warps=4, num_stages=3, by_sums=True)
-    return AttentionConfig(block_s=32 if cache_dtype.itemsize > 1 else 64, num_warps=4, num_stages=3, by_sums=False)
+    return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=False)
 
 
 def attention_splits(pairs: int, slots: int, block_s: int) -> int:
@@ -677,32 +677,33 @@ def _attention_kernel(
     """The G queries on a key head as rows of one matrix."""
     _start(PDL)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
+    # FP8 is exact in float16, and converted faster than to bfloat16
+    is_fp8: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 8
+    factor: tl.constexpr = tl.float16 if is_fp8 and dtype == tl.bfloat16 else dtype
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     q_mask = (g < G)[:, None] & in_head[None, :]
     _wait(PDL)
     start, end = _share(position_ptr, row, S, BLOCK_S, SPLITS)
-    q = tl.load(q_ptr + (row * K + head) * G * D + g[:, None] * D + d[None, :], mask=q_mask, other=0.0)
+    q = tl.load(q_ptr + (row * K + head) * G * D + g[:, None] * D + d[None, :], mask=q_mask, other=0.0).to(factor)
     base = (row * K + head) * S * D
-    k_offsets = base + lane[None, :] * D + d[:, None]
-    v_offsets = base + lane[:, None] * D + d[None, :]
+    offsets = base + lane[:, None] * D + d[None, :]
     m = tl.full([BLOCK_G], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         used = s + lane < end
-        k_mask = used[None, :] & in_head[:, None] if D < BLOCK_D else used[None, :]
-        v_mask = used[:, None] & in_head[None, :] if D < BLOCK_D else used[:, None]
-        k = tl.load(k_ptr + k_offsets + s * D, mask=k_mask, other=0.0)
-        scores = _log2_scores(tl.dot(q, k.to(dtype), input_precision="ieee"), scale, softcap)
+        mask = used[:, None] & in_head[None, :] if D < BLOCK_D else used[:, None]
+        k = tl.load(k_ptr + offsets + s * D, mask=mask, other=0.0).to(factor)
+        scores = _log2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
         scores = tl.where(used[None, :], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(scores - m_new[:, None])
         l = l * alpha + tl.sum(p, axis=1)
-        v = tl.load(v_ptr + v_offsets + s * D, mask=v_mask, other=0.0)
-        acc = tl.dot(p.to(dtype), v.to(dtype), acc * alpha[:, None], input_precision="ieee")
+        v = tl.load(v_ptr + offsets + s * D, mask=mask, other=0.0).to(factor)
+        acc = tl.dot(p.to(factor), v, acc * alpha[:, None], input_precision="ieee")
         m = m_new
     if SPLITS == 1:
         offsets = (row * K + head) * G * D + g[:, None] * D + d[None, :]
