@@ -186,7 +186,7 @@ def test_decode_attention(case, dtypes):
         k[row, :, p + 1 :], v[row, :, p + 1 :] = float("nan"), float("nan")
     config = AttentionConfig(block_s=16, num_warps=4, num_stages=2, by_sums=by_sums)
     unit, quantised = 0.004, dict(v_scale=0.5, softcap=5.0, input_scale=scalar(0.004))
-    for splits, scale, options in ((1, 0.3, {}), (1, 40.0, quantised), (4, 40.0, quantised), (2, 0.3, {})):
+    for splits, scale, options in ((1, 0.3, {}), (1, 40.0, quantised), (2, 40.0, quantised)):
         y = kernels.decode_attention(q, k, v, position, scale, splits=splits, config=config, **options)
         expected = kernels.decode_attention_reference(q, k, v, position, scale, **options)
         if dtype == BF16 and not by_sums:  # weights are rounded for the second product
@@ -201,10 +201,11 @@ def test_attention_splits_fill_the_gpu():
     assert kernels.attention_splits(16, 512, 16) == 32
     assert kernels.attention_splits(1, 8192, 32) == 64
     assert kernels.attention_splits(1, 40, 32) == 2
-    y = kernels.decode_attention(
-        *(normal(1, 1, *shape) for shape in ((24,), (50, 24), (50, 24))), scalar(33).long()[None], 1
+    q, k, v, position = normal(1, 1, 24), normal(1, 1, 90, 24), normal(1, 1, 90, 24), torch.tensor([33], device=DEVICE)
+    assert_same(
+        kernels.decode_attention(q, k, v, position, 0.3),  # in 8 shares of a block, of which 3 have slots
+        kernels.decode_attention_reference(q, k, v, position, 0.3),
     )
-    assert y.isfinite().all()
 
 
 def linear_inputs(m, n, k, dtype):
@@ -304,28 +305,44 @@ def test_greedy_emit(stop_ids, m):
 
 
 @pytest.mark.cuda
-def test_many_steps_in_a_graph():
-    """A chain of kernels that start early reads what the ones before wrote, replayed with new data."""
-    m, n, f = 4, 256, 512
-    x, weight = normal(m, n, dtype=BF16), normal(n, dtype=BF16, scale=0.1)
-    w13, w2 = (normal(*s, dtype=BF16, scale=0.02) for s in ((2 * f, n), (n, f)))
+@pytest.mark.parametrize("dtype", [BF16, E4M3])
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 33, 64])
+@pytest.mark.parametrize("shape", [(12288, 3072), (3072, 4096), (2048, 16384), (1000, 1152)])
+def test_published_sizes(dtype, m, shape):
+    inputs = linear_inputs(m, *shape, dtype)
+    y = kernels.linear_rows(*inputs, BF16, partials=True)
+    y = y.sum(0).to(BF16) if y.dim() == 3 else y
+    expected = kernels.linear_reference(*inputs, BF16)
+    # an FP8 tensor core keeps 14 bits of a sum or so
+    torch.testing.assert_close(
+        y.float(), expected.float(), rtol=2**-7, atol=2**-9 * expected.float().abs().max().item()
+    )
 
-    def chain(linear, add_norm, geglu):
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("m", [1, 4, 64])
+def test_kernels_that_start_early(m):
+    """A graph of kernels, each reading what the ones before it have just written, replayed with new data."""
+    n, f = 256, 512
+    x, weight = normal(m, n, dtype=BF16), normal(n, dtype=BF16, scale=0.1)
+    w13, w2 = (normal(*shape, dtype=BF16, scale=0.02) for shape in ((2 * f, n), (n, f)))
+
+    def layers(linear, add_norm, geglu):
         state, y = x, None
-        for _ in range(50):
-            state, h = add_norm(state, y, weight, weight, 1e-6)
+        for _ in range(20):
+            state, h = add_norm(state, y, weight if y is not None else None, weight, 1e-6)
             y = linear(geglu(linear(h, w13), BF16), w2)
         return add_norm(state, y, None, None, 1e-6)[0]
 
     def fast():
-        return chain(lambda x, w: kernels.linear_rows(x, w, partials=True), kernels.add_norm, kernels.geglu)
+        return layers(lambda x, w: kernels.linear_rows(x, w, partials=True), kernels.add_norm, kernels.geglu)
 
     fast()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = fast()
-    for _ in range(5):
+    for _ in range(20):
         x.copy_(normal(m, n, dtype=BF16))
         graph.replay()
-        expected = chain(kernels.linear_reference, kernels.add_norm_reference, kernels.geglu_reference)
-        torch.testing.assert_close(y.float(), expected.float(), rtol=0.05, atol=0.5)
+        expected = layers(kernels.linear_reference, kernels.add_norm_reference, kernels.geglu_reference)
+        torch.testing.assert_close(y.float(), expected.float(), rtol=0.05, atol=0.3)
