@@ -106,7 +106,7 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, geglu: bool = Fals
     block_m, block_k = max(16, _power_of_2(m)), 128 // dtype.itemsize  # a cache line of each weight row
     block_n = 64 if n < 16384 else 128
     split = 1
-    while -(-n // block_n) * split < 2 * SMS and k >= 2 * split * 4 * block_k:  # four tiles a program at least
+    while -(-n // block_n) * split < 2 * SMS and split < 8 and k >= 2 * split * 4 * block_k:  # four tiles at least
         split *= 2
     return Skinny(block_m, block_n, block_k, split, num_warps=4, num_stages=5 if block_m < 64 else 4, ahead=4 * block_k)
 
