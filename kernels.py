@@ -1,0 +1,1290 @@
+"""Triton kernels of the decode step, where every row brings one token; each beside the PyTorch that defines it.
+
+M is the number of rows; the other letters are model.py's: H query heads, K key/value heads, D head_dim, S cache slots,
+F intermediate size, V vocabulary. Every tensor is contiguous. Results are rounded where the modules of model.py round, so
+that the two differ by the order of summation only. FP8 is E4M3 with real = fp8 * scale, as model.round_fp8 makes it.
+
+A kernel may start while the one before still runs (programmatic dependent launch): it then fetches weights, and waits
+before it touches anything else. All of them wait, so that whatever ran earlier has finished, too.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # on a CPU nothing here runs; the definitions below still have to load
+    triton, tl = None, SimpleNamespace(constexpr=float)
+
+    def jit(function):
+        return function
+
+
+E4M3 = torch.float8_e4m3fn
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1.0e30)  # a running maximum's start; -inf would make NaN of -inf - -inf
+USE_PDL = True  # programmatic dependent launch, where the GPU has it
+
+
+def available(device: torch.device) -> bool:
+    """Whether these kernels run on `device`: CUDA with Triton installed, or anything under Triton's interpreter."""
+    return triton is not None and (device.type == "cuda" or triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _has_pdl(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _launch(kernel, grid: tuple[int, ...], *args, **constants):
+    pdl = USE_PDL and _has_pdl(args[0].device)
+    options = {"launch_pdl": True} if pdl else {}
+    kernel[grid](*args, PDL=pdl, **constants, **options)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations. Everything that was, or can be, tuned by measuring is in this section.
+
+SMS = 132  # of an H100 or H200
+
+
+class Gemv(NamedTuple):
+    """A program owns block_n outputs and adds up block_k columns at a time, with num_stages - 1 such tiles in flight.
+
+    `ahead` columns, a power of 2 or 0, are asked for before the kernels before have finished.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    ahead: int
+
+
+class Skinny(NamedTuple):
+    """A program owns block_n outputs of all rows, block_m at most, and one of `split` shares of the columns.
+
+    The rest is as in `Gemv`.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split: int
+    num_warps: int
+    num_stages: int
+    ahead: int
+
+
+class AttentionConfig(NamedTuple):
+    """block_s slots at a time; by_sums: float32 sums instead of tensor cores, where each key head has one query."""
+
+    block_s: int
+    num_warps: int
+    num_stages: int
+    by_sums: bool
+
+
+def linear_config(m: int, n: int, k: int, dtype: torch.dtype, geglu: bool = False) -> Gemv | Skinny | None:
+    """How `linear_rows` multiplies m rows by a weight [n, k] of `dtype`; None for cuBLAS."""
+    if m <= 2:
+        return Gemv(block_n=2 if geglu else 4, block_k=1024, num_warps=4, num_stages=4, ahead=4096)
+    if m > 64 or dtype == torch.float32:
+        return None
+    block_m, block_k = max(16, _power_of_2(m)), 128 // dtype.itemsize  # a cache line of each weight row
+    block_n = 64 if n < 16384 else 128
+    split = 1
+    while -(-n // block_n) * split < 2 * SMS and split < 8 and k >= 2 * split * 4 * block_k:  # four tiles at least
+        split *= 2
+    return Skinny(block_m, block_n, block_k, split, num_warps=4, num_stages=5 if block_m < 64 else 4, ahead=4 * block_k)
+
+
+def attention_config(group: int, cache_dtype: torch.dtype) -> AttentionConfig:
+    """For `group` query heads on each key head."""
+    if group == 1:
+        return AttentionConfig(block_s=16 if cache_dtype.itemsize > 1 else 32, num_warps=4, num_stages=3, by_sums=True)
+    return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=False)
+
+
+def attention_splits(pairs: int, slots: int, block_s: int) -> int:
+    """Programs that share one row and key head, of which there are `pairs`: enough of them to fill the GPU twice."""
+    wanted, most = -(-2 * SMS // pairs), -(-slots // block_s)
+    return min(_power_of_2(wanted), _power_of_2(most), 64)
+
+
+def _row_warps(n: int) -> int:
+    return 1 if n <= 256 else 4 if n <= 2048 else 8
+
+
+GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
+ARGMAX_BLOCK, ARGMAX_WARPS = 2048, 4
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What several kernels do. In here everything is float32, and `.to(dtype).to(tl.float32)` rounds.
+
+
+@jit
+def _start(PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def _wait(PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
+def _prefetch(rows_ptr, first, WIDTH, AHEAD: tl.constexpr, PDL: tl.constexpr):
+    """AHEAD columns from `first` of the weight's rows [n], WIDTH long, on their way to L2 while this kernel waits."""
+    if PDL and AHEAD > 0:
+        LINE: tl.constexpr = 1024 // rows_ptr.dtype.element_ty.primitive_bitwidth  # of 128 bytes
+        columns = tl.minimum(first + tl.arange(0, AHEAD // LINE) * LINE, WIDTH - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [(rows_ptr[:, None] + columns[None, :]).to(tl.uint64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@jit
+def _output(y_ptr, row, rows, columns, mask, N, PARTS: tl.constexpr, dtype: tl.constexpr):
+    """Columns of a row of a linear layer's output: [rows, N] in `dtype`, or the sum of PARTS such float32 matrices."""
+    if PARTS == 0:
+        y = tl.load(y_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+    else:
+        y = tl.load(y_ptr + row * N + columns, mask=mask, other=0.0)
+        for part in tl.static_range(1, PARTS):
+            y += tl.load(y_ptr + (part * rows + row) * N + columns, mask=mask, other=0.0)
+        y = y.to(dtype).to(tl.float32)
+    return y
+
+
+@jit
+def _inverse_rms(x, N, eps):
+    return tl.rsqrt(tl.sum(x * x, axis=0) / N + eps)
+
+
+@jit
+def _normed(x, inverse_rms, weight_ptr, columns, mask, dtype: tl.constexpr):
+    x = x * inverse_rms
+    x = x + x * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    return x.to(dtype).to(tl.float32)
+
+
+@jit
+def _quantised(x, scale_ptr):
+    # div_rn: a plain division is not correctly rounded, and PyTorch's is
+    x = x * tl.div_rn(1.0, tl.load(scale_ptr))
+    return tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+
+
+@jit
+def _tanh(x):
+    """To 1e-7, which is as close to -1 as PyTorch's gets: its GELU of -10 is 0."""
+    return 2.0 / (1.0 + tl.exp2(x * (-2.0 * LOG2E))) - 1.0  # of large negative x: 2 / inf - 1
+
+
+@jit
+def _geglu(gate, up, dtype: tl.constexpr):
+    tanh = _tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate))
+    gelu = 0.5 * gate * (1.0 + tanh)
+    return (gelu.to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
+
+
+def _round_fp8(x: Tensor, scale: Tensor | float, dtype: torch.dtype = E4M3) -> Tensor:
+    limit = torch.finfo(dtype).max
+    return (x.float() * (1 / scale)).clamp(-limit, limit).to(dtype)
+
+
+def _summed(y: Tensor, dtype: torch.dtype) -> Tensor:
+    return y.sum(0).to(dtype) if y.dim() == 3 else y
+
+
+def _parts(y: Tensor | None) -> int:
+    return y.shape[0] if y is not None and y.dim() == 3 else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Residual, norm, quantisation
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return torch.addcmul(y, y, weight.float()).to(x.dtype)
+
+
+def add_norm_reference(x, y, post_weight, weight, eps, input_scale=None):
+    if y is not None:
+        y = _summed(y, x.dtype)
+        x = x + (y if post_weight is None else rms_norm_reference(y, post_weight, eps))
+    if weight is None:
+        return x, None
+    h = rms_norm_reference(x, weight, eps)
+    return x, h if input_scale is None else _round_fp8(h, input_scale)
+
+
+@jit
+def _residual(x_ptr, y_ptr, post_ptr, inverse_rms, row, rows, columns, mask, N, PARTS: tl.constexpr):
+    """x + y, or x + norm(y) with a post_ptr, as the next layer sees it."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+    if y_ptr is not None:
+        y = _output(y_ptr, row, rows, columns, mask, N, PARTS, dtype)
+        if post_ptr is not None:
+            y = _normed(y, inverse_rms, post_ptr, columns, mask, dtype)
+        x = (x + y).to(dtype).to(tl.float32)
+    return x
+
+
+@jit
+def _add_norm_kernel(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    weight_ptr,
+    scale_ptr,
+    x_new_ptr,
+    h_ptr,
+    eps,
+    rows,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    _start(PDL)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < N
+    _wait(PDL)
+    inverse_rms = 1.0
+    if post_ptr is not None:
+        inverse_rms = _inverse_rms(_output(y_ptr, row, rows, columns, mask, N, PARTS, dtype), N, eps)
+    x = _residual(x_ptr, y_ptr, post_ptr, inverse_rms, row, rows, columns, mask, N, PARTS)
+    if y_ptr is not None:
+        tl.store(x_new_ptr + row * N + columns, x.to(dtype), mask=mask)
+    if weight_ptr is not None:
+        h = _normed(x, _inverse_rms(x, N, eps), weight_ptr, columns, mask, dtype)
+        if scale_ptr is not None:
+            tl.store(h_ptr + row * N + columns, _quantised(h, scale_ptr), mask=mask)
+        else:
+            tl.store(h_ptr + row * N + columns, h.to(dtype), mask=mask)
+
+
+def add_norm(
+    x: Tensor,
+    y: Tensor | None,
+    post_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    input_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(x_new, h): x_new = x + y, and h = RMSNorm(x_new) * (1 + weight), in x's dtype or, with input_scale, in E4M3.
+
+    x [M, N] is the residual stream. y, a layer's output, is [M, N] in x's dtype, float32 partial sums [P, M, N], or None.
+    With post_weight [N] its own norm comes before the sum. Without weight [N] there is no h.
+    """
+    m, n = x.shape
+    x_new = x if y is None else torch.empty_like(x)
+    h = None if weight is None else torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
+    _launch(
+        _add_norm_kernel,
+        (m,),
+        *(x, y, post_weight, weight, input_scale, None if y is None else x_new, h, eps, m),
+        N=n,
+        BLOCK=_power_of_2(n),
+        PARTS=_parts(y),
+        num_warps=_row_warps(n),
+    )
+    return x_new, h
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GeGLU, quantisation
+
+
+def geglu_reference(y, dtype, input_scale=None):
+    gate, up = _summed(y, dtype).chunk(2, dim=-1)
+    h = F.gelu(gate.float(), approximate="tanh").to(dtype) * up
+    return h if input_scale is None else _round_fp8(h, input_scale)
+
+
+@jit
+def _geglu_kernel(
+    y_ptr,
+    scale_ptr,
+    h_ptr,
+    rows,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    _start(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < F
+    _wait(PDL)
+    gate = _output(y_ptr, row, rows, columns, mask, 2 * F, PARTS, dtype)
+    up = _output(y_ptr, row, rows, columns + F, mask, 2 * F, PARTS, dtype)
+    h = _geglu(gate, up, dtype)
+    if scale_ptr is not None:
+        tl.store(h_ptr + row * F + columns, _quantised(h, scale_ptr), mask=mask)
+    else:
+        tl.store(h_ptr + row * F + columns, h.to(dtype), mask=mask)
+
+
+def geglu(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> Tensor:
+    """gelu(gate) * up [M, F] in `dtype` or, with input_scale, in E4M3.
+
+    y, gate and then up, is [M, 2 * F] in `dtype` or float32 partial sums [P, M, 2 * F].
+    """
+    m, f = y.shape[-2], y.shape[-1] // 2
+    h = torch.empty(m, f, dtype=dtype if input_scale is None else E4M3, device=y.device)
+    block = min(GEGLU_BLOCK, _power_of_2(f))
+    _launch(
+        _geglu_kernel,
+        (m, -(-f // block)),
+        *(y, input_scale, h, m),
+        F=f,
+        BLOCK=block,
+        PARTS=_parts(y),
+        dtype=_triton_dtype(dtype),
+        num_warps=GEGLU_WARPS,
+    )
+    return h
+
+
+def _triton_dtype(dtype: torch.dtype):
+    return {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary embedding and the KV cache
+
+
+def rope_and_write_reference(
+    qkv,
+    cos,
+    sin,
+    position,
+    k_cache,
+    v_cache,
+    k_scale,
+    v_scale,
+    n_heads,
+    dtype,
+    q_norm=None,
+    k_norm=None,
+    eps=1e-6,
+    k_mean=None,
+):
+    m, kv_heads, slots, d = *k_cache.shape[:3], k_cache.shape[3]
+    q, k, v = _summed(qkv, dtype).view(m, -1, d).split_with_sizes([n_heads, kv_heads, kv_heads], dim=1)
+    if q_norm is not None:
+        q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
+
+    def rotated(x):
+        y = x.float()
+        return torch.addcmul(y * cos[:, None], y.roll(d // 2, dims=-1), sin[:, None]).to(dtype)
+
+    k = rotated(k).float()
+    if k_mean is not None:
+        k = k - k_mean
+    rows, slot = torch.arange(m, device=qkv.device), position % slots
+    for cache, x, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
+        x = _round_fp8(x, scale, cache.dtype) if cache.dtype.itemsize == 1 else x.to(cache.dtype)
+        cache.view(torch.uint8)[rows, :, slot] = x.view(torch.uint8)
+    return rotated(q)
+
+
+@jit
+def _rotated(low, high, cos_low, cos_high, sin_low, sin_high, norm_ptr, half, mask, eps, D, dtype: tl.constexpr):
+    """A head's two halves after its norm, if there is one, and its rotation."""
+    if norm_ptr is not None:
+        inverse_rms = tl.rsqrt((tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D + eps)
+        low = _normed(low, inverse_rms, norm_ptr, half, mask, dtype)
+        high = _normed(high, inverse_rms, norm_ptr, half + D // 2, mask, dtype)
+    new_low = (low * cos_low + high * sin_low).to(dtype).to(tl.float32)
+    new_high = (high * cos_high + low * sin_high).to(dtype).to(tl.float32)
+    return new_low, new_high
+
+
+@jit
+def _cached(x, inverse_scale, LIMIT: tl.constexpr):
+    if LIMIT > 0:
+        x = tl.clamp(x * inverse_scale, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return x
+
+
+@jit
+def _rope_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    k_mean_ptr,
+    inverse_k_scale,
+    inverse_v_scale,
+    eps,
+    rows,
+    S,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    _start(PDL)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    half = tl.arange(0, BLOCK)
+    mask = half < D // 2
+    _wait(PDL)
+    width = (H + 2 * K) * D
+    low = _output(qkv_ptr, row, rows, head * D + half, mask, width, PARTS, dtype)
+    high = _output(qkv_ptr, row, rows, head * D + D // 2 + half, mask, width, PARTS, dtype)
+    slot = tl.load(position_ptr + row) % S
+    if head < H + K:
+        cos_low = tl.load(cos_ptr + row * D + half, mask=mask, other=0.0)
+        cos_high = tl.load(cos_ptr + row * D + D // 2 + half, mask=mask, other=0.0)
+        sin_low = tl.load(sin_ptr + row * D + half, mask=mask, other=0.0)
+        sin_high = tl.load(sin_ptr + row * D + D // 2 + half, mask=mask, other=0.0)
+        if head < H:
+            low, high = _rotated(low, high, cos_low, cos_high, sin_low, sin_high, q_norm_ptr, half, mask, eps, D, dtype)
+            q_row = q_ptr + (row * H + head) * D
+            tl.store(q_row + half, low.to(dtype), mask=mask)
+            tl.store(q_row + D // 2 + half, high.to(dtype), mask=mask)
+        else:
+            low, high = _rotated(low, high, cos_low, cos_high, sin_low, sin_high, k_norm_ptr, half, mask, eps, D, dtype)
+            kv_head = head - H
+            if k_mean_ptr is not None:
+                low -= tl.load(k_mean_ptr + kv_head * D + half, mask=mask, other=0.0)
+                high -= tl.load(k_mean_ptr + kv_head * D + D // 2 + half, mask=mask, other=0.0)
+            k_row = k_ptr + ((row * K + kv_head) * S + slot) * D
+            tl.store(k_row + half, _cached(low, inverse_k_scale, LIMIT).to(k_ptr.dtype.element_ty), mask=mask)
+            tl.store(k_row + D // 2 + half, _cached(high, inverse_k_scale, LIMIT).to(k_ptr.dtype.element_ty), mask=mask)
+    else:
+        v_row = v_ptr + ((row * K + head - H - K) * S + slot) * D
+        tl.store(v_row + half, _cached(low, inverse_v_scale, LIMIT).to(v_ptr.dtype.element_ty), mask=mask)
+        tl.store(v_row + D // 2 + half, _cached(high, inverse_v_scale, LIMIT).to(v_ptr.dtype.element_ty), mask=mask)
+
+
+def rope_and_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: float,
+    v_scale: float,
+    n_heads: int,
+    dtype: torch.dtype,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    k_mean: Tensor | None = None,
+) -> Tensor:
+    """The rotated queries [M, H, D] in `dtype`; rotated keys, and values, go to slot position % S of the caches.
+
+    qkv is [M, (H + 2 * K) * D] in `dtype` or float32 partial sums [P, M, ...]. cos and sin [M, D] are float32, the first
+    half of sin with a minus; position [M] int64. Caches are [M, K, S, D] in bf16, float32, E4M3 or E5M2; the scales count
+    for FP8 only. q_norm and k_norm [D] are RMSNorm weights; k_mean [K, D] float32 is taken off the rotated keys.
+    """
+    m, kv_heads, slots, d = k_cache.shape
+    q = torch.empty(m, n_heads, d, dtype=dtype, device=qkv.device)
+    _launch(
+        _rope_kernel,
+        (m, n_heads + 2 * kv_heads),
+        *(qkv, cos, sin, position, q, k_cache, v_cache, q_norm, k_norm, k_mean),
+        *(1 / k_scale, 1 / v_scale, eps, m, slots),
+        H=n_heads,
+        K=kv_heads,
+        D=d,
+        BLOCK=_power_of_2(d // 2),
+        PARTS=_parts(qkv),
+        LIMIT=torch.finfo(k_cache.dtype).max if k_cache.dtype.itemsize == 1 else 0.0,
+        num_warps=1,
+    )
+    return q
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention of one query a row
+
+
+def decode_attention_reference(q, k_cache, v_cache, position, scale, v_scale=1.0, softcap=None, input_scale=None):
+    m, heads, d = q.shape
+    kv_heads, slots = k_cache.shape[1:3]
+    valid = (torch.arange(slots, device=q.device) <= position[:, None])[:, None, :, None]  # [M, 1, S, 1]
+    k, v = (torch.where(valid, cache.float(), 0.0) for cache in (k_cache, v_cache))
+    scores = q.float().view(m, kv_heads, -1, d) @ k.mT * scale  # [M, K, G, S]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~valid.mT, float("-inf"))
+    y = (scores.softmax(-1) @ v * v_scale).to(q.dtype).view(m, heads * d)
+    return y if input_scale is None else _round_fp8(y, input_scale)
+
+
+@jit
+def _log2_scores(products, scale, softcap):
+    """Times log2(e), for exp2."""
+    if softcap is None:
+        scores = products * (scale * LOG2E)
+    else:
+        scores = _tanh(products * (scale / softcap)) * (softcap * LOG2E)
+    return scores
+
+
+@jit
+def _store_attention(out_ptr, offsets, y, v_scale, scale_ptr, mask, dtype: tl.constexpr):
+    y = (y * v_scale).to(dtype)
+    if scale_ptr is not None:
+        tl.store(out_ptr + offsets, _quantised(y.to(tl.float32), scale_ptr), mask=mask)
+    else:
+        tl.store(out_ptr + offsets, y, mask=mask)
+
+
+@jit
+def _share(position_ptr, row, S, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr):
+    """The slots [start, end) of this program, in whole blocks of those that are in use."""
+    used = tl.minimum(tl.load(position_ptr + row) + 1, S).to(tl.int32)
+    size = tl.cdiv(tl.cdiv(used, BLOCK_S), SPLITS) * BLOCK_S
+    start = tl.program_id(2) * size
+    return start, tl.minimum(start + size, used)
+
+
+@jit
+def _attention_by_sums_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    position_ptr,
+    scale_ptr,
+    out_ptr,
+    acc_ptr,
+    stats_ptr,
+    scale,
+    v_scale,
+    softcap,
+    rows,
+    S,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One query on each key head. Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the
+    loop exchanges nothing between warps; they are joined at the end."""
+    _start(PDL)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    in_head = d < D
+    _wait(PDL)
+    start, end = _share(position_ptr, row, S, BLOCK_S, SPLITS)
+    q = tl.load(q_ptr + (row * K + head) * D + d, mask=in_head, other=0.0).to(tl.float32)
+    offsets = (row * K + head) * S * D + lane[:, None] * D + d[None, :]
+    m = tl.full([BLOCK_S], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_S], tl.float32)
+    acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+        used = s + lane < end
+        mask = used[:, None] & in_head[None, :] if D < BLOCK_D else used[:, None]
+        k = tl.load(k_ptr + offsets + s * D, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + offsets + s * D, mask=mask, other=0.0).to(tl.float32)
+        scores = _log2_scores(tl.sum(q[None, :] * k, axis=1), scale, softcap)
+        scores = tl.where(used, scores, float("-inf"))
+        m_new = tl.maximum(m, scores)
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(scores - m_new)
+        l = l * alpha + p
+        acc = acc * alpha[:, None] + p[:, None] * v
+        m = m_new
+    m_all = tl.max(m, axis=0)
+    weight = tl.exp2(m - m_all)
+    l_all = tl.sum(l * weight, axis=0)
+    y = tl.sum(acc * weight[:, None], axis=0)
+    if SPLITS == 1:
+        dtype: tl.constexpr = q_ptr.dtype.element_ty
+        _store_attention(out_ptr, (row * K + head) * D + d, y / l_all, v_scale, scale_ptr, in_head, dtype)
+    else:
+        entry = (tl.program_id(2) * rows + row) * K + head
+        tl.store(stats_ptr + entry * 2, m_all)
+        tl.store(stats_ptr + entry * 2 + 1, l_all)
+        if start < end:
+            tl.store(acc_ptr + entry * D + d, y, mask=in_head)
+
+
+@jit
+def _attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    position_ptr,
+    scale_ptr,
+    out_ptr,
+    acc_ptr,
+    stats_ptr,
+    scale,
+    v_scale,
+    softcap,
+    rows,
+    S,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The G queries on a key head as rows of one matrix."""
+    _start(PDL)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    # FP8 is exact in float16, and converted faster than to bfloat16
+    is_fp8: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 8
+    factor: tl.constexpr = tl.float16 if is_fp8 and dtype == tl.bfloat16 else dtype
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    g, lane, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    in_head = d < D
+    q_mask = (g < G)[:, None] & in_head[None, :]
+    _wait(PDL)
+    start, end = _share(position_ptr, row, S, BLOCK_S, SPLITS)
+    q = tl.load(q_ptr + (row * K + head) * G * D + g[:, None] * D + d[None, :], mask=q_mask, other=0.0).to(factor)
+    base = (row * K + head) * S * D
+    offsets = base + lane[:, None] * D + d[None, :]
+    m = tl.full([BLOCK_G], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+        used = s + lane < end
+        mask = used[:, None] & in_head[None, :] if D < BLOCK_D else used[:, None]
+        k = tl.load(k_ptr + offsets + s * D, mask=mask, other=0.0).to(factor)
+        scores = _log2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
+        scores = tl.where(used[None, :], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, axis=1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(scores - m_new[:, None])
+        l = l * alpha + tl.sum(p, axis=1)
+        v = tl.load(v_ptr + offsets + s * D, mask=mask, other=0.0).to(factor)
+        acc = tl.dot(p.to(factor), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+    if SPLITS == 1:
+        offsets = (row * K + head) * G * D + g[:, None] * D + d[None, :]
+        _store_attention(out_ptr, offsets, acc / l[:, None], v_scale, scale_ptr, q_mask, dtype)
+    else:
+        entry = ((tl.program_id(2) * rows + row) * K + head) * G + g
+        tl.store(stats_ptr + entry * 2, m, mask=g < G)
+        tl.store(stats_ptr + entry * 2 + 1, l, mask=g < G)
+        if start < end:
+            tl.store(acc_ptr + entry[:, None] * D + d[None, :], acc, mask=q_mask)
+
+
+@jit
+def _combine_kernel(
+    acc_ptr,
+    stats_ptr,
+    scale_ptr,
+    out_ptr,
+    v_scale,
+    entries,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    _start(PDL)
+    row_head = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    entry = tl.arange(0, SPLITS) * entries + row_head
+    _wait(PDL)
+    m = tl.load(stats_ptr + entry * 2)
+    l = tl.load(stats_ptr + entry * 2 + 1)
+    weight = tl.exp2(m - tl.max(m, axis=0))
+    # a share without slots has written no sums
+    acc = tl.load(acc_ptr + entry[:, None] * D + d[None, :], mask=(l > 0)[:, None] & (d < D)[None, :], other=0.0)
+    y = tl.sum(acc * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
+    _store_attention(out_ptr, row_head * D + d, y, v_scale, scale_ptr, d < D, dtype)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    scale: float,
+    v_scale: float = 1.0,
+    softcap: float | None = None,
+    input_scale: Tensor | None = None,
+    splits: int | None = None,
+    config: AttentionConfig | None = None,
+) -> Tensor:
+    """Attention [M, H * D] of q [M, H, D] over slots 0 to min(position, S - 1) of caches [M, K, S, D]; reads no others.
+
+    The result is in q's dtype or, with input_scale, in E4M3. `scale` multiplies the scores and contains the cache's
+    k_scale; softcap c turns scores s into c * tanh(s / c). position [M] is int64: the token's own, already cached.
+    `splits` programs, a power of 2, share a row's slots.
+    """
+    m, heads, d = q.shape
+    kv_heads, slots = k_cache.shape[1:3]
+    group = heads // kv_heads
+    config = config or attention_config(group, k_cache.dtype)
+    splits = splits or attention_splits(m * kv_heads, slots, config.block_s)
+    out = torch.empty(m, heads * d, dtype=q.dtype if input_scale is None else E4M3, device=q.device)
+    acc = stats = None
+    if splits > 1:
+        acc = torch.empty(splits, m, heads, d, dtype=torch.float32, device=q.device)
+        stats = torch.empty(splits, m, heads, 2, dtype=torch.float32, device=q.device)  # maximum and sum
+    block_d = max(16, _power_of_2(d))
+    _launch(
+        _attention_by_sums_kernel if config.by_sums else _attention_kernel,
+        (m, kv_heads, splits),
+        *(q, k_cache, v_cache, position, input_scale, out, acc, stats, scale, v_scale, softcap, m, slots),
+        K=kv_heads,
+        G=group,
+        D=d,
+        BLOCK_G=max(16, _power_of_2(group)),
+        BLOCK_D=block_d,
+        BLOCK_S=config.block_s,
+        SPLITS=splits,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    if splits > 1:
+        _launch(
+            _combine_kernel,
+            (m * heads,),
+            *(acc, stats, input_scale, out, v_scale, m * heads),
+            D=d,
+            BLOCK_D=block_d,
+            SPLITS=splits,
+            dtype=_triton_dtype(q.dtype),
+            num_warps=_row_warps(splits * d),
+        )
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers
+
+
+def linear_reference(x, weight, input_scale=None, weight_scale=None, dtype=None):
+    y = F.linear(x.float(), weight.float())
+    return (y if input_scale is None else y * (input_scale * weight_scale)).to(dtype or x.dtype)
+
+
+class AddNorm(NamedTuple):
+    """Arguments of `add_norm` that `gemv` takes to do that on its own input."""
+
+    y: Tensor | None
+    post_weight: Tensor | None
+    weight: Tensor
+    eps: float
+
+
+@jit
+def _prepare_row(x_ptr, y_ptr, post_ptr, x_new_ptr, row, rows, eps, N, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """The inverse RMS of y, where that has a norm, and of x + y, which the first program keeps."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    columns = tl.arange(0, BLOCK)
+    mask = columns < N
+    post_rms = 1.0
+    if post_ptr is not None:
+        post_rms = _inverse_rms(_output(y_ptr, row, rows, columns, mask, N, PARTS, dtype), N, eps)
+    x = _residual(x_ptr, y_ptr, post_ptr, post_rms, row, rows, columns, mask, N, PARTS)
+    if y_ptr is not None:
+        tl.store(x_new_ptr + row * N + columns, x.to(dtype), mask=mask & (tl.program_id(0) == 0))
+    return post_rms, _inverse_rms(x, N, eps)
+
+
+@jit
+def _input(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    norm_ptr,
+    scale_ptr,
+    post_rms,
+    rms,
+    row,
+    rows,
+    columns,
+    mask,
+    N,
+    PARTS: tl.constexpr,
+):
+    """Columns of a row of what the weight is multiplied with."""
+    if norm_ptr is None:
+        x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+    else:
+        x = _residual(x_ptr, y_ptr, post_ptr, post_rms, row, rows, columns, mask, N, PARTS)
+        x = _normed(x, rms, norm_ptr, columns, mask, x_ptr.dtype.element_ty)
+        if scale_ptr is not None:
+            x = _quantised(x, scale_ptr).to(tl.float32)
+    return x
+
+
+@jit
+def _finish_row(
+    acc,
+    input_scale_ptr,
+    weight_scale_ptr,
+    next_scale_ptr,
+    out_ptr,
+    row,
+    n,
+    OUT,
+    BLOCK_N: tl.constexpr,
+    GEGLU: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    y = tl.sum(acc, axis=1)
+    if input_scale_ptr is not None:
+        y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
+    y = y.to(dtype).to(tl.float32)
+    if GEGLU:
+        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
+        y = _geglu(gate, up, dtype)
+    if next_scale_ptr is not None:
+        tl.store(out_ptr + row * OUT + n, _quantised(y, next_scale_ptr), mask=n < OUT)
+    else:
+        tl.store(out_ptr + row * OUT + n, y.to(dtype), mask=n < OUT)
+
+
+@jit
+def _gemv_kernel(
+    x_ptr,
+    weight_ptr,
+    input_scale_ptr,
+    weight_scale_ptr,
+    next_scale_ptr,
+    y_ptr,
+    post_ptr,
+    norm_ptr,
+    x_new_ptr,
+    out_ptr,
+    eps,
+    M: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    GEGLU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    _start(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GEGLU:  # gate and up in turn: rows n and n + OUT
+        i = tl.arange(0, 2 * BLOCK_N)
+        row = tl.minimum(tl.program_id(0) * BLOCK_N + i // 2, OUT - 1) + i % 2 * OUT
+        acc_0 = tl.zeros([2 * BLOCK_N, BLOCK_K], tl.float32)
+    else:
+        row = tl.minimum(n, OUT - 1)  # what is read twice is not stored
+        acc_0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc_1 = acc_0
+    rows_ptr = weight_ptr + row.to(tl.int64) * IN
+    columns = tl.arange(0, BLOCK_K)
+    _prefetch(rows_ptr, 0, IN, AHEAD, PDL)
+    _wait(PDL)
+    post_rms_0, rms_0, post_rms_1, rms_1 = 1.0, 1.0, 1.0, 1.0
+    if norm_ptr is not None:
+        post_rms_0, rms_0 = _prepare_row(x_ptr, y_ptr, post_ptr, x_new_ptr, 0, M, eps, IN, ROW_BLOCK, PARTS)
+        if M == 2:
+            post_rms_1, rms_1 = _prepare_row(x_ptr, y_ptr, post_ptr, x_new_ptr, 1, M, eps, IN, ROW_BLOCK, PARTS)
+    for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
+        mask = k + columns < IN
+        weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
+        x = _input(
+            x_ptr,
+            y_ptr,
+            post_ptr,
+            norm_ptr,
+            input_scale_ptr,
+            post_rms_0,
+            rms_0,
+            0,
+            M,
+            k + columns,
+            mask,
+            IN,
+            PARTS,
+        )
+        acc_0 += weight * x[None, :]
+        if M == 2:
+            x = _input(
+                x_ptr,
+                y_ptr,
+                post_ptr,
+                norm_ptr,
+                input_scale_ptr,
+                post_rms_1,
+                rms_1,
+                1,
+                M,
+                k + columns,
+                mask,
+                IN,
+                PARTS,
+            )
+            acc_1 += weight * x[None, :]
+    _finish_row(acc_0, input_scale_ptr, weight_scale_ptr, next_scale_ptr, out_ptr, 0, n, OUT, BLOCK_N, GEGLU, dtype)
+    if M == 2:
+        _finish_row(acc_1, input_scale_ptr, weight_scale_ptr, next_scale_ptr, out_ptr, 1, n, OUT, BLOCK_N, GEGLU, dtype)
+
+
+def gemv_reference(
+    x,
+    weight,
+    input_scale=None,
+    weight_scale=None,
+    dtype=None,
+    norm=None,
+    geglu=False,
+    next_scale=None,
+):
+    dtype, x_new = dtype or x.dtype, x
+    if norm is not None:
+        x_new, x = add_norm_reference(x, *norm, input_scale)
+    y = linear_reference(x, weight, input_scale, weight_scale, dtype)
+    if geglu:
+        y = geglu_reference(y, dtype, next_scale)
+    return y if norm is None else (x_new, y)
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    input_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    norm: AddNorm | None = None,
+    geglu: bool = False,
+    next_scale: Tensor | None = None,
+    config: Gemv | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x @ weight.T of one or two rows x [M, K], weight [N, K], in `dtype` (None: x's), which is not x's for E4M3.
+
+    For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given. With `norm`, x is the
+    residual stream instead: every program does what `add_norm` does, and (x_new, result) is returned. With `geglu`,
+    weight is gate [F, K] over up [F, K], and gelu(gate) * up [M, F] is returned, in E4M3 if next_scale is given.
+    """
+    (m, k), dtype = x.shape, dtype or x.dtype
+    if m > 2:
+        raise ValueError(f"gemv takes one or two rows, not {m}")
+    n = weight.shape[0] // 2 if geglu else weight.shape[0]
+    config = config or linear_config(m, weight.shape[0], k, weight.dtype, geglu)
+    out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
+    y, post_weight, norm_weight, eps = norm or AddNorm(None, None, None, 0.0)
+    x_new = x if y is None else torch.empty_like(x)
+    _launch(
+        _gemv_kernel,
+        (-(-n // config.block_n),),
+        *(x, weight, input_scale, weight_scale, next_scale, y, post_weight, norm_weight),
+        *(None if y is None else x_new, out, eps),
+        M=m,
+        OUT=n,
+        IN=k,
+        ROW_BLOCK=_power_of_2(k),
+        PARTS=_parts(y),
+        GEGLU=geglu,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        AHEAD=config.ahead,
+        dtype=_triton_dtype(dtype),
+        num_warps=config.num_warps,
+    )
+    return out if norm is None else (x_new, out)
+
+
+@jit
+def _skinny_kernel(
+    x_ptr,
+    weight_ptr,
+    input_scale_ptr,
+    weight_scale_ptr,
+    out_ptr,
+    rows,
+    tiles,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Weight rows are the wide side of the product, x's few rows the narrow one."""
+    _start(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_K)
+    first = tl.program_id(1) * tiles * BLOCK_K
+    rows_ptr = weight_ptr + tl.minimum(n, OUT - 1).to(tl.int64) * IN  # what is read twice is not stored
+    _prefetch(rows_ptr, first, IN, AHEAD, PDL)
+    weight_ptrs = rows_ptr[:, None] + (first + columns)[None, :]
+    x_ptrs = x_ptr + m[None, :] * IN + (first + columns)[:, None]
+    in_rows = (m < rows)[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    _wait(PDL)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        k = tile * BLOCK_K
+        if EVEN:
+            weight = tl.load(weight_ptrs + k)
+            x = tl.load(x_ptrs + k, mask=in_rows, other=0.0)
+        else:
+            inside = first + k + columns < IN
+            weight = tl.load(weight_ptrs + k, mask=inside[None, :], other=0.0)
+            x = tl.load(x_ptrs + k, mask=in_rows & inside[:, None], other=0.0)
+        # A Hopper tensor core keeps few bits of a sum of FP8 products: each tile's is added in float32. (With fewer
+        # than 32 products Triton would turn to FP16 instead, at a conversion for every weight.)
+        acc = tl.dot(weight, x, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
+    if input_scale_ptr is not None:
+        acc *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
+    offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(n < OUT)[:, None] & in_rows)
+
+
+def skinny_matmul(
+    x: Tensor,
+    weight: Tensor,
+    input_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    config: Skinny | None = None,
+) -> Tensor:
+    """x @ weight.T of up to 64 rows, as `linear_reference`; with config.split > 1 float32 partial sums [split, M, N]."""
+    (m, k), n, dtype = x.shape, weight.shape[0], dtype or x.dtype
+    config = config or linear_config(m, n, k, weight.dtype)
+    tiles = -(-k // (config.block_k * config.split))  # of a program
+    split = -(-k // (config.block_k * tiles))  # without shares that would be empty
+    if split == 1:
+        out = torch.empty(m, n, dtype=dtype, device=x.device)
+    else:
+        out = torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    _launch(
+        _skinny_kernel,
+        (-(-n // config.block_n), split),
+        *(x, weight, input_scale, weight_scale, out, m, tiles),
+        OUT=n,
+        IN=k,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        EVEN=k % (config.block_k * tiles) == 0,
+        AHEAD=config.ahead,
+        STAGES=config.num_stages,
+        PROMOTE=config.block_k if weight.dtype == E4M3 else 0,
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+def linear_rows(
+    x: Tensor,
+    weight: Tensor,
+    input_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    partials: bool = False,
+    config: Gemv | Skinny | None = None,
+) -> Tensor:
+    """x @ weight.T [M, N] in `dtype` (None: x's) of x [M, K] and weight [N, K], by whatever is fastest for the shape.
+
+    Both are in bf16 or float32, or in E4M3 with input_scale and weight_scale (0-dim float32). With `partials`, the
+    result may be float32 partial sums [P, M, N] instead: `add_norm`, `geglu` and `rope_and_write` take those.
+    """
+    (m, k), n, dtype = x.shape, weight.shape[0], dtype or x.dtype
+    config = config or linear_config(m, n, k, weight.dtype)
+    if isinstance(config, Gemv):
+        return gemv(x, weight, input_scale, weight_scale, dtype, config=config)
+    if isinstance(config, Skinny):
+        config = config if partials else config._replace(split=1)
+        return skinny_matmul(x, weight, input_scale, weight_scale, dtype, config)
+    if input_scale is None:
+        return F.linear(x, weight)
+    if x.is_cuda and n % 16 == k % 16 == 0:  # what cuBLAS takes
+        return torch._scaled_mm(x, weight.t(), scale_a=input_scale, scale_b=weight_scale, out_dtype=dtype)
+    return linear_reference(x, weight, input_scale, weight_scale, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The next token
+
+
+def greedy_emit_reference(logits, token, output, count, limit, done, stop_ids, status, position=None):
+    if position is not None:
+        position += ~done
+    token.copy_(logits.float().argmax(-1))
+    output.scatter_(1, count[:, None], token[:, None])
+    count += ~done
+    done |= (token[:, None] == stop_ids).any(-1) | (count >= limit)
+    status.copy_(torch.stack((done.all(), count[0], token[0])))
+
+
+@jit
+def _argmax_kernel(
+    logits_ptr,
+    best_ptr,
+    index_ptr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The largest of a chunk of logits, and where it is first."""
+    _start(PDL)
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offsets = chunk * CHUNK + tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    index = tl.where(offsets < V, offsets, V - 1)
+    _wait(PDL)
+    for i in range(0, CHUNK, BLOCK):
+        value = tl.load(logits_ptr + row * V + offsets + i, mask=offsets + i < V, other=float("-inf")).to(tl.float32)
+        index = tl.where(value > best, offsets + i, index)
+        best = tl.maximum(best, value)
+    largest = tl.max(best, axis=0)
+    tl.store(best_ptr + row * tl.num_programs(1) + chunk, largest)
+    tl.store(index_ptr + row * tl.num_programs(1) + chunk, tl.min(tl.where(best == largest, index, V - 1), axis=0))
+
+
+@jit
+def _emit_kernel(
+    best_ptr,
+    index_ptr,
+    token_ptr,
+    output_ptr,
+    count_ptr,
+    limit_ptr,
+    done_ptr,
+    stop_ids_ptr,
+    status_ptr,
+    position_ptr,
+    M,
+    length,
+    V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STOP_IDS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """All rows in one program: the chunks' best, and then what Decoder keeps, if output_ptr is given."""
+    _start(PDL)
+    row, chunk = tl.arange(0, BLOCK_M), tl.arange(0, CHUNKS)
+    mask = row < M
+    _wait(PDL)
+    offsets = row[:, None] * CHUNKS + chunk[None, :]
+    best = tl.load(best_ptr + offsets, mask=mask[:, None], other=float("-inf"))
+    index = tl.load(index_ptr + offsets, mask=mask[:, None], other=0)
+    largest = tl.max(best, axis=1)
+    token = tl.min(tl.where(best == largest[:, None], index, V - 1), axis=1).to(tl.int64)
+    tl.store(token_ptr + row, token, mask=mask)
+    if output_ptr is not None:
+        was_done = tl.load(done_ptr + row, mask=mask, other=1) != 0
+        count = tl.load(count_ptr + row, mask=mask, other=0)
+        limit = tl.load(limit_ptr + row, mask=mask, other=0)
+        tl.store(output_ptr + row.to(tl.int64) * length + count, token, mask=mask)
+        count = tl.where(was_done, count, count + 1)
+        tl.store(count_ptr + row, count, mask=mask)
+        if position_ptr is not None:
+            position = tl.load(position_ptr + row, mask=mask, other=0)
+            tl.store(position_ptr + row, tl.where(was_done, position, position + 1), mask=mask)
+        done = was_done | (count >= limit)
+        for i in tl.static_range(STOP_IDS):
+            done = done | (token == tl.load(stop_ids_ptr + i))
+        tl.store(done_ptr + row, done.to(tl.uint8), mask=mask)
+        tl.store(status_ptr, tl.min(done.to(tl.int32), axis=0).to(tl.int64))
+        tl.store(status_ptr + 1, tl.sum(tl.where(row == 0, count, 0), axis=0))
+        tl.store(status_ptr + 2, tl.sum(tl.where(row == 0, token, 0), axis=0))
+
+
+def _emit(logits: Tensor, token: Tensor, output, count, limit, done, stop_ids, status, position):
+    m, v = logits.shape
+    chunks = min(_power_of_2(-(-4 * SMS // m)), _power_of_2(-(-v // ARGMAX_BLOCK)))
+    best = torch.empty(m, chunks, dtype=torch.float32, device=logits.device)
+    index = torch.empty(m, chunks, dtype=torch.int32, device=logits.device)
+    chunk = -(-v // chunks)
+    block = min(ARGMAX_BLOCK, _power_of_2(chunk))
+    chunk = -(-chunk // block) * block
+    _launch(_argmax_kernel, (m, chunks), logits, best, index, V=v, CHUNK=chunk, BLOCK=block, num_warps=ARGMAX_WARPS)
+    _launch(
+        _emit_kernel,
+        (1,),
+        *(best, index, token, output, count, limit, None if done is None else done.view(torch.uint8), stop_ids, status),
+        *(position, m, 0 if output is None else output.shape[1]),
+        V=v,
+        BLOCK_M=_power_of_2(m),
+        CHUNKS=chunks,
+        STOP_IDS=0 if stop_ids is None else len(stop_ids),
+        num_warps=4 if m * chunks <= 4096 else 8,
+    )
+
+
+def argmax_rows(logits: Tensor) -> Tensor:
+    """int64 [M]: where logits [M, V], bf16 or float32, are largest; the first place among equals."""
+    token = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    _emit(logits, token, None, None, None, None, None, None, None)
+    return token
+
+
+def greedy_emit(
+    logits: Tensor,
+    token: Tensor,
+    output: Tensor,
+    count: Tensor,
+    limit: Tensor,
+    done: Tensor,
+    stop_ids: Tensor,
+    status: Tensor,
+    position: Tensor | None = None,
+):
+    """Decoder's greedy step behind the logits [M, V], in place: position, if given, then what Decoder._emit does.
+
+    token, count, limit, position [M], output [M, length], stop_ids and status [3] are int64, done [M] is bool.
+    """
+    _emit(logits, token, output, count, limit, done, stop_ids, status, position)
