@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import kernels
 from checkpoint import SCALES_NAME, WEIGHT_FORMATS, load_weights, open_checkpoint, read_scales
 from model import Transformer
 from tokenizer import TextStream, Tokenizer
@@ -294,6 +295,17 @@ def decode_step(model: Transformer, state: State, draw: Draw):
     emit(state, logits, draw)
 
 
+def fast_step(model: Transformer, state: State, draw: Draw):
+    """`decode_step` by kernels.py."""
+    logits = model.decode(state.token, state.position)
+    if draw.greedy and not draw.penalise:
+        s = state
+        kernels.greedy_emit(logits, s.token, s.output, s.count, s.limit, s.done, s.stop_ids, s.log, s.step, s.position)
+        return
+    state.position += ~state.done
+    emit(state, logits.float(), draw)
+
+
 def emit(state: State, logits: Tensor, draw: Draw):
     """Draws a token for each row from logits [B, V] and records it where the row is not done."""
     temperature, top_k, top_p, min_p, repetition_penalty = state.settings
@@ -349,7 +361,8 @@ class Decoder:
         if self.device.type == "cuda":
             self.streams = [torch.cuda.Stream(self.device) for _ in range(2)]
         # Functions, not methods of self: without a cycle, memory is free as soon as the decoder is.
-        self._step, self._prefill = decode_step, Transformer.forward
+        fast = compile and self.device.type == "cuda" and kernels.available(self.device)
+        self._step, self._prefill = fast_step if fast else decode_step, Transformer.forward
         if self.device.type == "cpu":
             self._step = _compiled(decode_step, dynamic=False) if compile else decode_step
             self._prefill = _compiled(Transformer.forward, dynamic=None) if compile_prefill else Transformer.forward

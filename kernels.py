@@ -222,6 +222,55 @@ def _parts(y: Tensor | None) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Embedding
+
+
+def embed_reference(tokens, weight, factor, dtype, weight_scale=None):
+    x = weight.view(torch.uint8)[tokens].view(E4M3) if weight.dtype == E4M3 else weight[tokens]
+    x = x if weight_scale is None else (x.float() * weight_scale).to(dtype)
+    return x * factor
+
+
+@jit
+def _embed_kernel(
+    tokens_ptr,
+    weight_ptr,
+    scale_ptr,
+    x_ptr,
+    factor,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    _start(PDL)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < N
+    _wait(PDL)
+    x = tl.load(weight_ptr + tl.load(tokens_ptr + row) * N + columns, mask=mask, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        x = (x * tl.load(scale_ptr)).to(dtype).to(tl.float32)
+    tl.store(x_ptr + row * N + columns, (x * factor).to(dtype), mask=mask)
+
+
+def embed(
+    tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, weight_scale: Tensor | None = None
+) -> Tensor:
+    """Rows [M, N] of weight [V, N], times `factor`, for tokens [M] (int64), in `dtype`; weight_scale is an E4M3 weight's."""
+    x = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
+    _launch(
+        _embed_kernel,
+        (len(tokens),),
+        *(tokens, weight, weight_scale, x, factor),
+        N=weight.shape[1],
+        BLOCK=_power_of_2(weight.shape[1]),
+        num_warps=_row_warps(weight.shape[1]),
+    )
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Residual, norm, quantisation
 
 
@@ -354,7 +403,7 @@ def _geglu_kernel(
         tl.store(h_ptr + row * F + columns, h.to(dtype), mask=mask)
 
 
-def geglu(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> Tensor:
+def geglu_rows(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> Tensor:
     """gelu(gate) * up [M, F] in `dtype` or, with input_scale, in E4M3.
 
     y, gate and then up, is [M, 2 * F] in `dtype` or float32 partial sums [P, M, 2 * F].
@@ -385,8 +434,7 @@ def _triton_dtype(dtype: torch.dtype):
 
 def rope_and_write_reference(
     qkv,
-    cos,
-    sin,
+    frequency,
     position,
     k_cache,
     v_cache,
@@ -397,20 +445,19 @@ def rope_and_write_reference(
     q_norm=None,
     k_norm=None,
     eps=1e-6,
-    k_mean=None,
 ):
     m, kv_heads, slots, d = *k_cache.shape[:3], k_cache.shape[3]
     q, k, v = _summed(qkv, dtype).view(m, -1, d).split_with_sizes([n_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
         q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
 
+    angle = position.float()[:, None, None] * frequency
+
     def rotated(x):
         y = x.float()
-        return torch.addcmul(y * cos[:, None], y.roll(d // 2, dims=-1), sin[:, None]).to(dtype)
+        return torch.addcmul(y * angle.cos(), y.roll(d // 2, dims=-1), angle.sin()).to(dtype)
 
-    k = rotated(k).float()
-    if k_mean is not None:
-        k = k - k_mean
+    k = rotated(k)
     rows, slot = torch.arange(m, device=qkv.device), position % slots
     for cache, x, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
         x = _round_fp8(x, scale, cache.dtype) if cache.dtype.itemsize == 1 else x.to(cache.dtype)
@@ -419,14 +466,14 @@ def rope_and_write_reference(
 
 
 @jit
-def _rotated(low, high, cos_low, cos_high, sin_low, sin_high, norm_ptr, half, mask, eps, D, dtype: tl.constexpr):
+def _rotated(low, high, cos, sin, norm_ptr, half, mask, eps, D, dtype: tl.constexpr):
     """A head's two halves after its norm, if there is one, and its rotation."""
     if norm_ptr is not None:
         inverse_rms = tl.rsqrt((tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D + eps)
         low = _normed(low, inverse_rms, norm_ptr, half, mask, dtype)
         high = _normed(high, inverse_rms, norm_ptr, half + D // 2, mask, dtype)
-    new_low = (low * cos_low + high * sin_low).to(dtype).to(tl.float32)
-    new_high = (high * cos_high + low * sin_high).to(dtype).to(tl.float32)
+    new_low = (low * cos - high * sin).to(dtype).to(tl.float32)
+    new_high = (high * cos + low * sin).to(dtype).to(tl.float32)
     return new_low, new_high
 
 
@@ -440,15 +487,13 @@ def _cached(x, inverse_scale, LIMIT: tl.constexpr):
 @jit
 def _rope_kernel(
     qkv_ptr,
-    cos_ptr,
-    sin_ptr,
+    frequency_ptr,
     position_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
     q_norm_ptr,
     k_norm_ptr,
-    k_mean_ptr,
     inverse_k_scale,
     inverse_v_scale,
     eps,
@@ -472,23 +517,19 @@ def _rope_kernel(
     width = (H + 2 * K) * D
     low = _output(qkv_ptr, row, rows, head * D + half, mask, width, PARTS, dtype)
     high = _output(qkv_ptr, row, rows, head * D + D // 2 + half, mask, width, PARTS, dtype)
-    slot = tl.load(position_ptr + row) % S
+    position = tl.load(position_ptr + row)
+    slot = position % S
     if head < H + K:
-        cos_low = tl.load(cos_ptr + row * D + half, mask=mask, other=0.0)
-        cos_high = tl.load(cos_ptr + row * D + D // 2 + half, mask=mask, other=0.0)
-        sin_low = tl.load(sin_ptr + row * D + half, mask=mask, other=0.0)
-        sin_high = tl.load(sin_ptr + row * D + D // 2 + half, mask=mask, other=0.0)
+        angle = position.to(tl.float32) * tl.load(frequency_ptr + D // 2 + half, mask=mask, other=0.0)
+        cos, sin = tl.cos(angle), tl.sin(angle)
         if head < H:
-            low, high = _rotated(low, high, cos_low, cos_high, sin_low, sin_high, q_norm_ptr, half, mask, eps, D, dtype)
+            low, high = _rotated(low, high, cos, sin, q_norm_ptr, half, mask, eps, D, dtype)
             q_row = q_ptr + (row * H + head) * D
             tl.store(q_row + half, low.to(dtype), mask=mask)
             tl.store(q_row + D // 2 + half, high.to(dtype), mask=mask)
         else:
-            low, high = _rotated(low, high, cos_low, cos_high, sin_low, sin_high, k_norm_ptr, half, mask, eps, D, dtype)
+            low, high = _rotated(low, high, cos, sin, k_norm_ptr, half, mask, eps, D, dtype)
             kv_head = head - H
-            if k_mean_ptr is not None:
-                low -= tl.load(k_mean_ptr + kv_head * D + half, mask=mask, other=0.0)
-                high -= tl.load(k_mean_ptr + kv_head * D + D // 2 + half, mask=mask, other=0.0)
             k_row = k_ptr + ((row * K + kv_head) * S + slot) * D
             tl.store(k_row + half, _cached(low, inverse_k_scale, LIMIT).to(k_ptr.dtype.element_ty), mask=mask)
             tl.store(k_row + D // 2 + half, _cached(high, inverse_k_scale, LIMIT).to(k_ptr.dtype.element_ty), mask=mask)
@@ -500,8 +541,7 @@ def _rope_kernel(
 
 def rope_and_write(
     qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    frequency: Tensor,
     position: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -512,20 +552,19 @@ def rope_and_write(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
-    k_mean: Tensor | None = None,
 ) -> Tensor:
     """The rotated queries [M, H, D] in `dtype`; rotated keys, and values, go to slot position % S of the caches.
 
-    qkv is [M, (H + 2 * K) * D] in `dtype` or float32 partial sums [P, M, ...]. cos and sin [M, D] are float32, the first
-    half of sin with a minus; position [M] int64. Caches are [M, K, S, D] in bf16, float32, E4M3 or E5M2; the scales count
-    for FP8 only. q_norm and k_norm [D] are RMSNorm weights; k_mean [K, D] float32 is taken off the rotated keys.
+    qkv is [M, (H + 2 * K) * D] in `dtype` or float32 partial sums [P, M, ...]. frequency [D] is in radians a position,
+    its first half negative; position [M] int64. Caches are [M, K, S, D] in bf16, float32, E4M3 or E5M2; the scales count
+    for FP8 only. q_norm and k_norm [D] are RMSNorm weights.
     """
     m, kv_heads, slots, d = k_cache.shape
     q = torch.empty(m, n_heads, d, dtype=dtype, device=qkv.device)
     _launch(
         _rope_kernel,
         (m, n_heads + 2 * kv_heads),
-        *(qkv, cos, sin, position, q, k_cache, v_cache, q_norm, k_norm, k_mean),
+        *(qkv, frequency, position, q, k_cache, v_cache, q_norm, k_norm),
         *(1 / k_scale, 1 / v_scale, eps, m, slots),
         H=n_heads,
         K=kv_heads,
@@ -1153,18 +1192,40 @@ def linear_rows(
     return linear_reference(x, weight, input_scale, weight_scale, dtype)
 
 
+def norm_linear(
+    x: Tensor,
+    norm: AddNorm,
+    weight: Tensor,
+    input_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    geglu: bool = False,
+    next_scale: Tensor | None = None,
+    partials: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(x_new, result): `add_norm` and the linear layer that takes its h, in one kernel for one or two rows.
+
+    The result is [M, N] in x's dtype or, with `partials`, maybe float32 partial sums [P, M, N]; with `geglu` see `gemv`.
+    """
+    config = linear_config(len(x), *weight.shape, weight.dtype, geglu)
+    if isinstance(config, Gemv):
+        return gemv(x, weight, input_scale, weight_scale, x.dtype, norm, geglu, next_scale, config)
+    x_new, h = add_norm(x, *norm, input_scale)
+    y = linear_rows(h, weight, input_scale, weight_scale, x.dtype, partials)
+    return x_new, (geglu_rows(y, x.dtype, next_scale) if geglu else y)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The next token
 
 
-def greedy_emit_reference(logits, token, output, count, limit, done, stop_ids, status, position=None):
-    if position is not None:
-        position += ~done
+def greedy_emit_reference(logits, token, output, count, limit, done, stop_ids, log, step, position):
+    position += ~done
     token.copy_(logits.float().argmax(-1))
     output.scatter_(1, count[:, None], token[:, None])
     count += ~done
     done |= (token[:, None] == stop_ids).any(-1) | (count >= limit)
-    status.copy_(torch.stack((done.all(), count[0], token[0])))
+    log.index_copy_(0, step, torch.stack((done.all(), count[0], token[0]))[None])
+    step += 1
 
 
 @jit
@@ -1203,7 +1264,8 @@ def _emit_kernel(
     limit_ptr,
     done_ptr,
     stop_ids_ptr,
-    status_ptr,
+    log_ptr,
+    step_ptr,
     position_ptr,
     M,
     length,
@@ -1213,7 +1275,7 @@ def _emit_kernel(
     STOP_IDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """All rows in one program: the chunks' best, and then what Decoder keeps, if output_ptr is given."""
+    """All rows in one program: the chunks' best, and what is kept of it."""
     _start(PDL)
     row, chunk = tl.arange(0, BLOCK_M), tl.arange(0, CHUNKS)
     mask = row < M
@@ -1223,27 +1285,43 @@ def _emit_kernel(
     index = tl.load(index_ptr + offsets, mask=mask[:, None], other=0)
     largest = tl.max(best, axis=1)
     token = tl.min(tl.where(best == largest[:, None], index, V - 1), axis=1).to(tl.int64)
+    was_done = tl.load(done_ptr + row, mask=mask, other=1) != 0
+    count = tl.load(count_ptr + row, mask=mask, other=0)
+    limit = tl.load(limit_ptr + row, mask=mask, other=0)
+    position = tl.load(position_ptr + row, mask=mask, other=0)
+    step = tl.load(step_ptr)
     tl.store(token_ptr + row, token, mask=mask)
-    if output_ptr is not None:
-        was_done = tl.load(done_ptr + row, mask=mask, other=1) != 0
-        count = tl.load(count_ptr + row, mask=mask, other=0)
-        limit = tl.load(limit_ptr + row, mask=mask, other=0)
-        tl.store(output_ptr + row.to(tl.int64) * length + count, token, mask=mask)
-        count = tl.where(was_done, count, count + 1)
-        tl.store(count_ptr + row, count, mask=mask)
-        if position_ptr is not None:
-            position = tl.load(position_ptr + row, mask=mask, other=0)
-            tl.store(position_ptr + row, tl.where(was_done, position, position + 1), mask=mask)
-        done = was_done | (count >= limit)
-        for i in tl.static_range(STOP_IDS):
-            done = done | (token == tl.load(stop_ids_ptr + i))
-        tl.store(done_ptr + row, done.to(tl.uint8), mask=mask)
-        tl.store(status_ptr, tl.min(done.to(tl.int32), axis=0).to(tl.int64))
-        tl.store(status_ptr + 1, tl.sum(tl.where(row == 0, count, 0), axis=0))
-        tl.store(status_ptr + 2, tl.sum(tl.where(row == 0, token, 0), axis=0))
+    tl.store(output_ptr + row.to(tl.int64) * length + count, token, mask=mask)
+    count = tl.where(was_done, count, count + 1)
+    tl.store(count_ptr + row, count, mask=mask)
+    tl.store(position_ptr + row, tl.where(was_done, position, position + 1), mask=mask)
+    done = was_done | (count >= limit)
+    for i in tl.static_range(STOP_IDS):
+        done = done | (token == tl.load(stop_ids_ptr + i))
+    tl.store(done_ptr + row, done.to(tl.uint8), mask=mask)
+    tl.store(log_ptr + step * 3, tl.min(done.to(tl.int32), axis=0).to(tl.int64))
+    tl.store(log_ptr + step * 3 + 1, tl.sum(tl.where(row == 0, count, 0), axis=0))
+    tl.store(log_ptr + step * 3 + 2, tl.sum(tl.where(row == 0, token, 0), axis=0))
+    tl.store(step_ptr, step + 1)
 
 
-def _emit(logits: Tensor, token: Tensor, output, count, limit, done, stop_ids, status, position):
+def greedy_emit(
+    logits: Tensor,
+    token: Tensor,
+    output: Tensor,
+    count: Tensor,
+    limit: Tensor,
+    done: Tensor,
+    stop_ids: Tensor,
+    log: Tensor,
+    step: Tensor,
+    position: Tensor,
+):
+    """The end of a greedy step, behind logits [M, V] in bf16 or float32: what generate.emit does to its State, in place.
+
+    token, count, limit, position [M], output [M, length], stop_ids [any], log [steps, 3] and step [1] are int64, done [M]
+    is bool. Of equal logits the first wins.
+    """
     m, v = logits.shape
     chunks = min(_power_of_2(-(-4 * SMS // m)), _power_of_2(-(-v // ARGMAX_BLOCK)))
     best = torch.empty(m, chunks, dtype=torch.float32, device=logits.device)
@@ -1255,36 +1333,11 @@ def _emit(logits: Tensor, token: Tensor, output, count, limit, done, stop_ids, s
     _launch(
         _emit_kernel,
         (1,),
-        *(best, index, token, output, count, limit, None if done is None else done.view(torch.uint8), stop_ids, status),
-        *(position, m, 0 if output is None else output.shape[1]),
+        *(best, index, token, output, count, limit, done.view(torch.uint8), stop_ids, log, step, position),
+        *(m, output.shape[1]),
         V=v,
         BLOCK_M=_power_of_2(m),
         CHUNKS=chunks,
-        STOP_IDS=0 if stop_ids is None else len(stop_ids),
+        STOP_IDS=len(stop_ids),
         num_warps=4 if m * chunks <= 4096 else 8,
     )
-
-
-def argmax_rows(logits: Tensor) -> Tensor:
-    """int64 [M]: where logits [M, V], bf16 or float32, are largest; the first place among equals."""
-    token = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    _emit(logits, token, None, None, None, None, None, None, None)
-    return token
-
-
-def greedy_emit(
-    logits: Tensor,
-    token: Tensor,
-    output: Tensor,
-    count: Tensor,
-    limit: Tensor,
-    done: Tensor,
-    stop_ids: Tensor,
-    status: Tensor,
-    position: Tensor | None = None,
-):
-    """Decoder's greedy step behind the logits [M, V], in place: position, if given, then what Decoder._emit does.
-
-    token, count, limit, position [M], output [M, length], stop_ids and status [3] are int64, done [M] is bool.
-    """
-    _emit(logits, token, output, count, limit, done, stop_ids, status, position)

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
+from kernels import AddNorm
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
@@ -406,6 +409,11 @@ def fp8_linear(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Ten
         )
         return y.view(*x.shape[:-1], -1)
     return (F.linear(rounded.float(), weight.float()) * (input_scale * weight_scale)).to(x.dtype)
+
+
+def _operands(linear: "Linear | FP8Linear") -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, and the scales of input and weight where it is in FP8."""
+    return linear.weight, getattr(linear, "input_scale", None), getattr(linear, "weight_scale", None)
 
 
 def prefers_te(te: "object | None", x: Tensor) -> bool:
@@ -845,6 +853,55 @@ class Transformer(nn.Module):
             logits = fp8_linear(x, self.embedding.weight, scales["input_scale"], scales["weight_scale"]).float()
         if config.logit_softcap is not None:
             logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        return logits
+
+    def decode(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """`forward` for one token [B] a row, behind those in the KV cache, by kernels.py: logits [B, V] in the weights'
+        dtype (float32 with a softcap), which differ from forward's by the order in which sums are made."""
+        config, dtype, eps = self.config, self.dtype, self.config.norm_eps
+        head = () if self.head_scales is None else tuple(self.head_scales[kind] for kind in HEAD_SCALES)
+        x = kernels.embed(tokens, self.embedding.weight, self.embedding_scale[dtype], dtype, *head[1:])
+        y = post_weight = None  # the newest layer's output, and the norm that it gets before x takes it in
+        for index, layer in enumerate(self.layers):
+            attention, feed_forward = layer.attention, layer.feed_forward
+            norm = AddNorm(y, post_weight, layer.attention_norm.weight, eps)
+            x, qkv = kernels.norm_linear(x, norm, *_operands(attention.wqkv))
+            cache = attention.cache
+            q = kernels.rope_and_write(
+                qkv,
+                self.rope_frequency_local if config.is_local(index) else self.rope_frequency,
+                position,
+                cache.k,
+                cache.v,
+                cache.k_scale,
+                cache.v_scale,
+                config.n_heads,
+                dtype,
+                attention.q_norm and attention.q_norm.weight,
+                attention.k_norm and attention.k_norm.weight,
+                eps,
+            )
+            y = kernels.decode_attention(
+                q,
+                cache.k,
+                cache.v,
+                position,
+                attention.scale * cache.k_scale,
+                cache.v_scale,
+                attention.softcap,
+                getattr(attention.wo, "input_scale", None),
+            )
+            y = kernels.linear_rows(y, *_operands(attention.wo), dtype, partials=True)
+            post_weight = layer.post_attention_norm and layer.post_attention_norm.weight
+            norm = AddNorm(y, post_weight, layer.feed_forward_norm.weight, eps)
+            next_scale = getattr(feed_forward.w2, "input_scale", None)
+            x, h = kernels.norm_linear(x, norm, *_operands(feed_forward.w13), geglu=True, next_scale=next_scale)
+            y = kernels.linear_rows(h, *_operands(feed_forward.w2), dtype, partials=True)
+            post_weight = layer.post_feed_forward_norm and layer.post_feed_forward_norm.weight
+        norm = AddNorm(y, post_weight, self.norm.weight, eps)
+        _, logits = kernels.norm_linear(x, norm, self.embedding.weight, *(head or (None, None)), partials=False)
+        if config.logit_softcap is not None:
+            logits = config.logit_softcap * torch.tanh(logits.float() / config.logit_softcap)
         return logits
 
     def _shared(self, local: bool, query: Tensor, position: Tensor | None) -> Shared:

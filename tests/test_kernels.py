@@ -4,9 +4,11 @@ import random
 
 import pytest
 import torch
+from conftest import CASES, SIZES
 
 import kernels
 from kernels import E4M3, AddNorm, AttentionConfig, Gemv, Skinny
+from model import ModelConfig, Transformer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, F32, E5M2 = torch.bfloat16, torch.float32, torch.float8_e5m2
@@ -125,14 +127,14 @@ def test_geglu(dtype, parts, monkeypatch):
     y = normal(3, 2 * 45, dtype=dtype, scale=3)
     y[0, :4] = torch.tensor([100.0, -100, 1e4, -1e4])
     y = partial_sums(y, parts) if parts else y
-    assert_same(kernels.geglu(y, dtype), kernels.geglu_reference(y, dtype))
+    assert_same(kernels.geglu_rows(y, dtype), kernels.geglu_reference(y, dtype))
     scale = scalar(0.02)
-    assert_same(kernels.geglu(y, dtype, scale), kernels.geglu_reference(y, dtype, scale))
+    assert_same(kernels.geglu_rows(y, dtype, scale), kernels.geglu_reference(y, dtype, scale))
 
 
 def test_fp8_saturates_and_keeps_nan():
     y = torch.tensor([[1e4, -1e4, float("nan"), 0.5, 1, 1, 1, 1]], device=DEVICE)
-    h = kernels.geglu(y, F32, scalar(1.0)).float()
+    h = kernels.geglu_rows(y, F32, scalar(1.0)).float()
     assert h[0, 0] == 448
     assert h[0, 2].isnan()
 
@@ -148,16 +150,17 @@ def test_rope_and_write(seed, dtype, cache_dtype):
     qkv = normal(m, (heads + 2 * kv_heads) * d, dtype=dtype)
     if seed == 1:
         qkv = partial_sums(qkv, 2)
-    cos, sin = normal(m, d), normal(m, d)
+    frequency = torch.rand(d // 2).repeat(2) * torch.tensor([-1.0, 1]).repeat_interleave(d // 2)
+    frequency = frequency.to(DEVICE)
     position = torch.tensor([choose.randrange(2 * slots) for _ in range(m)], device=DEVICE)
     options = {}
     if seed > 0:
-        options = dict(q_norm=normal(d, dtype=dtype), k_norm=normal(d, dtype=dtype), k_mean=normal(kv_heads, d))
+        options = dict(q_norm=normal(d, dtype=dtype), k_norm=normal(d, dtype=dtype))
     caches = [fp8(m, kv_heads, slots, d).to(cache_dtype or dtype) for _ in range(2)]
     expected_caches = [cache.clone() for cache in caches]
-    q = kernels.rope_and_write(qkv, cos, sin, position, *caches, 0.01, 0.02, heads, dtype, **options)
+    q = kernels.rope_and_write(qkv, frequency, position, *caches, 0.01, 0.02, heads, dtype, **options)
     expected = kernels.rope_and_write_reference(
-        qkv, cos, sin, position, *expected_caches, 0.01, 0.02, heads, dtype, **options
+        qkv, frequency, position, *expected_caches, 0.01, 0.02, heads, dtype, **options
     )
     assert_same(q, expected)
     for cache, expected_cache in zip(caches, expected_caches):
@@ -270,38 +273,119 @@ def test_linear_rows(dtype, m, partials):
     assert_same(y.sum(0).to(out) if y.dim() == 3 else y, kernels.linear_reference(*inputs, out))
 
 
+@pytest.mark.parametrize("kind", [BF16, F32, E4M3])
+def test_embed(kind):
+    weight, tokens = (fp8 if kind == E4M3 else normal)(50, 72).to(kind), torch.tensor([3, 49, 0], device=DEVICE)
+    arguments = (tokens, weight, 55.5, F32 if kind == F32 else BF16, scalar(0.013) if kind == E4M3 else None)
+    assert torch.equal(kernels.embed(*arguments), kernels.embed_reference(*arguments))
+
+
+def decode_states(m, limit, length=8):
+    """Two equal ones: token, output, count, limit, done, log, step, position."""
+
+    def zeros(*shape, dtype=torch.long):
+        return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+    return [
+        [
+            zeros(m),
+            zeros(m, length),
+            zeros(m),
+            limit.clone(),
+            zeros(m, dtype=torch.bool),
+            zeros(9, 3),
+            zeros(1),
+            zeros(m),
+        ]
+        for _ in range(2)
+    ]
+
+
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 1000), (5, 77), (3, 900)])
-def test_argmax_rows(dtype, shape, monkeypatch):
+def test_greedy_emit_takes_the_first_of_equals(dtype, shape, monkeypatch):
     monkeypatch.setattr(kernels, "ARGMAX_BLOCK", 128)
     logits = normal(*shape, dtype=dtype).round()  # many equal maxima
-    assert torch.equal(kernels.argmax_rows(logits).cpu(), logits.float().cpu().argmax(-1))
+
+    def token(logits):
+        (token, output, count, limit, done, log, step, position), _ = decode_states(
+            shape[0], torch.full((shape[0],), 5, device=DEVICE)
+        )
+        stop_ids = torch.zeros(0, dtype=torch.long, device=DEVICE)
+        kernels.greedy_emit(logits, token, output, count, limit, done, stop_ids, log, step, position)
+        return token
+
+    assert torch.equal(token(logits).cpu(), logits.float().cpu().argmax(-1))
     for value in (float("-inf"), -3.0):
-        assert kernels.argmax_rows(torch.full_like(logits, value)).tolist() == [0] * len(logits)
-    assert kernels.argmax_rows(torch.full_like(logits, float("nan")))[0] < shape[1]
+        assert token(torch.full_like(logits, value)).tolist() == [0] * len(logits)
+    assert token(torch.full_like(logits, float("nan")))[0] < shape[1]
 
 
 @pytest.mark.parametrize("stop_ids", [(), (5,), (5, 9, 30)])
 @pytest.mark.parametrize("m", [1, 3, 7])
 def test_greedy_emit(stop_ids, m):
     stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=DEVICE)
-    states = []
-    for _ in range(2):
-        numbers = [torch.zeros(m, dtype=torch.long, device=DEVICE) for _ in range(3)]
-        limit = (torch.arange(m) % 4 + 2).to(DEVICE)
-        output = torch.zeros(m, 8, dtype=torch.long, device=DEVICE)
-        done, status = torch.zeros(m, dtype=torch.bool, device=DEVICE), torch.zeros(3, dtype=torch.long, device=DEVICE)
-        states.append((*numbers, limit, output, done, status))
-    for step in range(6):
+    states = decode_states(m, (torch.arange(m) % 4 + 2).to(DEVICE))
+    for i in range(6):
         logits = normal(m, 40, dtype=BF16)
-        logits[:, 5] += step / 2
-        for emit, (token, count, position, limit, output, done, status) in zip(
+        logits[:, 5] += i / 2
+        for emit, (token, output, count, limit, done, log, step, position) in zip(
             (kernels.greedy_emit, kernels.greedy_emit_reference), states
         ):
-            emit(logits, token, output, count, limit, done, stop_ids, status, position if step else None)
+            emit(logits, token, output, count, limit, done, stop_ids, log, step, position)
         for actual, expected in zip(*states):
             assert torch.equal(actual, expected)
-    assert states[0][-1][0]  # all are done
+    assert states[0][4].all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("case", "rows", "dtype", "fp8_weights", "cache_dtype"),
+    [
+        ("gemma-mha", 2, BF16, False, E4M3),
+        ("gemma-mqa", 1, F32, False, None),
+        ("gemma-gqa", 3, BF16, True, E4M3),
+        ("gemma2-window-small", 3, F32, False, None),
+        ("gemma2-window-small", 1, F32, True, E5M2),
+        ("gemma3-window-half", 1, F32, False, None),
+        ("gemma3-window-half", 3, BF16, True, None),
+    ],
+)
+def test_decode_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypatch):
+    """Whole steps of tiny models, rows at different positions, behind a prefill that both share."""
+    if DEVICE.type == "cpu":  # fewer programs for the interpreter
+
+        def config_of(m, n, k, dtype, geglu=False):
+            return Gemv(64, 64, 4, 1, 0) if m <= 2 else None if dtype == F32 else Skinny(16, 64, 64, 1, 4, 1, 0)
+
+        monkeypatch.setattr(kernels, "linear_config", config_of)
+    model_type, settings = CASES[case]
+    config = ModelConfig.from_hf(SIZES | settings | {"model_type": model_type})
+    model = Transformer.random(config, DEVICE, dtype, fp8=fp8_weights, head=fp8_weights)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.copy_(normal(*parameter.shape, dtype=dtype, scale=0.3))
+        elif parameter.dim() > 1 and not fp8_weights:
+            parameter.copy_(normal(*parameter.shape, dtype=dtype, scale=0.15))
+    for layer in model.layers:
+        layer.attention.kv_scales = (0.01, 0.02)
+    position = torch.tensor([19, 3, 12][:rows], device=DEVICE)
+    prompts = torch.randint(2, 128, (rows, 19), device=DEVICE)
+    logits, caches = [], []
+    for fast in (False, True):
+        caches.append(model.new_caches(rows, 48, cache_dtype))
+        model.attach_caches(caches[-1])
+        model(prompts, None, position)
+        steps = []
+        for i in range(2 if DEVICE.type == "cpu" else 20):
+            token = torch.full((rows,), 3 + i, device=DEVICE)
+            steps.append((model.decode(token, position + i) if fast else model(token[:, None], position + i)).float())
+        logits.append(torch.stack(steps))
+    expected, actual = logits
+    if dtype == F32 and not fp8_weights:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    else:  # a rounding that falls to the other side moves what follows, FP8 to a code 6 % away
+        assert (actual - expected).norm() <= (0.1 if fp8_weights else 0.03) * (expected - expected.mean()).norm()
 
 
 @pytest.mark.cuda
@@ -335,7 +419,7 @@ def test_kernels_that_start_early(m):
         return add_norm(state, y, None, None, 1e-6)[0]
 
     def fast():
-        return layers(lambda x, w: kernels.linear_rows(x, w, partials=True), kernels.add_norm, kernels.geglu)
+        return layers(lambda x, w: kernels.linear_rows(x, w, partials=True), kernels.add_norm, kernels.geglu_rows)
 
     fast()
     graph = torch.cuda.CUDAGraph()
