@@ -425,7 +425,7 @@ def _copy_pieces(pieces: list, opened: dict, device: torch.device):
                 f.seek(tensor.bytes[0] + start * row)
                 if f.readinto(buffer[:size].numpy()) != size:
                     raise ValueError(f"{tensor.file} became shorter while it was read")
-            with torch.no_grad():
+            with torch.inference_mode():  # whatever the caller's mode: targets may be its tensors
                 rows = buffer[:size].to(device, non_blocking=True).view(torch_dtype(tensor)).view(target.shape)
                 target.copy_(rows if convert is None else convert(rows))
                 torch.cuda.current_stream(device).synchronize()  # before the buffer's next use

@@ -4,8 +4,8 @@ M is the number of rows; the other letters are model.py's: H query heads, K key/
 F intermediate size, V vocabulary. Every tensor is contiguous. Results are rounded where the modules of model.py round, so
 that the two differ by the order of summation only. FP8 is E4M3 with real = fp8 * scale, as model.round_fp8 makes it.
 
-A kernel may start while the one before still runs (programmatic dependent launch): it then fetches weights, and waits
-before it touches anything else. All of them wait, so that whatever ran earlier has finished, too.
+A kernel may start while the one before still runs (programmatic dependent launch), and waits before it touches memory.
+All of them wait, so that whatever ran earlier has finished, too.
 """
 
 import functools
@@ -61,16 +61,12 @@ SMS = 132  # of an H100 or H200
 
 
 class Gemv(NamedTuple):
-    """A program owns block_n outputs and adds up block_k columns at a time, with num_stages - 1 such tiles in flight.
-
-    `ahead` columns, a power of 2 or 0, are asked for before the kernels before have finished.
-    """
+    """A program owns block_n outputs and adds up block_k columns at a time, with num_stages - 1 such tiles in flight."""
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    ahead: int
 
 
 class Skinny(NamedTuple):
@@ -85,7 +81,6 @@ class Skinny(NamedTuple):
     split: int
     num_warps: int
     num_stages: int
-    ahead: int
 
 
 class AttentionConfig(NamedTuple):
@@ -97,31 +92,47 @@ class AttentionConfig(NamedTuple):
     by_sums: bool
 
 
-def linear_config(m: int, n: int, k: int, dtype: torch.dtype, geglu: bool = False) -> Gemv | Skinny | None:
-    """How `linear_rows` multiplies m rows by a weight [n, k] of `dtype`; None for cuBLAS."""
+def linear_config(m: int, n: int, k: int, dtype: torch.dtype) -> Gemv | Skinny | None:
+    """How `linear_rows` multiplies m rows by a weight [n, k] of `dtype`; None for cuBLAS.
+
+    What was fastest in whole steps of gemma-7b and gemma-2b on an H200. Fetching weights into L2 while the kernel before
+    still runs was slower everywhere (gemma-7b, FP8: 352 tokens/s with, 392 without).
+    """
     if m <= 2:
-        return Gemv(block_n=2 if geglu else 4, block_k=1024, num_warps=4, num_stages=4, ahead=4096)
+        if k > 8192:
+            return Gemv(block_n=2 if n > 2048 else 4, block_k=2048, num_warps=4, num_stages=4)
+        if n < 4096:
+            return Gemv(block_n=4, block_k=1024, num_warps=4, num_stages=3)
+        if k <= 2048:
+            return Gemv(block_n=4, block_k=2048, num_warps=4, num_stages=4)
+        return Gemv(block_n=8, block_k=512, num_warps=4, num_stages=4)
     if m > 64 or dtype == torch.float32:
         return None
-    block_m, block_k = max(16, _power_of_2(m)), 128 // dtype.itemsize  # a cache line of each weight row
-    block_n = 64 if n < 16384 else 128
-    split = 1
-    while -(-n // block_n) * split < 2 * SMS and split < 8 and k >= 2 * split * 4 * block_k:  # four tiles at least
+    if m > 16 and dtype == E4M3 and n < 200_000:
+        return None
+    block_n, block_k = 64 if m <= 16 or dtype == E4M3 else 128, 128 // dtype.itemsize  # a cache line of each weight row
+    split, wanted = 1, 1.5 * SMS if m <= 16 else 0.7 * SMS
+    while -(-n // block_n) * split < wanted and split < 8 and k >= 2 * split * 4 * block_k:  # four tiles at least
         split *= 2
-    return Skinny(block_m, block_n, block_k, split, num_warps=4, num_stages=5 if block_m < 64 else 4, ahead=4 * block_k)
+    return Skinny(max(16, _power_of_2(m)), block_n, block_k, split, num_warps=4, num_stages=6)
 
 
-def attention_config(group: int, cache_dtype: torch.dtype) -> AttentionConfig:
-    """For `group` query heads on each key head."""
-    if group == 1:
-        return AttentionConfig(block_s=16 if cache_dtype.itemsize > 1 else 32, num_warps=4, num_stages=3, by_sums=True)
+def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtype) -> AttentionConfig:
+    """For `group` query heads on each of `pairs` rows' key heads."""
+    if group > 1:
+        return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False)
+    if pairs >= SMS:
+        if cache_dtype.itemsize == 1:
+            return AttentionConfig(block_s=8, num_warps=1, num_stages=6, by_sums=True)
+        return AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
+    if slots > 2048:
+        return AttentionConfig(block_s=64, num_warps=4, num_stages=2, by_sums=True)
     return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=False)
 
 
 def attention_splits(pairs: int, slots: int, block_s: int) -> int:
-    """Programs that share one row and key head, of which there are `pairs`: enough of them to fill the GPU twice."""
-    wanted, most = -(-2 * SMS // pairs), -(-slots // block_s)
-    return min(_power_of_2(wanted), _power_of_2(most), 64)
+    """Programs that share one row and key head, of which there are `pairs`: enough of them to fill the GPU."""
+    return min(_power_of_2(-(-SMS // pairs)), _power_of_2(-(-slots // (2 * block_s))), 64)
 
 
 def _row_warps(n: int) -> int:
@@ -145,22 +156,6 @@ def _start(PDL: tl.constexpr):
 def _wait(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
-
-
-@jit
-def _prefetch(rows_ptr, first, WIDTH, AHEAD: tl.constexpr, PDL: tl.constexpr):
-    """AHEAD columns from `first` of the weight's rows [n], WIDTH long, on their way to L2 while this kernel waits."""
-    if PDL and AHEAD > 0:
-        LINE: tl.constexpr = 1024 // rows_ptr.dtype.element_ty.primitive_bitwidth  # of 128 bytes
-        columns = tl.minimum(first + tl.arange(0, AHEAD // LINE) * LINE, WIDTH - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-            "=r,l",
-            [(rows_ptr[:, None] + columns[None, :]).to(tl.uint64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @jit
@@ -403,7 +398,7 @@ def _geglu_kernel(
         tl.store(h_ptr + row * F + columns, h.to(dtype), mask=mask)
 
 
-def geglu_rows(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> Tensor:
+def geglu(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> Tensor:
     """gelu(gate) * up [M, F] in `dtype` or, with input_scale, in E4M3.
 
     y, gate and then up, is [M, 2 * F] in `dtype` or float32 partial sums [P, M, 2 * F].
@@ -804,7 +799,7 @@ def decode_attention(
     m, heads, d = q.shape
     kv_heads, slots = k_cache.shape[1:3]
     group = heads // kv_heads
-    config = config or attention_config(group, k_cache.dtype)
+    config = config or attention_config(m * kv_heads, group, slots, k_cache.dtype)
     splits = splits or attention_splits(m * kv_heads, slots, config.block_s)
     out = torch.empty(m, heads * d, dtype=q.dtype if input_scale is None else E4M3, device=q.device)
     acc = stats = None
@@ -849,57 +844,6 @@ def linear_reference(x, weight, input_scale=None, weight_scale=None, dtype=None)
     return (y if input_scale is None else y * (input_scale * weight_scale)).to(dtype or x.dtype)
 
 
-class AddNorm(NamedTuple):
-    """Arguments of `add_norm` that `gemv` takes to do that on its own input."""
-
-    y: Tensor | None
-    post_weight: Tensor | None
-    weight: Tensor
-    eps: float
-
-
-@jit
-def _prepare_row(x_ptr, y_ptr, post_ptr, x_new_ptr, row, rows, eps, N, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """The inverse RMS of y, where that has a norm, and of x + y, which the first program keeps."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    columns = tl.arange(0, BLOCK)
-    mask = columns < N
-    post_rms = 1.0
-    if post_ptr is not None:
-        post_rms = _inverse_rms(_output(y_ptr, row, rows, columns, mask, N, PARTS, dtype), N, eps)
-    x = _residual(x_ptr, y_ptr, post_ptr, post_rms, row, rows, columns, mask, N, PARTS)
-    if y_ptr is not None:
-        tl.store(x_new_ptr + row * N + columns, x.to(dtype), mask=mask & (tl.program_id(0) == 0))
-    return post_rms, _inverse_rms(x, N, eps)
-
-
-@jit
-def _input(
-    x_ptr,
-    y_ptr,
-    post_ptr,
-    norm_ptr,
-    scale_ptr,
-    post_rms,
-    rms,
-    row,
-    rows,
-    columns,
-    mask,
-    N,
-    PARTS: tl.constexpr,
-):
-    """Columns of a row of what the weight is multiplied with."""
-    if norm_ptr is None:
-        x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
-    else:
-        x = _residual(x_ptr, y_ptr, post_ptr, post_rms, row, rows, columns, mask, N, PARTS)
-        x = _normed(x, rms, norm_ptr, columns, mask, x_ptr.dtype.element_ty)
-        if scale_ptr is not None:
-            x = _quantised(x, scale_ptr).to(tl.float32)
-    return x
-
-
 @jit
 def _finish_row(
     acc,
@@ -934,22 +878,14 @@ def _gemv_kernel(
     input_scale_ptr,
     weight_scale_ptr,
     next_scale_ptr,
-    y_ptr,
-    post_ptr,
-    norm_ptr,
-    x_new_ptr,
     out_ptr,
-    eps,
     M: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
     GEGLU: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -965,71 +901,21 @@ def _gemv_kernel(
     acc_1 = acc_0
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
     columns = tl.arange(0, BLOCK_K)
-    _prefetch(rows_ptr, 0, IN, AHEAD, PDL)
     _wait(PDL)
-    post_rms_0, rms_0, post_rms_1, rms_1 = 1.0, 1.0, 1.0, 1.0
-    if norm_ptr is not None:
-        post_rms_0, rms_0 = _prepare_row(x_ptr, y_ptr, post_ptr, x_new_ptr, 0, M, eps, IN, ROW_BLOCK, PARTS)
-        if M == 2:
-            post_rms_1, rms_1 = _prepare_row(x_ptr, y_ptr, post_ptr, x_new_ptr, 1, M, eps, IN, ROW_BLOCK, PARTS)
     for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
         weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
-        x = _input(
-            x_ptr,
-            y_ptr,
-            post_ptr,
-            norm_ptr,
-            input_scale_ptr,
-            post_rms_0,
-            rms_0,
-            0,
-            M,
-            k + columns,
-            mask,
-            IN,
-            PARTS,
-        )
-        acc_0 += weight * x[None, :]
+        acc_0 += weight * tl.load(x_ptr + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
         if M == 2:
-            x = _input(
-                x_ptr,
-                y_ptr,
-                post_ptr,
-                norm_ptr,
-                input_scale_ptr,
-                post_rms_1,
-                rms_1,
-                1,
-                M,
-                k + columns,
-                mask,
-                IN,
-                PARTS,
-            )
-            acc_1 += weight * x[None, :]
+            acc_1 += weight * tl.load(x_ptr + IN + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
     _finish_row(acc_0, input_scale_ptr, weight_scale_ptr, next_scale_ptr, out_ptr, 0, n, OUT, BLOCK_N, GEGLU, dtype)
     if M == 2:
         _finish_row(acc_1, input_scale_ptr, weight_scale_ptr, next_scale_ptr, out_ptr, 1, n, OUT, BLOCK_N, GEGLU, dtype)
 
 
-def gemv_reference(
-    x,
-    weight,
-    input_scale=None,
-    weight_scale=None,
-    dtype=None,
-    norm=None,
-    geglu=False,
-    next_scale=None,
-):
-    dtype, x_new = dtype or x.dtype, x
-    if norm is not None:
-        x_new, x = add_norm_reference(x, *norm, input_scale)
+def gemv_reference(x, weight, input_scale=None, weight_scale=None, dtype=None, geglu=False, next_scale=None):
     y = linear_reference(x, weight, input_scale, weight_scale, dtype)
-    if geglu:
-        y = geglu_reference(y, dtype, next_scale)
-    return y if norm is None else (x_new, y)
+    return geglu_reference(y, y.dtype, next_scale) if geglu else y
 
 
 def gemv(
@@ -1038,44 +924,36 @@ def gemv(
     input_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    norm: AddNorm | None = None,
     geglu: bool = False,
     next_scale: Tensor | None = None,
     config: Gemv | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """x @ weight.T of one or two rows x [M, K], weight [N, K], in `dtype` (None: x's), which is not x's for E4M3.
 
-    For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given. With `norm`, x is the
-    residual stream instead: every program does what `add_norm` does, and (x_new, result) is returned. With `geglu`,
-    weight is gate [F, K] over up [F, K], and gelu(gate) * up [M, F] is returned, in E4M3 if next_scale is given.
+    For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given. With `geglu`, weight is gate
+    [F, K] over up [F, K], and gelu(gate) * up [M, F] is returned, in E4M3 if next_scale is given.
     """
     (m, k), dtype = x.shape, dtype or x.dtype
     if m > 2:
         raise ValueError(f"gemv takes one or two rows, not {m}")
     n = weight.shape[0] // 2 if geglu else weight.shape[0]
-    config = config or linear_config(m, weight.shape[0], k, weight.dtype, geglu)
+    config = config or linear_config(m, weight.shape[0], k, weight.dtype)
     out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
-    y, post_weight, norm_weight, eps = norm or AddNorm(None, None, None, 0.0)
-    x_new = x if y is None else torch.empty_like(x)
     _launch(
         _gemv_kernel,
         (-(-n // config.block_n),),
-        *(x, weight, input_scale, weight_scale, next_scale, y, post_weight, norm_weight),
-        *(None if y is None else x_new, out, eps),
+        *(x, weight, input_scale, weight_scale, next_scale, out),
         M=m,
         OUT=n,
         IN=k,
-        ROW_BLOCK=_power_of_2(k),
-        PARTS=_parts(y),
         GEGLU=geglu,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
-        AHEAD=config.ahead,
         dtype=_triton_dtype(dtype),
         num_warps=config.num_warps,
     )
-    return out if norm is None else (x_new, out)
+    return out
 
 
 @jit
@@ -1093,7 +971,6 @@ def _skinny_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
-    AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     PROMOTE: tl.constexpr,
     PDL: tl.constexpr,
@@ -1105,7 +982,6 @@ def _skinny_kernel(
     columns = tl.arange(0, BLOCK_K)
     first = tl.program_id(1) * tiles * BLOCK_K
     rows_ptr = weight_ptr + tl.minimum(n, OUT - 1).to(tl.int64) * IN  # what is read twice is not stored
-    _prefetch(rows_ptr, first, IN, AHEAD, PDL)
     weight_ptrs = rows_ptr[:, None] + (first + columns)[None, :]
     x_ptrs = x_ptr + m[None, :] * IN + (first + columns)[:, None]
     in_rows = (m < rows)[None, :]
@@ -1156,7 +1032,6 @@ def skinny_matmul(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         EVEN=k % (config.block_k * tiles) == 0,
-        AHEAD=config.ahead,
         STAGES=config.num_stages,
         PROMOTE=config.block_k if weight.dtype == E4M3 else 0,
         num_warps=config.num_warps,
@@ -1192,26 +1067,20 @@ def linear_rows(
     return linear_reference(x, weight, input_scale, weight_scale, dtype)
 
 
-def norm_linear(
+def linear_geglu(
     x: Tensor,
-    norm: AddNorm,
     weight: Tensor,
-    input_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
-    geglu: bool = False,
+    input_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    dtype: torch.dtype,
     next_scale: Tensor | None = None,
-    partials: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """(x_new, result): `add_norm` and the linear layer that takes its h, in one kernel for one or two rows.
-
-    The result is [M, N] in x's dtype or, with `partials`, maybe float32 partial sums [P, M, N]; with `geglu` see `gemv`.
-    """
-    config = linear_config(len(x), *weight.shape, weight.dtype, geglu)
-    if isinstance(config, Gemv):
-        return gemv(x, weight, input_scale, weight_scale, x.dtype, norm, geglu, next_scale, config)
-    x_new, h = add_norm(x, *norm, input_scale)
-    y = linear_rows(h, weight, input_scale, weight_scale, x.dtype, partials)
-    return x_new, (geglu_rows(y, x.dtype, next_scale) if geglu else y)
+) -> Tensor:
+    """`linear_rows` by gate [F, K] over up [F, K], and then `geglu`: [M, F]."""
+    config = linear_config(len(x), *weight.shape, weight.dtype)
+    if isinstance(config, Gemv):  # half as many outputs a program, as each has two rows
+        config = config._replace(block_n=max(1, config.block_n // 2))
+        return gemv(x, weight, input_scale, weight_scale, dtype, True, next_scale, config)
+    return geglu(linear_rows(x, weight, input_scale, weight_scale, dtype, partials=True), dtype, next_scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels import AddNorm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -292,6 +291,8 @@ class KVCache:
 
     def rows(self, count: int) -> "KVCache":
         """The first `count` rows, in the same memory."""
+        if count == len(self.k):
+            return self  # a compiled step knows it
         view = copy(self)
         view.k, view.v = self.k[:count], self.v[:count]
         return view
@@ -864,8 +865,9 @@ class Transformer(nn.Module):
         y = post_weight = None  # the newest layer's output, and the norm that it gets before x takes it in
         for index, layer in enumerate(self.layers):
             attention, feed_forward = layer.attention, layer.feed_forward
-            norm = AddNorm(y, post_weight, layer.attention_norm.weight, eps)
-            x, qkv = kernels.norm_linear(x, norm, *_operands(attention.wqkv))
+            input_scale = getattr(attention.wqkv, "input_scale", None)
+            x, h = kernels.add_norm(x, y, post_weight, layer.attention_norm.weight, eps, input_scale)
+            qkv = kernels.linear_rows(h, *_operands(attention.wqkv), dtype, partials=True)
             cache = attention.cache
             q = kernels.rope_and_write(
                 qkv,
@@ -893,13 +895,13 @@ class Transformer(nn.Module):
             )
             y = kernels.linear_rows(y, *_operands(attention.wo), dtype, partials=True)
             post_weight = layer.post_attention_norm and layer.post_attention_norm.weight
-            norm = AddNorm(y, post_weight, layer.feed_forward_norm.weight, eps)
-            next_scale = getattr(feed_forward.w2, "input_scale", None)
-            x, h = kernels.norm_linear(x, norm, *_operands(feed_forward.w13), geglu=True, next_scale=next_scale)
+            input_scale, next_scale = (getattr(w, "input_scale", None) for w in (feed_forward.w13, feed_forward.w2))
+            x, h = kernels.add_norm(x, y, post_weight, layer.feed_forward_norm.weight, eps, input_scale)
+            h = kernels.linear_geglu(h, *_operands(feed_forward.w13), dtype, next_scale)
             y = kernels.linear_rows(h, *_operands(feed_forward.w2), dtype, partials=True)
             post_weight = layer.post_feed_forward_norm and layer.post_feed_forward_norm.weight
-        norm = AddNorm(y, post_weight, self.norm.weight, eps)
-        _, logits = kernels.norm_linear(x, norm, self.embedding.weight, *(head or (None, None)), partials=False)
+        _, h = kernels.add_norm(x, y, post_weight, self.norm.weight, eps, *head[:1])
+        logits = kernels.linear_rows(h, self.embedding.weight, *(head or (None, None)), dtype)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * torch.tanh(logits.float() / config.logit_softcap)
         return logits

@@ -114,7 +114,7 @@ def test_calibration_is_the_cpus(calibrated, tmp_path):
 @torch.inference_mode()
 @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8_logits_are_the_cpus(calibrated, tiny, kv_dtype):
-    """Teacher-forced over 4 x 200 tokens: the mean loss agrees to 0.01, single logits to less than FP8's own error.
+    """Teacher-forced over 4 x 200 tokens: the mean loss agrees to 0.01 (0.02 with E5M2's two bits), single logits to less than FP8's own error.
 
     Not closer: a difference of one part in a million, which any other order of summing makes, moves some input to the
     next FP8 code, 6 % away, and after some layers two correct programs differ by most of what each differs from
@@ -136,7 +136,7 @@ def test_fp8_logits_are_the_cpus(calibrated, tiny, kv_dtype):
         logits(calibrated, "cuda", "bf16", True),
     )
     assert (on_gpu - on_cpu).abs().mean() <= 1.1 * (on_cpu - exact).abs().mean()
-    assert loss(on_gpu) == pytest.approx(loss(on_cpu), abs=0.01)
+    assert loss(on_gpu) == pytest.approx(loss(on_cpu), abs=0.02 if kv_dtype == torch.float8_e5m2 else 0.01)
 
 
 @torch.inference_mode()
