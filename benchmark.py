@@ -525,7 +525,7 @@ def memory_of_run(name: str, precision: str, batch: int, prompt_tokens: int = 12
 
 def memory_of_load(directory: str, repeats: int) -> dict:
     device, sizes = torch.device("cuda"), []
-    torch.empty(1, device=device)
+    torch.cuda.init()
 
     def load():
         release()
@@ -620,6 +620,7 @@ def sweep_picture(rows: list[dict], title: str) -> str:
     for row in rows:
         series.setdefault(f"{row['model']} {row['precision']}", []).append(row)
     batches = sorted({row["batch"] for row in rows})
+    title += ", {context} prompt tokens, {new_tokens} new".format(**rows[0])
     rates, floors, shares = [], [], []
     for colour, values in zip(COLOURS, series.values()):
         rates.append((colour, "", [(row["batch"], row["decode_tokens_per_second"]) for row in values]))
