@@ -1,6 +1,9 @@
 """Every figure in the README. `python benchmark.py PROTOCOL` prints a table and, with --output, writes JSON.
 
-Peers run in the same process, in turn with ours, so that a drift of the machine's speed meets both alike.
+Each case runs once to warm up, its time given apart, and then --repeats times: medians, and the spread from the fastest
+to the slowest. Models have random weights at the published sizes. `share_of_copy_bandwidth` is what a decode step has to
+read (weights, valid keys and values) over its time, as a share of what a large copy moves; `floor_ms` is the time of a
+step at that speed.
 """
 
 import argparse
@@ -8,97 +11,295 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import math
+import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
-from checkpoint import write_atomically
-from generate import DEFAULT_CHECKPOINT, Stats, copy_bandwidth, generate, load_model, peak_memory
+from checkpoint import FP8_DTYPE, fp8_scale_names, sources, tensor_bytes, write_atomically, write_safetensors
+from generate import DEFAULT_CHECKPOINT, Sampling, Stats, _now, copy_bandwidth, decoder_for, generate, load_model
 from model import ModelConfig, Transformer
 
-REPEATS = 5
+ROOT = Path(__file__).parent
+OURS = "gemma-fast"
+E4M3, GIB = torch.float8_e4m3fn, 2**30
+PRECISIONS = {  # FP8 layers, FP8 head, dtype of the KV cache
+    "bf16": (False, False, None),
+    "fp8": (True, False, None),
+    "fp8-kv": (True, False, E4M3),
+    "fp8-all": (True, True, E4M3),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Protocols: each yields its rows as they come
 
 
-def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
-    """<bos> and random ids, the same for everyone."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(10, vocab_size, (rows, length), generator=generator)
-    tokens[:, 0] = 2
-    return tokens.tolist()
+def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_tokens: int = 492) -> Iterator[dict]:
+    """TransformerEngine's Gemma tutorial: batch 64, prompts of at most 20 tokens, 492 new, greedy, no stop, the whole
+    call. The tutorial pads prompts to 512 positions and computes them all: padded_seconds is such a prefill and our
+    decoding. Peer: transformers, prompts padded on the left."""
+    shape = {"batch": batch, "context": f"2..{longest}", "new_tokens": new_tokens}
+
+    def of_model(model: Transformer, kv_dtype, case: dict):
+        vocab_size = model.config.vocab_size
+        prompts = tutorial_prompts(batch, longest, vocab_size)
+        run = ours(model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)
+        (row,) = measure(args, {OURS: run}, case | shape)
+        run = ours(model, random_prompts(batch, longest + new_tokens, vocab_size), 1, kv_cache_dtype=kv_dtype)
+        runs = time_in_turn({OURS: run}, args.repeats, args.device)[OURS]
+        prefill = median(stats.prefill_seconds for _, stats in runs[1:])
+        yield row | rounded({"padded_prefill_seconds": prefill, "padded_seconds": prefill + row["decode_seconds"]})
+
+    yield from each_model(args, of_model)
+    for name in args.models if args.peers and have_transformers() else ():
+        peer = peer_model(name, args.device)
+        prompts = tutorial_prompts(batch, longest, peer.config.vocab_size)
+        for cache in ("dynamic", "static"):
+            run = transformers_generate(peer, prompts, new_tokens, cache_implementation=cache)
+            case = {"model": name, "precision": "bf16", **shape}
+            yield from measure(args, {f"transformers, {cache} cache": run}, case, repeats=2)
+        del peer, run
+        release()
 
 
-def timed(run: Callable[[], Stats | None], device: torch.device) -> tuple[float, Stats | None]:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    stats = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, stats
+def latency(
+    args: argparse.Namespace, contexts: tuple[int, ...] = (128, 1024, 4096, 8000), new_tokens: int = 100
+) -> Iterator[dict]:
+    """Batch 1 behind prompts of 128 to 8,000 tokens, 100 new. Peer, at the first: transformers, static cache, compiled."""
+
+    def of_model(model: Transformer, kv_dtype, case: dict):
+        for context in contexts:
+            prompts = random_prompts(1, context, model.config.vocab_size)
+            run = ours(model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)
+            yield from measure(args, {OURS: run}, case | {"batch": 1, "context": context, "new_tokens": new_tokens})
+
+    yield from each_model(args, of_model)
+    for name in args.models if args.peers and have_transformers() else ():
+        peer = peer_model(name, args.device)
+        prompts = random_prompts(1, contexts[0], peer.config.vocab_size)
+        run = transformers_generate(peer, prompts, new_tokens, cache_implementation="static")
+        case = {"model": name, "precision": "bf16", "batch": 1, "context": contexts[0], "new_tokens": new_tokens}
+        yield from measure(args, {"transformers, static cache": run}, case)
+        del peer, run
+        release()
 
 
-def measure(runners: dict[str, Callable], tokens: int, device: torch.device, case: dict) -> list[dict]:
-    """Runs each of `runners` once to warm up, then REPEATS times in turn. `tokens` are what one run generates.
+def sweep(
+    args: argparse.Namespace,
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    context: int = 128,
+    new_tokens: int = 64,
+) -> Iterator[dict]:
+    """Batch 1 to 256, 128 prompt tokens, 64 new; with --picture also an SVG."""
 
-    Seconds are those of the whole call, prefill and sampling included, less what our Stats call compiling: a runner
-    compiles in its first run, whose time is given apart.
-    """
-    first, seconds, stats = {}, {name: [] for name in runners}, {}
-    for repeat in range(REPEATS + 1):
-        for name, run in runners.items():
-            elapsed, run_stats = timed(run, device)
-            if repeat == 0:
-                first[name] = elapsed
-            else:
-                seconds[name].append(elapsed - (run_stats.compile_seconds if run_stats else 0))
-            stats[name] = run_stats
-    rows = []
-    for name, values in seconds.items():
-        row = case | {
-            "name": name,
-            "tokens_per_second": round(tokens / median(values), 1),
-            "seconds": [round(value, 4) for value in sorted(values)],
-            "first_run_seconds": round(first[name], 2),
-        }
-        if stats[name]:
-            row["decode_tokens_per_second"] = round(stats[name].decode_rate, 1)
-            row["decode_gb_per_second"] = round(stats[name].bandwidth / 1e9, 1)
-        rows.append(row)
-        print_row(row)
-    return rows
+    def of_model(model: Transformer, kv_dtype, case: dict):
+        for batch in batches:
+            prompts = random_prompts(batch, context, model.config.vocab_size)
+            run = ours(model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)
+            try:
+                yield from measure(
+                    args, {OURS: run}, case | {"batch": batch, "context": context, "new_tokens": new_tokens}
+                )
+            except ValueError as error:
+                if "memory" not in str(error):
+                    raise
+                print(f"{case['model']} {case['precision']}, batch {batch} is left out: {error}", flush=True)
+
+    yield from each_model(args, of_model)
 
 
-def print_row(row: dict):
-    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+def stop_check(
+    args: argparse.Namespace, batches: tuple[int, ...] = (1, 8, 64), context: int = 128, new_tokens: int = 200
+) -> Iterator[dict]:
+    """What it costs to learn whether all rows have stopped: as generate does it (ping-pong), and waiting for every
+    step, against never; 128 prompt tokens, 200 new, in turn, at least 5 repeats."""
+
+    def of_model(model: Transformer, kv_dtype, case: dict):
+        for batch in batches:
+            run = partial(ours, model, random_prompts(batch, context, model.config.vocab_size), new_tokens)
+            options = {"compile": True, "kv_cache_dtype": kv_dtype}
+            runners = {check: run(stop_check=check, **options) for check in ("never", "every", "ping-pong")}
+            shape = {"batch": batch, "context": context, "new_tokens": new_tokens}
+            rows = measure(args, runners, case | shape, repeats=max(5, args.repeats))
+            for row in rows:
+                overhead = row["decode_seconds"] / rows[0]["decode_seconds"] - 1
+                yield row | {"overhead_percent": round(100 * overhead, 2)}
+
+    yield from each_model(args, of_model)
 
 
-def ours(model: Transformer, prompts: list[list[int]], new_tokens: int, **options) -> Callable[[], Stats]:
-    def run() -> Stats:
-        stats = Stats()
-        generate(model, prompts, new_tokens, temperature=0, stop_ids=(), stats=stats, **options)
-        return stats
+def startup(args: argparse.Namespace) -> Iterator[dict]:
+    """From process start to the first text of `generate.py --compile --fp8`, two tokens, from a file just written (in
+    the page cache), with empty (cold) and filled (warm) caches of compiled kernels. The file has random FP8 weights and
+    goes to a temporary directory (TMPDIR)."""
+    options = ("--compile", "--fp8", "--kv_cache_dtype", "fp8_e4m3", "--max_new_tokens", "2", "--temperature", "0")
+    for name in args.models:
+        with synthetic_checkpoint(name, args.device) as directory:
+            if directory is None:
+                continue
+            size, runs = (directory / FP8_NAME).stat().st_size, {"cold": [], "warm": []}
+            for _ in range(args.repeats):
+                with tempfile.TemporaryDirectory() as caches:
+                    environment = {f"{kind}_CACHE_DIR": f"{caches}/{kind}" for kind in ("TRITON", "TORCHINDUCTOR")}
+                    for values in runs.values():
+                        path = "--checkpoint_path", str(directory)
+                        values.append(first_output(args.device, *options, *path, **environment))
+        for kind, values in runs.items():
+            seconds = [value for value, _ in values]
+            row = {"model": name, "kernel_caches": kind, "seconds": median(seconds)}
+            row |= {"seconds_spread": [min(seconds), max(seconds)]}
+            parts = [start_parts(*value) for value in values]
+            row |= {f"{part}_seconds": median(p[part] for p in parts) for part in parts[0]}
+            yield rounded(row | {"load_gb_per_second": size / row["load_seconds"] / 1e9})
 
-    return run
+
+def prefill(
+    args: argparse.Namespace,
+    shapes: tuple[tuple[int, int], ...] = ((1, 512), (1, 2048), (1, 8000), (8, 2048)),
+    matrix_size: int = 8192,
+) -> Iterator[dict]:
+    """Prefill alone, 512 to 8,000 tokens, against a large matrix product, which is measured first: layers and causal
+    attention, without and with --compile_prefill."""
+    peaks = {}
+    for precision in args.precisions:
+        peaks[precision] = matrix_rate(args.device, PRECISIONS[precision][0], matrix_size)
+        name = f"matrix product, {matrix_size} cubed"
+        yield rounded({"name": name, "precision": precision, "tflop_per_second": peaks[precision] / 1e12})
+    release()
+
+    def of_model(model: Transformer, kv_dtype, case: dict):
+        for (batch, tokens), compile_prefill in product(shapes, (False, True)):
+            runs = time_prefill(args, model, batch, tokens, kv_dtype, compile_prefill)
+            row = case | {"batch": batch, "context": tokens, "compile_prefill": compile_prefill} | seconds_of(runs)
+            rate = prefill_flop(model, batch, tokens) / row["seconds"]
+            row |= {"tokens_per_second": batch * tokens / row["seconds"], "tflop_per_second": rate / 1e12}
+            yield rounded(row | {"share_of_matrix_product": rate / peaks[case["precision"]]})
+
+    yield from each_model(args, of_model)
 
 
-def transformers_generate(model, prompts: list[list[int]], new_tokens: int, **options) -> Callable[[], None]:
-    """The peer's own loop at its defaults: greedy, no stop token, dynamic cache unless `options` say otherwise."""
-    model.generation_config.eos_token_id = None
-    ids = torch.tensor(prompts, device=model.device)
+def memory(args: argparse.Namespace) -> Iterator[dict]:
+    """GiB on the GPU, each case in a process of its own, without and with expandable segments: batch 1 and 64, 128
+    prompt tokens, 384 new; and loading an FP8 file, its peak above the weights. An E4M3 KV cache is half of BF16's;
+    fragmentation is the share of the reserved peak that was never allocated."""
+    settings = {kind: {"PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:{kind}"} for kind in (False, True)}
+    for name, precision, batch in product(args.models, args.precisions, (1, 64)):
+        for expandable, environment in settings.items():
+            case = {"model": name, "precision": precision, "batch": batch, "expandable_segments": expandable}
+            yield case | in_process(memory_of_run, name, precision, batch, **environment)
+    for name in args.models:
+        with synthetic_checkpoint(name, args.device) as directory:
+            for expandable, environment in settings.items() if directory else ():
+                case = {"model": name, "precision": "fp8-all", "name": "load", "expandable_segments": expandable}
+                yield case | in_process(memory_of_load, str(directory), args.repeats, **environment)
 
-    def run():
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, **options
-        )
-        assert output.shape[1] == ids.shape[1] + new_tokens
 
-    return run
+def cpu(args: argparse.Namespace) -> Iterator[dict]:
+    """tiny-gemma, batch 1 and 16, 32 prompt tokens, 200 new, in turn with transformers; and the time from process start
+    to the first token."""
+    eager, compiled = (load_model(DEFAULT_CHECKPOINT, args.device)[0] for _ in range(2))
+    peer = None
+    if args.peers and have_transformers():
+        from transformers import AutoModelForCausalLM
+
+        peer = AutoModelForCausalLM.from_pretrained(DEFAULT_CHECKPOINT, dtype=torch.bfloat16)
+    for batch in (1, 16):
+        prompts = random_prompts(batch, 32, eager.config.vocab_size)
+        runners = {"eager": ours(eager, prompts, 200), "compile": ours(compiled, prompts, 200, compile=True)}
+        if peer is not None:
+            runners["transformers"] = transformers_generate(peer, prompts, 200)
+        rows = measure(args, runners, {"model": "tiny-gemma", "batch": batch, "context": 32, "new_tokens": 200})
+        for row in rows:
+            if peer is not None:
+                row["times_transformers"] = round(row["tokens_per_second"] / rows[-1]["tokens_per_second"], 2)
+            yield row
+    seconds = [first_output(args.device, "--max_new_tokens", "1")[0] for _ in range(args.repeats)]
+    row = {"model": "tiny-gemma", "name": "process start to first token", "seconds": median(seconds)}
+    yield rounded(row | {"seconds_spread": [min(seconds), max(seconds)]})
+
+
+class Protocol(NamedTuple):
+    rows: Callable[[argparse.Namespace], Iterator[dict]]
+    device: str
+    models: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+
+
+PROTOCOLS = {
+    "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), tuple(PRECISIONS)),
+    "latency": Protocol(latency, "cuda", ("gemma-2b", "gemma-7b"), ("bf16", "fp8-all")),
+    "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all")),
+    "stop-check": Protocol(stop_check, "cuda", ("gemma-2b",), ("bf16", "fp8-all")),
+    "startup": Protocol(startup, "cuda", ("gemma-7b",)),
+    "prefill": Protocol(prefill, "cuda", ("gemma-7b",), ("bf16", "fp8")),
+    "memory": Protocol(memory, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-all")),
+    "cpu": Protocol(cpu, "cpu"),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and prompts
+
+
+def random_model(name: str, precision: str, device: torch.device) -> tuple[Transformer, torch.dtype | None]:
+    """A model of random weights, as `load_model` would have made it, and the dtype of its KV cache."""
+    fp8, head, kv_dtype = PRECISIONS[precision]
+    model = Transformer.random(ModelConfig.from_name(name), device, fp8=fp8, head=head)
+    model.has_kv_scales = True  # of 1.0, which does for random values
+    model.te_version = model.use_te()
+    return model, kv_dtype
+
+
+def each_model(args: argparse.Namespace, of_model: Callable[..., Iterator[dict]]) -> Iterator[dict]:
+    """The rows of of_model(model, KV cache's dtype, case) for each model and precision, one in memory at a time: nobody
+    here keeps a reference."""
+    for name, precision in product(args.models, args.precisions):
+        yield from of_model(*random_model(name, precision, args.device), {"model": name, "precision": precision})
+        release()
+
+
+def release():
+    gc.collect()
+    if "torch._dynamo" in sys.modules:  # a peer's compiled code holds its model
+        torch.compiler.reset()
+    torch.cuda.empty_cache()
+
+
+def hf_config(config: ModelConfig) -> dict:
+    """config.json of a Gemma 1, as Hugging Face has it."""
+    return {
+        "model_type": "gemma",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.context_length,
+    }
+
+
+def peer_model(name: str, device: torch.device):
+    """transformers' model of the same sizes, random weights, BF16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with device:
+        config = AutoConfig.for_model(**hf_config(ModelConfig.from_name(name)))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 def have_transformers() -> bool:
@@ -112,113 +313,241 @@ def have_transformers() -> bool:
     return True
 
 
-def protocol_cpu(args: argparse.Namespace) -> list[dict]:
-    """tiny-gemma, batch 1 and 16, 32 prompt tokens, 200 new; and the time from process start to the first token."""
-    device, rows = torch.device("cpu"), []
-    model, _ = load_model(DEFAULT_CHECKPOINT, device)
-    peer = None
-    if args.peers and have_transformers():
-        from transformers import AutoModelForCausalLM
-
-        peer = AutoModelForCausalLM.from_pretrained(DEFAULT_CHECKPOINT, dtype=torch.bfloat16)
-    for batch in (1, 16):
-        prompts = random_prompts(batch, 32, model.config.vocab_size)
-        runners = {"eager": ours(model, prompts, 200), "compile": ours(model, prompts, 200, compile=True)}
-        if peer is not None:
-            runners["transformers"] = transformers_generate(peer, prompts, 200)
-        measured = measure(runners, 200 * batch, device, {"model": "tiny-gemma", "batch": batch})
-        if peer is not None:
-            for row in measured:
-                row["times_transformers"] = round(row["tokens_per_second"] / measured[-1]["tokens_per_second"], 2)
-        rows += measured
-    starts = sorted(start_to_first_token() for _ in range(REPEATS))
-    row = {"model": "tiny-gemma", "name": "process start to first token", "seconds": [round(s, 2) for s in starts]}
-    print_row(row)
-    return [*rows, row]
+def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
+    """<bos> and random ids, the same for everyone."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(10, vocab_size, (rows, length), generator=generator)
+    tokens[:, 0] = 2
+    return tokens.tolist()
 
 
-def start_to_first_token() -> float:
-    command = [sys.executable, "generate.py", "--max_new_tokens", "1", "--prompt", "\n", "--device", "cpu"]
+def tutorial_prompts(rows: int, longest: int, vocab_size: int) -> list[list[int]]:
+    """<bos> and at least one random id each, `longest` tokens at most."""
+    lengths = torch.randint(2, longest + 1, (rows,), generator=torch.Generator().manual_seed(1)).tolist()
+    return [prompt[:length] for prompt, length in zip(random_prompts(rows, longest, vocab_size), lengths)]
+
+
+FP8_NAME = "gemma-fp8.safetensors"
+
+
+@contextmanager
+def synthetic_checkpoint(name: str, device: torch.device) -> Iterator[Path | None]:
+    """A temporary directory with an FP8 checkpoint of random weights; None, and a line, if the disk has no room."""
+    config = ModelConfig.from_name(name)
+    needed = sum(math.prod(shape) for parts in sources(config).values() for _, shape in parts)
+    with tempfile.TemporaryDirectory() as directory:
+        free = shutil.disk_usage(directory).free
+        if free < 1.1 * needed:
+            print(f"{name} is left out: {directory} has {free / GIB:.1f} GiB, its file needs {needed / GIB:.1f}")
+            yield None
+            return
+        write_checkpoint(Path(directory), config, device)
+        release()
+        yield Path(directory)
+
+
+def write_checkpoint(directory: Path, config: ModelConfig, device: torch.device):
+    """FP8 layers and head, factors of 1.0 for K and V, and tiny-gemma's tokenizer, whose ids are the first of many."""
+    weights = Transformer.random(config, device, fp8=True, head=True).state_dict()
+    weights |= {name: torch.ones(()) for name in fp8_scale_names(config) if name not in weights}
+    dtypes = {torch.bfloat16: "BF16", torch.float32: "F32", E4M3: FP8_DTYPE}
+    entries = {
+        name: (dtypes[weight.dtype], tuple(weight.shape), lambda weight=weight: [tensor_bytes(weight.cpu())])
+        for name, weight in weights.items()
+    }
+    write_safetensors(directory / FP8_NAME, entries, {"weight_format": "fp8"})
+    (directory / "config.json").write_text(json.dumps(hf_config(config)))
+    shutil.copy(DEFAULT_CHECKPOINT / "tokenizer.model", directory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def ours(model: Transformer, prompts: list[list[int]], new_tokens: int, **options) -> Callable[[], Stats]:
+    def run() -> Stats:
+        stats = Stats()
+        options_of_all = {"temperature": 0, "stop_ids": (), "batch_size": len(prompts), "stats": stats}
+        generate(model, prompts, new_tokens, **options_of_all, **options)
+        return stats
+
+    return run
+
+
+def transformers_generate(model, prompts: list[list[int]], new_tokens: int, **options) -> Callable[[], None]:
+    """The peer's own loop: greedy, no stop token, dynamic cache unless `options` say otherwise; padded on the left."""
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+
+    def run():
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **options)
+        assert output.shape[1] == width + new_tokens
+
+    return run
+
+
+def time_in_turn(runners: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list[tuple]]:
+    """(seconds, what it returned) of each of 1 + `repeats` runs of each runner: a drift of the machine's speed meets
+    all alike."""
+    runs = {name: [] for name in runners}
+    for _ in range(1 + repeats):
+        for name, run in runners.items():
+            start = _now(device)
+            result = run()
+            runs[name].append((_now(device) - start, result))
+    return runs
+
+
+def seconds_of(runs: list[tuple]) -> dict:
+    seconds = [value for value, _ in runs[1:]]
+    return {
+        "seconds": median(seconds),
+        "seconds_spread": [min(seconds), max(seconds)],
+        "first_run_seconds": runs[0][0],
+    }
+
+
+def measure(args: argparse.Namespace, runners: dict[str, Callable], case: dict, repeats: int | None = None):
+    """A row for each runner. Seconds are those of the whole call; those of decoding come from our Stats."""
+    rows = []
+    for name, runs in time_in_turn(runners, repeats or args.repeats, args.device).items():
+        row = case | {"name": name} | seconds_of(runs)
+        row["tokens_per_second"] = case["batch"] * case["new_tokens"] / row["seconds"]
+        if runs[0][1] is not None:
+            row |= decode_figures([stats for _, stats in runs[1:]], args.bandwidth)
+        rows.append(rounded(row))
+    return rows
+
+
+def decode_figures(repeats: list[Stats], bandwidth: float) -> dict:
+    """Of the same run, repeated; `bandwidth`, a copy's, in bytes a second."""
+    rates, decode = [stats.decode_rate for stats in repeats], median(stats.decode_seconds for stats in repeats)
+    stats = repeats[0]
+    return {
+        "prefill_seconds": median(stats.prefill_seconds for stats in repeats),
+        "decode_seconds": decode,
+        "decode_tokens_per_second": median(rates),
+        "decode_spread": [min(rates), max(rates)],
+        "step_ms": 1e3 * decode / stats.steps,
+        "floor_ms": 1e3 * stats.bytes_read / stats.steps / bandwidth,
+        "share_of_copy_bandwidth": stats.bytes_read / decode / bandwidth,
+    }
+
+
+@torch.inference_mode()
+def time_prefill(
+    args: argparse.Namespace, model: Transformer, batch: int, tokens: int, kv_dtype, compile_prefill: bool
+):
+    length = min(-(-(tokens + 1) // 64) * 64, model.config.context_length)
+    decoder = decoder_for(model, batch, length, kv_dtype, compile_prefill=compile_prefill)
+    decoder.start(model, batch, Sampling(temperature=0), ())
+    prompts = random_prompts(batch, tokens, model.config.vocab_size)
+    run = partial(decoder.prefill, model, prompts, [], 1)
+    return time_in_turn({"prefill": run}, args.repeats, args.device)["prefill"]
+
+
+def prefill_flop(model: Transformer, batch: int, tokens: int) -> float:
+    """Of the layers' products and of causal attention's two, which see half of all pairs."""
+    config = model.config
+    layers = 2 * sum(parameter.numel() for parameter in model.layers.parameters()) * tokens
+    return batch * (layers + 4 * tokens**2 / 2 * config.n_heads * config.head_dim * config.n_layers)
+
+
+def matrix_rate(device: torch.device, fp8: bool, size: int) -> float:
+    """FLOP a second of square products of random values, summed as ours are (no fast accumulation); the best of five."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    run, best, count = partial(torch.mm, a, b.t()), math.inf, 10
+    if fp8:
+        one = torch.ones((), device=device)
+        options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": False}
+        run = partial(torch._scaled_mm, a.to(E4M3), b.to(E4M3).t(), **options)
+    for _ in range(6):
+        start = _now(device)
+        for _ in range(count):
+            run()
+        best = min(best, _now(device) - start)
+    return count * 2 * size**3 / best
+
+
+def first_output(device: torch.device, *options: str, **environment: str) -> tuple[float, str]:
+    """Seconds from the start of generate.py to the first byte on its stdout, and what it wrote to stderr."""
+    command = [sys.executable, "generate.py", "--prompt", "\n", "--device", device.type, *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-    )
-    assert process.stdout.read(1)
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
+    process.stdout.read(1)
     elapsed = time.perf_counter() - start
-    process.stdout.read()
-    assert process.wait() == 0
-    return elapsed
+    error = process.communicate()[1].decode()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {error}")
+    return elapsed, error
 
 
-def protocol_latency(args: argparse.Namespace) -> list[dict]:
-    """gemma-2b and gemma-7b, random BF16 weights, batch 1, 128 prompt tokens, 200 new, --compile, on a GPU."""
-    device, rows = torch.device("cuda"), []
-    for name in args.models or ("gemma-2b", "gemma-7b"):
-        config = ModelConfig.from_name(name)
-        model = Transformer.random(config, device)
-        prompts = random_prompts(1, 128, config.vocab_size)
+def start_parts(seconds: float, figures: str) -> dict[str, float]:
+    """What `generate.py` says it spent its time with; the rest is Python, its imports and the way out."""
+    parts = dict.fromkeys(("load", "compile", "prefill", "decode"))
+    for part in parts:
+        parts[part] = float(re.search(rf"^.*\b{part} ([\d.]+) s", figures, re.MULTILINE)[1])
+    return {"import_and_rest": seconds - sum(parts.values()), **parts}
+
+
+def in_process(function: Callable, *arguments, **environment: str) -> dict:
+    """What a function of this file returns in a new process; a failure there is told and does not end this one."""
+    code = f"import benchmark, json; print(json.dumps(benchmark.{function.__name__}(*{arguments!r})))"
+    command, environment = [sys.executable, "-c", code], os.environ | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    return {"failed": done.returncode} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
+def memory_of_run(name: str, precision: str, batch: int, prompt_tokens: int = 128, new_tokens: int = 384) -> dict:
+    model, kv_dtype = random_model(name, precision, torch.device("cuda"))
+    release()
+    torch.cuda.reset_peak_memory_stats()
+    prompts = random_prompts(batch, prompt_tokens, model.config.vocab_size)
+    ours(model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)()
+    shape = model.decoder.batch_size, model.decoder.length
+    cache, allocated = model.cache_bytes(*shape, kv_dtype), torch.cuda.max_memory_allocated()
+    reserved = torch.cuda.max_memory_reserved()
+    figures = {
+        "kv_cache_length": shape[1],
+        "weights_gib": model.weight_bytes / GIB,
+        "kv_cache_gib": cache / GIB,
+        "kv_cache_of_bf16": cache / model.cache_bytes(*shape, torch.bfloat16),
+        "peak_allocated_gib": allocated / GIB,
+        "peak_reserved_gib": reserved / GIB,
+        "fragmentation": 1 - allocated / reserved,
+    }
+    return rounded(figures)
+
+
+def memory_of_load(directory: str, repeats: int) -> dict:
+    device, sizes = torch.device("cuda"), []
+    torch.cuda.init()
+
+    def load():
+        release()
         torch.cuda.reset_peak_memory_stats()
-        runners = {"eager": ours(model, prompts, 200), "compile": ours(model, prompts, 200, compile=True)}
-        measured = measure(runners, 200, device, {"model": name, "batch": 1, "context": 128})
-        measured[-1]["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
-        del model, runners
-        release()
-        if args.peers and have_transformers():
-            from transformers import AutoModelForCausalLM, GemmaConfig
+        start = _now(device)
+        model = load_model(directory, device, fp8=True)[0]
+        seconds = _now(device) - start
+        sizes[:] = model.weight_bytes, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return seconds
 
-            peer_config = GemmaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_heads,
-                num_key_value_heads=config.n_kv_heads,
-                head_dim=config.head_dim,
-            )
-            with device:
-                peer = AutoModelForCausalLM.from_config(peer_config, dtype=torch.bfloat16)
-            run = transformers_generate(peer, prompts, 200, cache_implementation="static")
-            measured += measure(
-                {"transformers, static cache, compiled": run}, 200, device, {"model": name, "batch": 1, "context": 128}
-            )
-            del peer, run
-            release()
-        rows += measured
-    return rows
-
-
-def protocol_fp8(args: argparse.Namespace) -> list[dict]:
-    """gemma-7b, random weights, batch 1, 8 and 64, 128 prompt tokens, 64 new, --compile: BF16, FP8, FP8 with E4M3 cache."""
-    device, rows = torch.device("cuda"), []
-    config = ModelConfig.from_name("gemma-7b")
-    for weights, head, cache in (("bf16", False, None), ("fp8", False, None), ("fp8", True, torch.float8_e4m3fn)):
-        model = Transformer.random(config, device, fp8=weights == "fp8", head=head)
-        model.has_kv_scales = True  # of 1.0, which does for random values
-        name = weights + (" with head, E4M3 cache" if head else "")
-        for batch in (1, 8, 64):
-            release()
-            torch.cuda.reset_peak_memory_stats()
-            run = ours(model, random_prompts(batch, 128, config.vocab_size), 64, compile=True, kv_cache_dtype=cache)
-            (row,) = measure({name: run}, 64 * batch, device, {"model": "gemma-7b", "batch": batch, "context": 128})
-            row["weights_gib"] = round(model.weight_bytes / 2**30, 2)
-            row["kv_cache_gib"] = round(model.cache_bytes(batch, 192, cache) / 2**30, 3)
-            row["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
-            rows.append(row)
-        del model, run
-        release()
-    return rows
-
-
-def release():
-    gc.collect()
-    torch.compiler.reset()
-    torch.cuda.empty_cache()
+    figures = seconds_of([(load(), None) for _ in range(1 + repeats)])
+    weights, allocated, reserved = sizes
+    figures |= {"weights_gib": weights / GIB, "peak_allocated_gib": allocated / GIB}
+    figures |= {"peak_reserved_gib": reserved / GIB, "above_weights_gib": (allocated - weights) / GIB}
+    size = (Path(directory) / FP8_NAME).stat().st_size
+    return rounded(figures | {"load_gb_per_second": size / figures["seconds"] / 1e9})
 
 
 def environment(device: torch.device) -> dict:
     """What the figures were measured with, the copy bandwidth among it."""
     versions = {}
-    for package in ("torch", "triton", "transformers"):
+    for package in ("torch", "triton", "transformers", "transformer-engine"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -244,35 +573,149 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-PROTOCOLS = {"cpu": (protocol_cpu, "cpu"), "latency": (protocol_latency, "cuda"), "fp8": (protocol_fp8, "cuda")}
+# ---------------------------------------------------------------------------------------------------------------------
+# Printing
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "protocol", choices=PROTOCOLS, help="; ".join(f"{k}: {v[0].__doc__}" for k, v in PROTOCOLS.items())
+def rounded(row: dict) -> dict:
+    """Floats to five digits."""
+
+    def short(value):
+        if isinstance(value, list):
+            return [short(v) for v in value]
+        return float(f"{value:.5g}") if isinstance(value, float) else value
+
+    return {key: short(value) for key, value in row.items()}
+
+
+def cell(value) -> str:
+    if isinstance(value, list):
+        return "..".join(map(cell, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def table(rows: Iterable[dict]) -> str:
+    """A column a key, aligned; the words of a key stand above each other."""
+    rows = list(rows)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    words = [key.split("_") for key in keys]
+    height = max(map(len, words), default=0)
+    columns = []
+    for key, head in zip(keys, words):
+        column = [""] * (height - len(head)) + head + [cell(row.get(key)) for row in rows]
+        left = any(isinstance(row.get(key), str) for row in rows)
+        width = max(map(len, column))
+        columns.append([text.ljust(width) if left else text.rjust(width) for text in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
+
+
+COLOURS = ("#1f5fa8", "#c2501b", "#2e7d4f", "#7a4fa0", "#8a6d1a", "#a8325e")
+
+
+def sweep_picture(rows: list[dict], title: str) -> str:
+    """SVG of `sweep`'s rows: tokens/s, dashed at the floor, and share of the copy bandwidth, both over the batch."""
+    series = {}
+    for row in rows:
+        series.setdefault(f"{row['model']} {row['precision']}", []).append(row)
+    batches = sorted({row["batch"] for row in rows})
+    title += ", {context} prompt tokens, {new_tokens} new".format(**rows[0])
+    rates, floors, shares = [], [], []
+    for colour, values in zip(COLOURS, series.values()):
+        rates.append((colour, "", [(row["batch"], row["decode_tokens_per_second"]) for row in values]))
+        floors.append((colour, "5 4", [(row["batch"], 1e3 * row["batch"] / row["floor_ms"]) for row in values]))
+        shares.append((colour, "", [(row["batch"], 100 * row["share_of_copy_bandwidth"]) for row in values]))
+    points = [y for _, _, line in rates + floors for _, y in line]
+    powers = range(math.floor(math.log10(min(points))), math.ceil(math.log10(max(points))) + 1)
+    legend = [
+        f'<path d="M{70 + 190 * i} 46h24" stroke="{colour}" stroke-width="2.5"/>'
+        f'<text x="{100 + 190 * i}" y="50">{label}</text>'
+        for i, (colour, label) in enumerate(zip(COLOURS, series))
+    ]
+    return "\n".join((
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 430" font-family="sans-serif" font-size="13">',
+        '<rect width="960" height="430" fill="#fff"/>',
+        f'<text x="70" y="26" font-size="15">{title}</text>',
+        *legend,
+        *panel(70, "tokens/s while decoding; dashed: at the copy bandwidth", batches, rates + floors,
+               [10**power for power in powers], math.log10),
+        *panel(550, "share of the copy bandwidth, %", batches, shares, range(0, 101, 20), float),
+        "</svg>\n",
+    ))  # fmt: skip
+
+
+def panel(left: int, title: str, batches: list[int], lines: list, ticks: Iterable[int], scale: Callable) -> list[str]:
+    """Lines (colour, dashes, [(batch, y)]) over the logarithm of the batch; `scale` of y is linear on the paper."""
+    ticks, top, bottom, width = list(ticks), 90, 375, 370
+    low, high, octaves = scale(ticks[0]), scale(ticks[-1]), math.log2(batches[-1] / batches[0]) or 1
+
+    def x(batch: int) -> str:
+        return f"{left + width * math.log2(batch / batches[0]) / octaves:.1f}"
+
+    def y(value: float) -> float:
+        return round(bottom - (bottom - top) * (scale(value) - low) / (high - low), 1)
+
+    parts = [f'<text x="{left}" y="76">{title}</text>']
+    for tick in ticks:
+        parts.append(f'<path d="M{left} {y(tick)}h{width}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:,}</text>')
+    for batch in batches:
+        parts.append(f'<text x="{x(batch)}" y="{bottom + 20}" text-anchor="middle">{batch}</text>')
+    parts.append(f'<text x="{left + width / 2}" y="{bottom + 42}" text-anchor="middle">batch</text>')
+    for colour, dashes, values in lines:
+        points = " ".join(f"{x(batch)},{y(value)}" for batch, value in values)
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
+        )
+        if not dashes:
+            parts += [f'<circle cx="{x(batch)}" cy="{y(value)}" r="3.5" fill="{colour}"/>' for batch, value in values]
+    return parts
+
+
+def write_text(file: Path, text: str):
+    write_atomically(file, lambda out: out.write(text.encode()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    protocols = "\n\n".join(f"{name}: {' '.join(p.rows.__doc__.split())}" for name, p in PROTOCOLS.items())
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{protocols}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=("gemma-2b", "gemma-7b"), help="latency: only these")
-    parser.add_argument("--no_peers", dest="peers", action="store_false", help="leave out transformers")
-    parser.add_argument("--output", type=Path, help="write the results as JSON")
-    args = parser.parse_args()
-    protocol, device = PROTOCOLS[args.protocol]
-    if device == "cuda" and not torch.cuda.is_available():
+    add = parser.add_argument
+    add("protocol", choices=PROTOCOLS)
+    add("--models", nargs="+", choices=("gemma-2b", "gemma-7b"), help="(default: the protocol's)")
+    add("--precisions", nargs="+", choices=PRECISIONS, help="(default: the protocol's)")
+    add("--no_peers", dest="peers", action="store_false", help="leave out transformers")
+    add("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    add("--output", type=Path, metavar="FILE", help="write the results as JSON")
+    add("--picture", type=Path, metavar="FILE.svg", help="sweep: draw the results")
+    args = parser.parse_args(argv)
+    protocol = PROTOCOLS[args.protocol]
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    if args.picture and args.protocol != "sweep":
+        parser.error("--picture is sweep's")
+    if protocol.device == "cuda" and not torch.cuda.is_available():
         print(f"error: protocol {args.protocol} needs a CUDA GPU", file=sys.stderr)
         return 2
-    result = {"protocol": args.protocol, **environment(torch.device(device))}
+    args.device = torch.device(protocol.device)
+    args.models, args.precisions = args.models or protocol.models, args.precisions or protocol.precisions
+    result = {"protocol": args.protocol, **environment(args.device)}
+    args.bandwidth = 1e9 * result["copy_bandwidth_gb_per_second"]
+    release()  # its buffers
     print(json.dumps(result), flush=True)
-    result["results"] = protocol(args)
-    bandwidth = result["copy_bandwidth_gb_per_second"]
-    for row in result["results"]:
-        if "decode_gb_per_second" in row:
-            row["share_of_copy_bandwidth"] = round(row["decode_gb_per_second"] / bandwidth, 3)
-            print_row(
-                {key: row[key] for key in ("model", "batch", "name", "tokens_per_second", "share_of_copy_bandwidth")}
-            )
-    if args.output:
-        content = (json.dumps(result, indent=1) + "\n").encode()
-        write_atomically(args.output, lambda out: out.write(content))
+    result["results"] = rows = []
+    try:
+        for row in protocol.rows(args):
+            print("  ".join(f"{key} {cell(value)}" for key, value in row.items()), flush=True)
+            rows.append(row)
+    finally:  # what was measured before a failure is kept
+        print(f"\n{table(rows)}", flush=True)
+        if args.output:
+            write_text(args.output, json.dumps(result, indent=1) + "\n")
+        if args.picture and rows:
+            write_text(args.picture, sweep_picture(rows, f"{result['device']}, {result['date']}"))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""generate.py and benchmark.py as a user types them."""
+"""generate.py as a user types it."""
 
 import itertools
 import json
@@ -303,17 +303,3 @@ def test_a_closed_pipe_is_no_error():
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
-
-
-def test_benchmark_without_a_gpu_says_so():
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "benchmark.py", "latency"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: protocol latency needs a CUDA GPU")

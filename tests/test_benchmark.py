@@ -1,0 +1,184 @@
+"""benchmark.py: what of it needs no GPU."""
+
+import argparse
+import json
+import weakref
+import xml.dom.minidom
+
+import pytest
+import torch
+
+import benchmark
+from checkpoint import open_checkpoint
+from generate import Stats, generate, load_model
+from model import NAMED_CONFIGS
+
+CPU = torch.device("cpu")
+CUDA_PROTOCOLS = [name for name, protocol in benchmark.PROTOCOLS.items() if protocol.device == "cuda"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The arguments of a run on a model of two layers."""
+    monkeypatch.setitem(NAMED_CONFIGS, "tiny", (1, 2, 64, 128, 4, 2, 32, None, 32, 1.0, 512, 256))
+    return argparse.Namespace(
+        device=CPU, models=["tiny"], precisions=["bf16", "fp8-all"], repeats=1, peers=False, bandwidth=1e10
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("protocol", CUDA_PROTOCOLS)
+def test_no_gpu(protocol, capsys):
+    assert benchmark.main([protocol]) == 2
+    assert capsys.readouterr().err == f"error: protocol {protocol} needs a CUDA GPU\n"
+
+
+def test_help_names_every_protocol_and_others_are_refused(capsys):
+    with pytest.raises(SystemExit) as help_asked:
+        benchmark.main(["--help"])
+    assert help_asked.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"\n{name}: " in out for name in benchmark.PROTOCOLS)
+    for mistake in (["nonsense"], ["latency", "--picture", "a.svg"], ["cpu", "--repeats", "0"]):
+        with pytest.raises(SystemExit) as refused:
+            benchmark.main(mistake)
+        assert refused.value.code == 2
+
+
+def test_tutorial_prompts():
+    prompts = benchmark.tutorial_prompts(64, 20, 1000)
+    assert prompts == benchmark.tutorial_prompts(64, 20, 1000)
+    assert {len(prompt) for prompt in prompts} == set(range(2, 21))
+    assert all(prompt[0] == 2 and min(prompt[1:]) >= 10 for prompt in prompts)
+
+
+def test_floor_and_share():
+    """A step reads 8 GB: at 4 TB/s that takes 2 ms, half of what it took."""
+    runs = [Stats(0, 0.1, seconds, 256, 202, 2, 100, 800 * 10**9) for seconds in (0.4, 0.3, 0.5)]
+    figures = benchmark.decode_figures(runs, 4e12)
+    assert figures["step_ms"] == pytest.approx(4)
+    assert figures["floor_ms"] == pytest.approx(2)
+    assert figures["share_of_copy_bandwidth"] == pytest.approx(0.5)
+    assert figures["decode_tokens_per_second"] == pytest.approx(500)
+    assert figures["decode_spread"] == pytest.approx([400, 200 / 0.3])
+
+
+def test_bytes_of_a_step_are_weights_and_valid_cache(tiny):
+    model, kv_dtype = benchmark.random_model("tiny", "fp8-all", CPU)
+    stats = benchmark.ours(model, benchmark.random_prompts(3, 20, 512), 11, kv_cache_dtype=kv_dtype)()
+    assert (stats.rows, stats.steps, stats.new_tokens) == (3, 10, 33)
+    assert stats.bytes_read == 10 * (model.weight_bytes + 3 * 25 * 2 * 2 * 2 * 32)  # rows, tokens, K and V, layers, ...
+
+
+def test_one_model_is_in_memory_at_a_time(tiny, monkeypatch):
+    models, make = [], benchmark.random_model
+
+    def watched(*arguments):
+        assert all(model() is None for model in models)
+        model, kv_dtype = make(*arguments)
+        models.append(weakref.ref(model))
+        return model, kv_dtype
+
+    monkeypatch.setattr(benchmark, "random_model", watched)
+
+    def of_model(model, kv_dtype, case):
+        run = benchmark.ours(model, [[2, 3]], 2, kv_cache_dtype=kv_dtype)
+        yield from benchmark.measure(tiny, {"ours": run}, case | {"batch": 1, "new_tokens": 2})
+
+    assert [row["precision"] for row in benchmark.each_model(tiny, of_model)] == ["bf16", "fp8-all"]
+    assert len(models) == 2
+
+
+def test_prefill_rows(tiny):
+    tiny.precisions = ["bf16"]
+    peak, eager, compiled = benchmark.prefill(tiny, shapes=((2, 16),), matrix_size=64)
+    assert not eager["compile_prefill"]
+    assert compiled["compile_prefill"]
+    assert eager["share_of_matrix_product"] == pytest.approx(
+        eager["tflop_per_second"] / peak["tflop_per_second"], rel=1e-3
+    )
+    assert eager["tokens_per_second"] == pytest.approx(32 / eager["seconds"], rel=1e-3)
+
+
+def test_prefill_flop_of_gemma_7b():
+    """7.751 B parameters in the layers."""
+    with torch.device("meta"):
+        model = benchmark.Transformer(benchmark.ModelConfig.from_name("gemma-7b"))
+    layers, attention = 2 * 7.751e9 * 2048, 2 * 2048**2 * 16 * 256 * 28
+    assert benchmark.prefill_flop(model, 3, 2048) == pytest.approx(3 * (layers + attention), rel=1e-3)
+
+
+def test_table():
+    rows = [{"name": "a", "seconds_spread": [0.5, 1.25]}, {"name": "long name", "step_ms": 12345.6}]
+    assert benchmark.table(rows).splitlines() == [
+        "             seconds    step",
+        "name          spread      ms",
+        "a          0.5..1.25",
+        "long name             12,346",
+    ]
+
+
+def test_picture():
+    rows = [
+        {"model": "gemma-7b", "precision": precision, "batch": batch, "decode_tokens_per_second": 180.0 * batch}
+        | {"context": 128, "new_tokens": 64, "floor_ms": 4.0, "share_of_copy_bandwidth": 0.72}
+        for precision in ("bf16", "fp8-all")
+        for batch in (1, 8, 64)
+    ]
+    picture = xml.dom.minidom.parseString(benchmark.sweep_picture(rows, "one GPU"))
+    assert len(picture.getElementsByTagName("polyline")) == 6
+    texts = [text.firstChild.data for text in picture.getElementsByTagName("text")]
+    assert {"one GPU, 128 prompt tokens, 64 new", "gemma-7b bf16", "gemma-7b fp8-all", "64", "10,000", "100"} <= set(
+        texts
+    )
+    assert benchmark.sweep_picture(rows[:1], "")
+
+
+def test_synthetic_checkpoint_loads_and_runs(tiny):
+    with benchmark.synthetic_checkpoint("tiny", CPU) as directory:
+        assert open_checkpoint(directory, ("fp8",)).weight_format == "fp8"
+        model, _ = load_model(directory, CPU, fp8=True)
+        assert model.has_kv_scales
+        assert model.head_scales is not None
+        made, _ = benchmark.random_model("tiny", "fp8-all", CPU)
+        options = dict(temperature=0, stop_ids=(), kv_cache_dtype=torch.float8_e4m3fn)
+        prompt = [2, 300, 500]
+        assert generate(model, [prompt], 8, **options) == generate(made, [prompt], 8, **options)
+    assert not directory.exists()
+
+
+def test_a_full_disk_is_told(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    assert list(benchmark.startup(tiny)) == []
+    assert "tiny is left out: " in capsys.readouterr().out
+
+
+def test_parts_of_a_start():
+    figures = (
+        "NVIDIA H200, bfloat16, seed 1\n"
+        "load 2.50 s, compile 3.00 s, prefill 0.250 s (2 tokens), decode 0.010 s (2 tokens in 1 rows)\n"
+        "decode 100.0 tokens/s, 800.0 GB/s, 20% of the copy bandwidth (4200.0 GB/s)\n"
+    )
+    parts = benchmark.start_parts(8.76, figures)
+    assert parts == pytest.approx(
+        {"import_and_rest": 3.0, "load": 2.5, "compile": 3.0, "prefill": 0.25, "decode": 0.01}
+    )
+
+
+def test_a_failure_in_a_process_of_its_own_is_a_row(capfd):
+    assert benchmark.in_process(benchmark.rounded, {"a": 1.23456789}) == {"a": 1.2346}
+    assert benchmark.in_process(benchmark.rounded) == {"failed": 1}
+    assert "TypeError" in capfd.readouterr().err
+
+
+def test_what_was_measured_before_a_failure_is_written(tmp_path, monkeypatch, capsys):
+    def rows(args):
+        yield {"name": "first", "seconds": 1.0}
+        raise RuntimeError
+
+    rows.__doc__ = ""
+    monkeypatch.setitem(benchmark.PROTOCOLS, "cpu", benchmark.Protocol(rows, "cpu"))
+    with pytest.raises(RuntimeError):
+        benchmark.main(["cpu", "--output", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == [{"name": "first", "seconds": 1.0}]
+    assert "first" in capsys.readouterr().out
