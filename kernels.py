@@ -424,7 +424,7 @@ def _triton_dtype(dtype: torch.dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rotary embedding and the KV cache
+# Rotary embedding, KV cache and attention of one query a row
 
 
 def rope_and_write_reference(
@@ -433,160 +433,84 @@ def rope_and_write_reference(
     position,
     k_cache,
     v_cache,
-    k_scale,
-    v_scale,
     n_heads,
     dtype,
+    k_scale=1.0,
+    v_scale=1.0,
     q_norm=None,
     k_norm=None,
     eps=1e-6,
 ):
-    m, kv_heads, slots, d = *k_cache.shape[:3], k_cache.shape[3]
+    m, kv_heads, slots, d = k_cache.shape
     q, k, v = _summed(qkv, dtype).view(m, -1, d).split_with_sizes([n_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
         q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
-
     angle = position.float()[:, None, None] * frequency
 
     def rotated(x):
         y = x.float()
         return torch.addcmul(y * angle.cos(), y.roll(d // 2, dims=-1), angle.sin()).to(dtype)
 
-    k = rotated(k)
     rows, slot = torch.arange(m, device=qkv.device), position % slots
-    for cache, x, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
+    for cache, x, scale in ((k_cache, rotated(k), k_scale), (v_cache, v, v_scale)):
         x = _round_fp8(x, scale, cache.dtype) if cache.dtype.itemsize == 1 else x.to(cache.dtype)
         cache.view(torch.uint8)[rows, :, slot] = x.view(torch.uint8)
     return rotated(q)
 
 
-@jit
-def _rotated(low, high, cos, sin, norm_ptr, half, mask, eps, D, dtype: tl.constexpr):
-    """A head's two halves after its norm, if there is one, and its rotation."""
-    if norm_ptr is not None:
-        inverse_rms = tl.rsqrt((tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / D + eps)
-        low = _normed(low, inverse_rms, norm_ptr, half, mask, dtype)
-        high = _normed(high, inverse_rms, norm_ptr, half + D // 2, mask, dtype)
-    new_low = (low * cos - high * sin).to(dtype).to(tl.float32)
-    new_high = (high * cos + low * sin).to(dtype).to(tl.float32)
-    return new_low, new_high
-
-
-@jit
-def _cached(x, inverse_scale, LIMIT: tl.constexpr):
-    if LIMIT > 0:
-        x = tl.clamp(x * inverse_scale, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    return x
-
-
-@jit
-def _rope_kernel(
-    qkv_ptr,
-    frequency_ptr,
-    position_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    inverse_k_scale,
-    inverse_v_scale,
-    eps,
-    rows,
-    S,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    LIMIT: tl.constexpr,
-    PDL: tl.constexpr,
+def decode_attention_reference(
+    qkv, frequency, position, k_cache, v_cache, n_heads, dtype, scale, softcap=None, input_scale=None, **options
 ):
-    _start(PDL)
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    half = tl.arange(0, BLOCK)
-    mask = half < D // 2
-    _wait(PDL)
-    width = (H + 2 * K) * D
-    low = _output(qkv_ptr, row, rows, head * D + half, mask, width, PARTS, dtype)
-    high = _output(qkv_ptr, row, rows, head * D + D // 2 + half, mask, width, PARTS, dtype)
-    position = tl.load(position_ptr + row)
-    slot = position % S
-    if head < H + K:
-        angle = position.to(tl.float32) * tl.load(frequency_ptr + D // 2 + half, mask=mask, other=0.0)
-        cos, sin = tl.cos(angle), tl.sin(angle)
-        if head < H:
-            low, high = _rotated(low, high, cos, sin, q_norm_ptr, half, mask, eps, D, dtype)
-            q_row = q_ptr + (row * H + head) * D
-            tl.store(q_row + half, low.to(dtype), mask=mask)
-            tl.store(q_row + D // 2 + half, high.to(dtype), mask=mask)
-        else:
-            low, high = _rotated(low, high, cos, sin, k_norm_ptr, half, mask, eps, D, dtype)
-            kv_head = head - H
-            k_row = k_ptr + ((row * K + kv_head) * S + slot) * D
-            tl.store(k_row + half, _cached(low, inverse_k_scale, LIMIT).to(k_ptr.dtype.element_ty), mask=mask)
-            tl.store(k_row + D // 2 + half, _cached(high, inverse_k_scale, LIMIT).to(k_ptr.dtype.element_ty), mask=mask)
-    else:
-        v_row = v_ptr + ((row * K + head - H - K) * S + slot) * D
-        tl.store(v_row + half, _cached(low, inverse_v_scale, LIMIT).to(v_ptr.dtype.element_ty), mask=mask)
-        tl.store(v_row + D // 2 + half, _cached(high, inverse_v_scale, LIMIT).to(v_ptr.dtype.element_ty), mask=mask)
-
-
-def rope_and_write(
-    qkv: Tensor,
-    frequency: Tensor,
-    position: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: float,
-    v_scale: float,
-    n_heads: int,
-    dtype: torch.dtype,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """The rotated queries [M, H, D] in `dtype`; rotated keys, and values, go to slot position % S of the caches.
-
-    qkv is [M, (H + 2 * K) * D] in `dtype` or float32 partial sums [P, M, ...]. frequency [D] is in radians a position,
-    its first half negative; position [M] int64. Caches are [M, K, S, D] in bf16, float32, E4M3 or E5M2; the scales count
-    for FP8 only. q_norm and k_norm [D] are RMSNorm weights.
-    """
-    m, kv_heads, slots, d = k_cache.shape
-    q = torch.empty(m, n_heads, d, dtype=dtype, device=qkv.device)
-    _launch(
-        _rope_kernel,
-        (m, n_heads + 2 * kv_heads),
-        *(qkv, frequency, position, q, k_cache, v_cache, q_norm, k_norm),
-        *(1 / k_scale, 1 / v_scale, eps, m, slots),
-        H=n_heads,
-        K=kv_heads,
-        D=d,
-        BLOCK=_power_of_2(d // 2),
-        PARTS=_parts(qkv),
-        LIMIT=torch.finfo(k_cache.dtype).max if k_cache.dtype.itemsize == 1 else 0.0,
-        num_warps=1,
-    )
-    return q
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention of one query a row
-
-
-def decode_attention_reference(q, k_cache, v_cache, position, scale, v_scale=1.0, softcap=None, input_scale=None):
-    m, heads, d = q.shape
-    kv_heads, slots = k_cache.shape[1:3]
+    q = rope_and_write_reference(qkv, frequency, position, k_cache, v_cache, n_heads, dtype, **options)
+    (m, kv_heads, slots, d), heads = k_cache.shape, n_heads
     valid = (torch.arange(slots, device=q.device) <= position[:, None])[:, None, :, None]  # [M, 1, S, 1]
     k, v = (torch.where(valid, cache.float(), 0.0) for cache in (k_cache, v_cache))
-    scores = q.float().view(m, kv_heads, -1, d) @ k.mT * scale  # [M, K, G, S]
+    scores = q.float().view(m, kv_heads, -1, d) @ k.mT * (scale * options.get("k_scale", 1.0))  # [M, K, G, S]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~valid.mT, float("-inf"))
-    y = (scores.softmax(-1) @ v * v_scale).to(q.dtype).view(m, heads * d)
+    y = (scores.softmax(-1) @ v * options.get("v_scale", 1.0)).to(dtype).view(m, heads * d)
     return y if input_scale is None else _round_fp8(y, input_scale)
+
+
+@jit
+def _rotated(
+    qkv_ptr,
+    row,
+    rows,
+    first,
+    d,
+    mask,
+    cos,
+    sin,
+    norm_ptr,
+    eps,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    AXIS: tl.constexpr,
+    PARTS: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Elements d, along AXIS, of the heads that begin at column `first`, behind their norm, if there is one, and their
+    rotation."""
+    partner = (d + D // 2) % D
+    x = _output(qkv_ptr, row, rows, first + d, mask, WIDTH, PARTS, dtype)
+    y = _output(qkv_ptr, row, rows, first + partner, mask, WIDTH, PARTS, dtype)
+    if norm_ptr is not None:
+        inverse_rms = tl.rsqrt(tl.sum(x * x, axis=AXIS, keep_dims=True) / D + eps)
+        x = _normed(x, inverse_rms, norm_ptr, d, d < D, dtype)
+        y = _normed(y, inverse_rms, norm_ptr, partner, d < D, dtype)
+    return (x * cos + y * sin).to(dtype).to(tl.float32)
+
+
+@jit
+def _keep(x, cache_ptr, offsets, inverse_scale, mask, LIMIT: tl.constexpr):
+    """x rounded as the cache keeps it, which is written if mask allows it."""
+    if LIMIT > 0:
+        x = tl.clamp(x * inverse_scale, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    x = x.to(cache_ptr.dtype.element_ty)
+    tl.store(cache_ptr + offsets, x, mask=mask)
+    return x.to(tl.float32)
 
 
 @jit
@@ -619,7 +543,10 @@ def _share(position_ptr, row, S, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr):
 
 @jit
 def _attention_by_sums_kernel(
-    q_ptr,
+    qkv_ptr,
+    frequency_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     k_ptr,
     v_ptr,
     position_ptr,
@@ -630,6 +557,9 @@ def _attention_by_sums_kernel(
     scale,
     v_scale,
     softcap,
+    inverse_k_scale,
+    inverse_v_scale,
+    eps,
     rows,
     S,
     K: tl.constexpr,
@@ -640,23 +570,40 @@ def _attention_by_sums_kernel(
     BLOCK_S: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One query on each key head. Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the
-    loop exchanges nothing between warps; they are joined at the end."""
+    loop exchanges nothing between warps; they are joined at the end. The row's new key and value, which the first split
+    writes, never come from the cache."""
     _start(PDL)
+    WIDTH: tl.constexpr = 3 * K * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     _wait(PDL)
+    position = tl.load(position_ptr + row)
+    slot = (position % S).to(tl.int32)
+    angle = position.to(tl.float32) * tl.load(frequency_ptr + d, mask=in_head, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
     start, end = _share(position_ptr, row, S, BLOCK_S, SPLITS)
-    q = tl.load(q_ptr + (row * K + head) * D + d, mask=in_head, other=0.0).to(tl.float32)
-    offsets = (row * K + head) * S * D + lane[:, None] * D + d[None, :]
-    m = tl.full([BLOCK_S], LOWEST, tl.float32)
-    l = tl.zeros([BLOCK_S], tl.float32)
-    acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    q = _rotated(qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
+    k_head = (K + head) * D
+    own_k = _rotated(qkv_ptr, row, rows, k_head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
+    own_v = _output(qkv_ptr, row, rows, k_head + K * D + d, in_head, WIDTH, PARTS, dtype)
+    first = tl.program_id(2) == 0
+    base = (row * K + head) * S * D
+    own_k = _keep(own_k, k_ptr, base + slot * D + d, inverse_k_scale, in_head & first, LIMIT)
+    own_v = _keep(own_v, v_ptr, base + slot * D + d, inverse_v_scale, in_head & first, LIMIT)
+    own = (lane == 0) & first
+    m = tl.where(own, _log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
+    l = tl.where(own, 1.0, 0.0)
+    acc = tl.where(own[:, None], own_v[None, :], 0.0)
+    offsets = base + lane[:, None] * D + d[None, :]
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
-        used = s + lane < end
+        used = (s + lane < end) & (s + lane != slot)
         mask = used[:, None] & in_head[None, :] if D < BLOCK_D else used[:, None]
         k = tl.load(k_ptr + offsets + s * D, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + offsets + s * D, mask=mask, other=0.0).to(tl.float32)
@@ -673,7 +620,6 @@ def _attention_by_sums_kernel(
     l_all = tl.sum(l * weight, axis=0)
     y = tl.sum(acc * weight[:, None], axis=0)
     if SPLITS == 1:
-        dtype: tl.constexpr = q_ptr.dtype.element_ty
         _store_attention(out_ptr, (row * K + head) * D + d, y / l_all, v_scale, scale_ptr, in_head, dtype)
     else:
         entry = (tl.program_id(2) * rows + row) * K + head
@@ -685,7 +631,10 @@ def _attention_by_sums_kernel(
 
 @jit
 def _attention_kernel(
-    q_ptr,
+    qkv_ptr,
+    frequency_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     k_ptr,
     v_ptr,
     position_ptr,
@@ -696,6 +645,9 @@ def _attention_kernel(
     scale,
     v_scale,
     softcap,
+    inverse_k_scale,
+    inverse_v_scale,
+    eps,
     rows,
     S,
     K: tl.constexpr,
@@ -706,31 +658,62 @@ def _attention_kernel(
     BLOCK_S: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The G queries on a key head as rows of one matrix."""
+    """The G queries on a key head as rows of one matrix; the rest is as above."""
     _start(PDL)
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
     # FP8 is exact in float16, and converted faster than to bfloat16
     is_fp8: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 8
     factor: tl.constexpr = tl.float16 if is_fp8 and dtype == tl.bfloat16 else dtype
+    WIDTH: tl.constexpr = (G + 2) * K * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     q_mask = (g < G)[:, None] & in_head[None, :]
     _wait(PDL)
+    position = tl.load(position_ptr + row)
+    slot = (position % S).to(tl.int32)
+    angle = position.to(tl.float32) * tl.load(frequency_ptr + d, mask=in_head, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
     start, end = _share(position_ptr, row, S, BLOCK_S, SPLITS)
-    q = tl.load(q_ptr + (row * K + head) * G * D + g[:, None] * D + d[None, :], mask=q_mask, other=0.0).to(factor)
+    heads = (head * G + g)[:, None] * D
+    q = _rotated(
+        qkv_ptr,
+        row,
+        rows,
+        heads,
+        d[None, :],
+        q_mask,
+        cos[None, :],
+        sin[None, :],
+        q_norm_ptr,
+        eps,
+        WIDTH,
+        D,
+        1,
+        PARTS,
+        dtype,
+    )
+    k_head = (G * K + head) * D
+    own_k = _rotated(qkv_ptr, row, rows, k_head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
+    own_v = _output(qkv_ptr, row, rows, k_head + K * D + d, in_head, WIDTH, PARTS, dtype)
+    first = tl.program_id(2) == 0
     base = (row * K + head) * S * D
+    own_k = _keep(own_k, k_ptr, base + slot * D + d, inverse_k_scale, in_head & first, LIMIT)
+    own_v = _keep(own_v, v_ptr, base + slot * D + d, inverse_v_scale, in_head & first, LIMIT)
+    m = tl.where(first, _log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
+    l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.where(first, own_v[None, :], 0.0) + tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    query = q.to(factor)
     offsets = base + lane[:, None] * D + d[None, :]
-    m = tl.full([BLOCK_G], LOWEST, tl.float32)
-    l = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
-        used = s + lane < end
+        used = (s + lane < end) & (s + lane != slot)
         mask = used[:, None] & in_head[None, :] if D < BLOCK_D else used[:, None]
         k = tl.load(k_ptr + offsets + s * D, mask=mask, other=0.0).to(factor)
-        scores = _log2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
+        scores = _log2_scores(tl.dot(query, tl.trans(k), input_precision="ieee"), scale, softcap)
         scores = tl.where(used[None, :], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1))
         alpha = tl.exp2(m - m_new)
@@ -740,7 +723,7 @@ def _attention_kernel(
         acc = tl.dot(p.to(factor), v, acc * alpha[:, None], input_precision="ieee")
         m = m_new
     if SPLITS == 1:
-        offsets = (row * K + head) * G * D + g[:, None] * D + d[None, :]
+        offsets = heads + row * G * K * D + d[None, :]
         _store_attention(out_ptr, offsets, acc / l[:, None], v_scale, scale_ptr, q_mask, dtype)
     else:
         entry = ((tl.program_id(2) * rows + row) * K + head) * G + g
@@ -779,38 +762,48 @@ def _combine_kernel(
 
 
 def decode_attention(
-    q: Tensor,
+    qkv: Tensor,
+    frequency: Tensor,
+    position: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    position: Tensor,
+    n_heads: int,
+    dtype: torch.dtype,
     scale: float,
-    v_scale: float = 1.0,
     softcap: float | None = None,
     input_scale: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
     splits: int | None = None,
     config: AttentionConfig | None = None,
 ) -> Tensor:
-    """Attention [M, H * D] of q [M, H, D] over slots 0 to min(position, S - 1) of caches [M, K, S, D]; reads no others.
+    """Rotates queries and keys, writes keys and values to slot position % S, and attends to slots 0 to min(position, S - 1)
+    of the caches [M, K, S, D] in bf16, float32, E4M3 or E5M2; reads no other. Returns [M, H * D] in `dtype` or, with
+    input_scale, in E4M3.
 
-    The result is in q's dtype or, with input_scale, in E4M3. `scale` multiplies the scores and contains the cache's
-    k_scale; softcap c turns scores s into c * tanh(s / c). position [M] is int64: the token's own, already cached.
-    `splits` programs, a power of 2, share a row's slots.
+    qkv is [M, (H + 2 * K) * D] in `dtype` or float32 partial sums [P, M, ...]. frequency [D] is in radians a position, its
+    first half negative; position [M], the token's own, is int64. q_norm and k_norm [D] are RMSNorm weights. `scale`
+    multiplies the scores; softcap c turns scores s into c * tanh(s / c); k_scale and v_scale are an FP8 cache's. `splits`
+    programs, a power of 2, share a row's slots.
     """
-    m, heads, d = q.shape
-    kv_heads, slots = k_cache.shape[1:3]
-    group = heads // kv_heads
+    m, kv_heads, slots, d = k_cache.shape
+    group = n_heads // kv_heads
     config = config or attention_config(m * kv_heads, group, slots, k_cache.dtype)
     splits = splits or attention_splits(m * kv_heads, slots, config.block_s)
-    out = torch.empty(m, heads * d, dtype=q.dtype if input_scale is None else E4M3, device=q.device)
+    out = torch.empty(m, n_heads * d, dtype=dtype if input_scale is None else E4M3, device=qkv.device)
     acc = stats = None
     if splits > 1:
-        acc = torch.empty(splits, m, heads, d, dtype=torch.float32, device=q.device)
-        stats = torch.empty(splits, m, heads, 2, dtype=torch.float32, device=q.device)  # maximum and sum
+        acc = torch.empty(splits, m, n_heads, d, dtype=torch.float32, device=qkv.device)
+        stats = torch.empty(splits, m, n_heads, 2, dtype=torch.float32, device=qkv.device)  # maximum and sum
     block_d = max(16, _power_of_2(d))
     _launch(
         _attention_by_sums_kernel if config.by_sums else _attention_kernel,
         (m, kv_heads, splits),
-        *(q, k_cache, v_cache, position, input_scale, out, acc, stats, scale, v_scale, softcap, m, slots),
+        *(qkv, frequency, q_norm, k_norm, k_cache, v_cache, position, input_scale, out, acc, stats),
+        *(scale * k_scale, v_scale, softcap, 1 / k_scale, 1 / v_scale, eps, m, slots),
         K=kv_heads,
         G=group,
         D=d,
@@ -819,17 +812,20 @@ def decode_attention(
         BLOCK_S=config.block_s,
         SPLITS=splits,
         STAGES=config.num_stages,
+        PARTS=_parts(qkv),
+        LIMIT=torch.finfo(k_cache.dtype).max if k_cache.dtype.itemsize == 1 else 0.0,
+        dtype=_triton_dtype(dtype),
         num_warps=config.num_warps,
     )
     if splits > 1:
         _launch(
             _combine_kernel,
-            (m * heads,),
-            *(acc, stats, input_scale, out, v_scale, m * heads),
+            (m * n_heads,),
+            *(acc, stats, input_scale, out, v_scale, m * n_heads),
             D=d,
             BLOCK_D=block_d,
             SPLITS=splits,
-            dtype=_triton_dtype(q.dtype),
+            dtype=_triton_dtype(dtype),
             num_warps=_row_warps(splits * d),
         )
     return out
@@ -1051,7 +1047,7 @@ def linear_rows(
     """x @ weight.T [M, N] in `dtype` (None: x's) of x [M, K] and weight [N, K], by whatever is fastest for the shape.
 
     Both are in bf16 or float32, or in E4M3 with input_scale and weight_scale (0-dim float32). With `partials`, the
-    result may be float32 partial sums [P, M, N] instead: `add_norm`, `geglu` and `rope_and_write` take those.
+    result may be float32 partial sums [P, M, N] instead: `add_norm`, `geglu` and `decode_attention` take those.
     """
     (m, k), n, dtype = x.shape, weight.shape[0], dtype or x.dtype
     config = config or linear_config(m, n, k, weight.dtype)

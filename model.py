@@ -869,29 +869,22 @@ class Transformer(nn.Module):
             x, h = kernels.add_norm(x, y, post_weight, layer.attention_norm.weight, eps, input_scale)
             qkv = kernels.linear_rows(h, *_operands(attention.wqkv), dtype, partials=True)
             cache = attention.cache
-            q = kernels.rope_and_write(
+            y = kernels.decode_attention(
                 qkv,
                 self.rope_frequency_local if config.is_local(index) else self.rope_frequency,
                 position,
                 cache.k,
                 cache.v,
-                cache.k_scale,
-                cache.v_scale,
                 config.n_heads,
                 dtype,
+                attention.scale,
+                attention.softcap,
+                getattr(attention.wo, "input_scale", None),
+                cache.k_scale,
+                cache.v_scale,
                 attention.q_norm and attention.q_norm.weight,
                 attention.k_norm and attention.k_norm.weight,
                 eps,
-            )
-            y = kernels.decode_attention(
-                q,
-                cache.k,
-                cache.v,
-                position,
-                attention.scale * cache.k_scale,
-                cache.v_scale,
-                attention.softcap,
-                getattr(attention.wo, "input_scale", None),
             )
             y = kernels.linear_rows(y, *_operands(attention.wo), dtype, partials=True)
             post_weight = layer.post_attention_norm and layer.post_attention_norm.weight
