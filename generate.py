@@ -4,6 +4,7 @@ From Python: `model, tokenizer = load_model(path)`, then `generate(model, [token
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -90,6 +92,9 @@ def load_model(
             if fp8:
                 raise
             kv_problem = str(error)  # for whoever asks for an E4M3 cache
+    if device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("transformer_engine"):
+        # Its import takes seconds, in which the weights come
+        Thread(target=importlib.import_module, args=("transformer_engine.pytorch",), daemon=True).start()
     if device.type == "cuda":
         itemsize = 1 if fp8 else dtype.itemsize  # of most weights
         _check_memory(checkpoint.parameters * itemsize, device, "the weights", "use a smaller model or --fp8")
