@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -462,7 +463,8 @@ class Decoder:
         if self.compile_prefill and self.device.type == "cuda" and not cached:
             logits = self._recorded_prefill(model, tokens, lengths)
         else:
-            logits = self._prefill(model, tokens, position, lengths)
+            with _range("prefill", self.device):
+                logits = self._prefill(model, tokens, position, lengths)
         state.position.copy_(lengths + cached)
         state.count.zero_()
         state.limit.fill_(max_new_tokens)
@@ -489,7 +491,8 @@ class Decoder:
         graph, tokens_in, lengths_in, logits = self.prefills[tokens.shape]
         tokens_in.copy_(tokens)
         lengths_in.copy_(lengths)
-        graph.replay()
+        with _range("prefill", self.device):
+            graph.replay()
         return logits
 
     def decode(
@@ -548,14 +551,14 @@ class Decoder:
         while taken < steps:
             if check == "every" or (check == "ping-pong" and taken > 0):
                 i = taken if check == "every" else taken - 1
-                with torch.cuda.nvtx.range("stop check"):
+                with _range("stop check", self.device):
                     landed[i % 2].synchronize()
                     if all_done(i):
                         break
             if on_step is not None:
                 on_step(taken + 1)
             taken += 1
-            with torch.cuda.stream(self.streams[taken % 2]), torch.cuda.nvtx.range("decode step"):
+            with torch.cuda.stream(self.streams[taken % 2]), _range("decode step", self.device):
                 stepped[(taken - 1) % 2].wait()
                 step()
                 publish(taken)
@@ -572,6 +575,11 @@ class Decoder:
         """New tokens of the first `rows` rows, the stop token included where there is one."""
         counts = self.state.count.tolist()
         return [row[:count] for row, count in zip(self.state.output[:rows].tolist(), counts)]
+
+
+def _range(name: str, device: torch.device):
+    """A named NVTX range, which a profiler shows."""
+    return torch.cuda.nvtx.range(name) if device.type == "cuda" else nullcontext()
 
 
 def _padded_rows(rows: int) -> int:

@@ -418,13 +418,13 @@ def _operands(linear: "Linear | FP8Linear") -> tuple[Tensor, Tensor | None, Tens
 
 
 def prefers_te(te: "object | None", x: Tensor) -> bool:
-    """Where TransformerEngine's modules run: in prefill, x [B, T, ...] with T > 1, outside torch.compile.
+    """Where TransformerEngine's modules run: in prefill, x [B, T, ...] with T > 1.
 
     Decoding goes without. A call of a TE linear takes some 100 microseconds of the host, several times what a row's
-    product takes on the GPU; it breaks the graph of a compiled step; and inside a CUDA graph its GEMMs are slower than
-    PyTorch's own at few rows (H200, gemma-7b's linear layers, 8 rows: FP8 2.89 ms against 2.36, BF16 4.67 against 4.24).
+    product takes on the GPU, and inside a CUDA graph its GEMMs are slower than PyTorch's own at few rows (H200,
+    gemma-7b's linear layers, 8 rows: FP8 2.89 ms against 2.36, BF16 4.67 against 4.24), let alone kernels.py's.
     """
-    return te is not None and x.shape[1] > 1 and not torch.compiler.is_compiling()
+    return te is not None and x.shape[1] > 1
 
 
 class TELinear:
@@ -498,11 +498,7 @@ def attention(q, k, v, scale: float, mask=None, window: int | None = None, softc
     group = heads // k.shape[1]
     if tokens == 1:  # the queries that share a key head become rows of one query matrix: keys are read once
         q = q.reshape(batch, -1, group, head_dim)
-        # Fused attention has one block a key head: too few for a GPU below. Measured on an H200, context 128 to 328,
-        # ms a step: gemma-2b (1 key head) 1.94 against 2.20, gemma-7b (16) 5.27 against 5.38. It has no softcap either.
-        few = softcap is not None or batch * k.shape[1] <= 16
-        by_sums = few and mask is not None and q.is_cuda and torch.compiler.is_compiling()
-        y = (_attend_by_sums if by_sums else _attend)(q, k, v, scale, mask, softcap)
+        y = _attend(q, k, v, scale, mask, softcap)
         return y.reshape(batch, heads, 1, head_dim)
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -533,13 +529,6 @@ def _attend(q, k, v, scale, mask, softcap):
         scores = _capped(q[:, :, i : i + step].float() @ k_float * scale, softcap) + mask[..., i : i + step, :]
         outputs.append((scores.softmax(dim=-1) @ v_float).to(q.dtype))
     return torch.cat(outputs, dim=2)
-
-
-def _attend_by_sums(q, k, v, scale, mask, softcap):
-    """For a compiler, which fuses each sum of products into one kernel that fills the GPU. float32 throughout."""
-    scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1) * scale
-    weights = (_capped(scores, softcap) + mask).softmax(dim=-1)
-    return (weights[..., None] * v[:, :, None].float()).sum(-2).to(q.dtype)
 
 
 def _attend_in_blocks(q, k, v, scale, window, softcap):
