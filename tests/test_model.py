@@ -146,14 +146,6 @@ def test_sliding_window_attention_matches_its_definition(tokens, window, softcap
     torch.testing.assert_close(attention(q, k, v, 0.3, window=window, softcap=softcap), expected)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_attention_by_sums_is_attention(softcap):
-    q, k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 20, 8), torch.randn(3, 2, 20, 8)
-    mask = torch.zeros(3, 1, 1, 20).masked_fill(torch.rand(3, 1, 1, 20) < 0.4, float("-inf"))
-    expected = model_file._attend(q, k, v, 0.3, mask, softcap)
-    torch.testing.assert_close(model_file._attend_by_sums(q, k, v, 0.3, mask, softcap), expected)
-
-
 def test_softcapped_attention_in_query_blocks_is_the_same_as_at_once():
     q, k, v = (torch.randn(1, 2, 600, 8) for _ in range(3))
     scores = 3 * torch.tanh(0.5 * q @ k.mT / 3)
