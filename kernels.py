@@ -102,7 +102,7 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype) -> Gemv | Skinny |
     What was fastest in whole steps of gemma-7b and gemma-2b on an H200. Fetching ahead pays for small weights only: with
     it everywhere gemma-7b in FP8 makes 352 tokens/s, without 400.
     """
-    if m <= 2:
+    if m == 1:
         ahead = 4096 if n <= 2560 else 0
         if k > 8192:
             return Gemv(block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, ahead=ahead)
@@ -862,33 +862,6 @@ def linear_reference(x, weight, input_scale=None, weight_scale=None, dtype=None)
 
 
 @jit
-def _finish_row(
-    acc,
-    input_scale_ptr,
-    weight_scale_ptr,
-    next_scale_ptr,
-    out_ptr,
-    row,
-    n,
-    OUT,
-    BLOCK_N: tl.constexpr,
-    GEGLU: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    y = tl.sum(acc, axis=1)
-    if input_scale_ptr is not None:
-        y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
-    y = y.to(dtype).to(tl.float32)
-    if GEGLU:
-        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
-        y = _geglu(gate, up, dtype)
-    if next_scale_ptr is not None:
-        tl.store(out_ptr + row * OUT + n, _quantised(y, next_scale_ptr), mask=n < OUT)
-    else:
-        tl.store(out_ptr + row * OUT + n, y.to(dtype), mask=n < OUT)
-
-
-@jit
 def _gemv_kernel(
     x_ptr,
     weight_ptr,
@@ -896,7 +869,6 @@ def _gemv_kernel(
     weight_scale_ptr,
     next_scale_ptr,
     out_ptr,
-    M: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     GEGLU: tl.constexpr,
@@ -912,11 +884,10 @@ def _gemv_kernel(
     if GEGLU:  # gate and up in turn: rows n and n + OUT
         i = tl.arange(0, 2 * BLOCK_N)
         row = tl.minimum(tl.program_id(0) * BLOCK_N + i // 2, OUT - 1) + i % 2 * OUT
-        acc_0 = tl.zeros([2 * BLOCK_N, BLOCK_K], tl.float32)
+        acc = tl.zeros([2 * BLOCK_N, BLOCK_K], tl.float32)
     else:
         row = tl.minimum(n, OUT - 1)  # what is read twice is not stored
-        acc_0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    acc_1 = acc_0
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
     columns = tl.arange(0, BLOCK_K)
     _prefetch(rows_ptr, IN, AHEAD, PDL)
@@ -924,12 +895,18 @@ def _gemv_kernel(
     for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
         weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
-        acc_0 += weight * tl.load(x_ptr + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
-        if M == 2:
-            acc_1 += weight * tl.load(x_ptr + IN + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
-    _finish_row(acc_0, input_scale_ptr, weight_scale_ptr, next_scale_ptr, out_ptr, 0, n, OUT, BLOCK_N, GEGLU, dtype)
-    if M == 2:
-        _finish_row(acc_1, input_scale_ptr, weight_scale_ptr, next_scale_ptr, out_ptr, 1, n, OUT, BLOCK_N, GEGLU, dtype)
+        acc += weight * tl.load(x_ptr + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+    y = tl.sum(acc, axis=1)
+    if input_scale_ptr is not None:
+        y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
+    y = y.to(dtype).to(tl.float32)
+    if GEGLU:
+        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
+        y = _geglu(gate, up, dtype)
+    if next_scale_ptr is not None:
+        tl.store(out_ptr + n, _quantised(y, next_scale_ptr), mask=n < OUT)
+    else:
+        tl.store(out_ptr + n, y.to(dtype), mask=n < OUT)
 
 
 def gemv_reference(x, weight, input_scale=None, weight_scale=None, dtype=None, geglu=False, next_scale=None):
@@ -947,14 +924,14 @@ def gemv(
     next_scale: Tensor | None = None,
     config: Gemv | None = None,
 ) -> Tensor:
-    """x @ weight.T of one or two rows x [M, K], weight [N, K], in `dtype` (None: x's), which is not x's for E4M3.
+    """x @ weight.T of one row x [1, K], weight [N, K], in `dtype` (None: x's), which is not x's for E4M3.
 
     For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given. With `geglu`, weight is gate
-    [F, K] over up [F, K], and gelu(gate) * up [M, F] is returned, in E4M3 if next_scale is given.
+    [F, K] over up [F, K], and gelu(gate) * up [1, F] is returned, in E4M3 if next_scale is given.
     """
     (m, k), dtype = x.shape, dtype or x.dtype
-    if m > 2:
-        raise ValueError(f"gemv takes one or two rows, not {m}")
+    if m > 1:
+        raise ValueError(f"gemv takes one row, not {m}")
     n = weight.shape[0] // 2 if geglu else weight.shape[0]
     config = config or linear_config(m, weight.shape[0], k, weight.dtype)
     out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
@@ -962,7 +939,6 @@ def gemv(
         _gemv_kernel,
         (-(-n // config.block_n),),
         *(x, weight, input_scale, weight_scale, next_scale, out),
-        M=m,
         OUT=n,
         IN=k,
         GEGLU=geglu,
