@@ -4,7 +4,6 @@ From Python: `model, tokenizer = load_model(path)`, then `generate(model, [token
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -25,7 +24,7 @@ from torch import Tensor
 
 import kernels
 from checkpoint import SCALES_NAME, WEIGHT_FORMATS, load_weights, open_checkpoint, read_scales
-from model import Transformer
+from model import Transformer, import_te
 from tokenizer import TextStream, Tokenizer
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -93,9 +92,8 @@ def load_model(
             if fp8:
                 raise
             kv_problem = str(error)  # for whoever asks for an E4M3 cache
-    if device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("transformer_engine"):
-        # Its import takes seconds, in which the weights come
-        Thread(target=importlib.import_module, args=("transformer_engine.pytorch",), daemon=True).start()
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        Thread(target=import_te, daemon=True).start()  # takes seconds, in which the weights come
     if device.type == "cuda":
         itemsize = 1 if fp8 else dtype.itemsize  # of most weights
         _check_memory(checkpoint.parameters * itemsize, device, "the weights", "use a smaller model or --fp8")

@@ -5,6 +5,7 @@ H query heads, K key/value heads, D head_dim, V vocabulary.
 """
 
 import importlib.util
+import warnings
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -417,6 +418,17 @@ def _operands(linear: "Linear | FP8Linear") -> tuple[Tensor, Tensor | None, Tens
     return linear.weight, getattr(linear, "input_scale", None), getattr(linear, "weight_scale", None)
 
 
+def import_te():
+    """TransformerEngine's PyTorch module; None where it is not installed or, with a warning, can't be imported."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    try:
+        return importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        warnings.warn(f"TransformerEngine can't be imported, prefill runs on PyTorch: {error}", stacklevel=2)
+        return None
+
+
 def prefers_te(te: "object | None", x: Tensor) -> bool:
     """Where TransformerEngine's modules run: in prefill, x [B, T, ...] with T > 1.
 
@@ -730,11 +742,9 @@ class Transformer(nn.Module):
         its version. What it can't do, Gemma 2's softcap without flash-attn, stays on PyTorch."""
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return None
-        if importlib.util.find_spec("transformer_engine") is None:
+        te = import_te()
+        if te is None:
             return None
-        import transformer_engine
-        import transformer_engine.pytorch as te
-
         for module in self.modules():
             if isinstance(module, (Linear, FP8Linear)):
                 module.te = TELinear(module)
@@ -750,7 +760,7 @@ class Transformer(nn.Module):
                     softmax_scale=module.scale,
                 )
                 module.te = (te_attention.eval(),)
-        return transformer_engine.__version__
+        return importlib.import_module("transformer_engine").__version__
 
     @property
     def weight_bytes(self) -> int:

@@ -1,5 +1,7 @@
 """The model against transformers' on the same random weights, and its parts against their definitions."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,3 +239,15 @@ def test_gelu_is_the_tanh_approximation():
 def test_cases_cover_what_they_claim():
     heads = {(s["num_attention_heads"], s["num_key_value_heads"]) for _, s in CASES.values()}
     assert {(4, 4), (4, 2), (4, 1)} <= heads
+
+
+def test_a_transformer_engine_that_cannot_be_imported_is_a_warning(tmp_path, monkeypatch):
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "pytorch.py").write_text("raise OSError('libcudnn.so.9: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match="TransformerEngine can't be imported, prefill runs on PyTorch: libcudnn"):
+        assert model_file.import_te() is None
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+        monkeypatch.delitem(sys.modules, name)
