@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import kernels
 from checkpoint import SCALES_NAME, WEIGHT_FORMATS, load_weights, open_checkpoint, read_scales
-from model import Transformer, import_te
+from model import TE_TOKENS, Transformer, import_te
 from tokenizer import TextStream, Tokenizer
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -363,7 +363,7 @@ class Decoder:
         self.draw = Draw(True, 0, False, False)
         self.steps, self.prefills, self.pool = {}, {}, None
         if self.device.type == "cuda":
-            self.streams = [torch.cuda.Stream(self.device) for _ in range(2)]
+            self.streams = _streams(self.device)
         # Functions, not methods of self: without a cycle, memory is free as soon as the decoder is.
         fast = compile and self.device.type == "cuda" and kernels.available(self.device)
         self._step, self._prefill = fast_step if fast else decode_step, Transformer.forward
@@ -573,6 +573,12 @@ class Decoder:
         """New tokens of the first `rows` rows, the stop token included where there is one."""
         counts = self.state.count.tolist()
         return [row[:count] for row, count in zip(self.state.output[:rows].tolist(), counts)]
+
+
+@cache
+def _streams(device: torch.device) -> list:
+    """Two, for all decoders: libraries keep a workspace for each stream that they ever ran on."""
+    return [torch.cuda.Stream(device) for _ in range(2)]
 
 
 def _range(name: str, device: torch.device):
@@ -894,7 +900,7 @@ def report(stats: Stats, load_seconds: float, model: Transformer, seed: int):
     peak = peak_memory(device)  # before the bandwidth's own buffers
     bandwidth = copy_bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    te = f", prefill on TransformerEngine {model.te_version}" if model.te_version else ""
+    te = f", prefill from {TE_TOKENS} tokens on by TransformerEngine {model.te_version}" if model.te_version else ""
     print(
         f"{name}, {str(model.dtype).removeprefix('torch.')}, seed {seed}{te}\n"
         f"load {load_seconds:.2f} s, compile {stats.compile_seconds:.2f} s, "

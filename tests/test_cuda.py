@@ -6,6 +6,7 @@ from conftest import GREEDY, TEXTS, TINY_GEMMA, copy_tiny_gemma
 
 import calibrate
 import generate as program
+import model as model_file
 from checkpoint import SCALES_NAME, read_config, read_scales
 from generate import Stats, generate, load_model
 from model import FP8Linear
@@ -140,9 +141,10 @@ def test_fp8_logits_are_the_cpus(calibrated, tiny, kv_dtype):
 
 
 @torch.inference_mode()
-def test_each_fp8_layer_is_the_cpus_to_bfloat16s_rounding(calibrated):
+def test_each_fp8_layer_is_the_cpus_to_bfloat16s_rounding(calibrated, monkeypatch):
     """The same inputs through every FP8 layer, on the GPU's matrix units and on the CPU: as far apart as a rounding to
     bfloat16 (half of 2^-8), on 1 row, on a few and on many; through TransformerEngine, too, where it is installed."""
+    monkeypatch.setattr(model_file, "TE_TOKENS", 2)
     on_cpu, _ = load_model(calibrated, device="cpu", fp8=True)
     on_gpu, _ = load_model(calibrated, device="cuda", fp8=True)
     for (name, one), (_, two) in zip(on_cpu.named_modules(), on_gpu.named_modules()):
@@ -166,8 +168,9 @@ def test_fp8_compiled_is_eager(calibrated, prompts, kv_dtype):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("fp8", [False, True])
-def test_prefill_on_transformer_engine_is_pytorchs(calibrated, tiny, fp8):
+def test_prefill_on_transformer_engine_is_pytorchs(calibrated, tiny, fp8, monkeypatch):
     pytest.importorskip("transformer_engine")
+    monkeypatch.setattr(model_file, "TE_TOKENS", 2)
     model, _ = load_model(calibrated, device="cuda", precision="bf16", fp8=fp8)
     assert model.te_version
     exact = load_model(calibrated, device="cpu", precision="fp32", fp8=fp8)[0]

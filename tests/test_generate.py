@@ -335,6 +335,20 @@ def test_too_little_memory_is_said_before_it_is_taken(tiny, monkeypatch):
         generate(tiny[0], [[2]] * 64, 4000)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+)
+def test_a_capture_without_memory_says_what_to_lower(tiny, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Decoder, "_make_step", fail)
+    with pytest.raises(ValueError, match=r"out of cpu memory with 2 rows of 64 tokens; lower --batch_size"):
+        generate(tiny[0], [[2], [2]], 20, compile=True)
+    monkeypatch.undo()
+    assert len(generate(tiny[0], [[2], [2]], 3, **GREEDY)) == 2
+
+
 def test_unknown_precision_and_device(tiny):
     with pytest.raises(ValueError, match="precision 'fp16'"):
         load_model(TINY_GEMMA, precision="fp16")
