@@ -259,7 +259,6 @@ def random_model(name: str, precision: str, device: torch.device) -> tuple[Trans
     fp8, head, kv_dtype = PRECISIONS[precision]
     model = Transformer.random(ModelConfig.from_name(name), device, fp8=fp8, head=head)
     model.has_kv_scales = True  # of 1.0, which does for random values
-    model.te_version = model.use_te()
     return model, kv_dtype
 
 

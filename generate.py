@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import kernels
 from checkpoint import SCALES_NAME, WEIGHT_FORMATS, load_weights, open_checkpoint, read_scales
-from model import TE_TOKENS, Transformer, import_te
+from model import TE_TOKENS, Transformer
 from tokenizer import TextStream, Tokenizer
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -92,8 +91,6 @@ def load_model(
             if fp8:
                 raise
             kv_problem = str(error)  # for whoever asks for an E4M3 cache
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        Thread(target=import_te, daemon=True).start()  # takes seconds, in which the weights come
     if device.type == "cuda":
         itemsize = 1 if fp8 else dtype.itemsize  # of most weights
         _check_memory(checkpoint.parameters * itemsize, device, "the weights", "use a smaller model or --fp8")
@@ -117,7 +114,6 @@ def load_model(
     model.kv_scales_problem = kv_problem
     model.load_state_dict(weights, assign=True)
     model.to(device).requires_grad_(False).eval()
-    model.te_version = model.use_te()
     return model, tokenizer
 
 

@@ -662,7 +662,8 @@ class Transformer(nn.Module):
     has_kv_scales = False  # whether the layers' kv_scales were calibrated
     kv_scales_problem: str | None = None  # what is wrong with the file that they should have come from
     decoder = None  # `generate`'s, kept from run to run with the KV cache
-    te_version: str | None = None  # of TransformerEngine, if prefill runs on it
+    te_version: str | None = None  # of TransformerEngine, once a prefill was long enough for it
+    te_tried = False  # its import takes seconds: only then
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -741,14 +742,15 @@ class Transformer(nn.Module):
             self.embedding.weight = nn.Parameter(self.embedding.weight.to(torch.float8_e4m3fn), False)
             self.head_scales = nn.ParameterDict({k: nn.Parameter(torch.empty(()), False) for k in HEAD_SCALES})
 
-    def use_te(self) -> str | None:
-        """Lets prefill run on TransformerEngine, where it is installed and this is a BF16 or FP8 model on CUDA; returns
-        its version. What it can't do, Gemma 2's softcap without flash-attn, stays on PyTorch."""
-        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
-            return None
-        te = import_te()
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def use_te(self):
+        """Lets long prefills run on TransformerEngine, where it is installed and this is a BF16 or FP8 model on CUDA. What
+        it can't do, Gemma 2's softcap without flash-attn, stays on PyTorch."""
+        self.te_tried = True
+        te = import_te() if self.device.type == "cuda" and self.dtype == torch.bfloat16 else None
         if te is None:
-            return None
+            return
         for module in self.modules():
             if isinstance(module, (Linear, FP8Linear)):
                 module.te = TELinear(module)
@@ -764,7 +766,7 @@ class Transformer(nn.Module):
                     softmax_scale=module.scale,
                 )
                 module.te = (te_attention.eval(),)
-        return importlib.import_module("transformer_engine").__version__
+        self.te_version = importlib.import_module("transformer_engine").__version__
 
     @property
     def weight_bytes(self) -> int:
@@ -830,6 +832,8 @@ class Transformer(nn.Module):
         being padding on the right; None means T everywhere. Row and cache limits are the caller's to keep.
         """
         config = self.config
+        if tokens.is_cuda and not self.te_tried and tokens.shape[1] > 1 and tokens.numel() >= TE_TOKENS:
+            self.use_te()
         if self.head_scales is None:
             x = self.embedding(tokens)
         else:  # as bytes, which every device can look up

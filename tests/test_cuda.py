@@ -147,6 +147,7 @@ def test_each_fp8_layer_is_the_cpus_to_bfloat16s_rounding(calibrated, monkeypatc
     monkeypatch.setattr(model_file, "TE_TOKENS", 2)
     on_cpu, _ = load_model(calibrated, device="cpu", fp8=True)
     on_gpu, _ = load_model(calibrated, device="cuda", fp8=True)
+    on_gpu.use_te()
     for (name, one), (_, two) in zip(on_cpu.named_modules(), on_gpu.named_modules()):
         if isinstance(one, FP8Linear):
             for shape in ((1, 1), (3, 1), (64, 1), (1, 2), (2, 5), (3, 64)):  # [B, T]; T > 1 is prefill, TE's part
@@ -172,6 +173,8 @@ def test_prefill_on_transformer_engine_is_pytorchs(calibrated, tiny, fp8, monkey
     pytest.importorskip("transformer_engine")
     monkeypatch.setattr(model_file, "TE_TOKENS", 2)
     model, _ = load_model(calibrated, device="cuda", precision="bf16", fp8=fp8)
+    assert model.te_version is None
+    model(torch.zeros(1, 2, dtype=torch.long, device="cuda"))
     assert model.te_version
     exact = load_model(calibrated, device="cpu", precision="fp32", fp8=fp8)[0]
     for rows, length in ((4, 200), (1, 5), (3, 7)):

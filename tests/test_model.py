@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CASES, reference_model, save_checkpoint
+from conftest import CASES, SIZES, reference_model, save_checkpoint
 
 import model as model_file
 from generate import generate, load_model
@@ -253,3 +253,27 @@ def test_a_transformer_engine_that_cannot_be_imported_is_a_warning(tmp_path, mon
         assert model_file.import_te() is None
     for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_transformer_engine_waits_for_a_long_prefill(monkeypatch):
+    """Its import takes seconds. With a device that says it is CUDA."""
+    model = Transformer.random(ModelConfig.from_hf(SIZES | CASES["gemma-mha"][1] | {"model_type": "gemma"}))
+    calls = []
+    monkeypatch.setattr(Transformer, "use_te", lambda self: calls.append(setattr(self, "te_tried", True)))
+    monkeypatch.setattr(model_file, "TE_TOKENS", 10)
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    def forward(rows, length, *rest):
+        model(torch.zeros(rows, length, dtype=torch.long).as_subclass(OnCuda), *rest)
+
+    forward(3, 3)
+    model.setup_caches(12, 16)
+    forward(12, 1, torch.zeros(12, dtype=torch.long))
+    model.attach_caches([None] * 3)
+    model(torch.zeros(2, 8, dtype=torch.long))
+    assert not calls
+    forward(2, 5)
+    forward(2, 5)
+    assert len(calls) == 1
