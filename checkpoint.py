@@ -19,7 +19,8 @@ from queue import SimpleQueue
 import torch
 from safetensors import safe_open
 
-from model import ModelConfig, round_fp8
+from kernels import round_fp8
+from model import ModelConfig
 
 FORMAT, FORMAT_VERSION = "gemma-fast", "1"
 CONVERTED_NAME = "gemma.safetensors"

@@ -190,8 +190,8 @@ def sample(
 ) -> Tensor:
     """Draws a token [B] for each row of logits [B, V] by inverting its cumulative distribution at noise [B] in [0, 1).
 
-    Nothing is read by the host. A top_p or min_p of None is off. Of the top_k only the first `limit` count. Double precision keeps sums over a whole vocabulary
-    exact to well below the noise's own resolution.
+    Nothing is read by the host. A top_p or min_p of None is off. Of the top_k only the first `limit` count. Double
+    precision keeps sums over a whole vocabulary exact to well below the noise's own resolution.
     """
     tokens = None
     if 0 < top_k <= logits.shape[-1]:
@@ -299,8 +299,7 @@ def fast_step(model: Transformer, state: State, draw: Draw):
     """`decode_step` by kernels.py."""
     logits = model.decode(state.token, state.position)
     if draw.greedy and not draw.penalise:
-        s = state
-        kernels.greedy_emit(logits, s.token, s.output, s.count, s.limit, s.done, s.stop_ids, s.log, s.step, s.position)
+        kernels.greedy_emit(logits, state)
         return
     state.position += ~state.done
     emit(state, logits.float(), draw)
@@ -309,26 +308,19 @@ def fast_step(model: Transformer, state: State, draw: Draw):
 def emit(state: State, logits: Tensor, draw: Draw):
     """Draws a token for each row from logits [B, V] and records it where the row is not done."""
     temperature, top_k, top_p, min_p, repetition_penalty = state.settings
-    column = state.count[:, None]
     if draw.penalise:
         penalised = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
         logits = torch.where(state.seen, penalised.float(), logits)
     if draw.greedy:
         token = logits.argmax(-1)
     else:
-        noise = state.noise.gather(1, column)[:, 0]
+        noise = state.noise.gather(1, state.count[:, None])[:, 0]
         limit = top_k if draw.top_k else None
         filters = (top_p, min_p) if draw.top_k or draw.sort else (None, min_p)
         token = sample(logits, noise, temperature, draw.top_k, *filters, limit=limit)
     if draw.penalise:
         state.seen.scatter_(1, token[:, None], True)
-    state.token.copy_(token)
-    state.output.scatter_(1, column, token[:, None])  # a row that is done writes behind its last token
-    state.count += ~state.done
-    state.done |= (token[:, None] == state.stop_ids).any(-1) | (state.count >= state.limit)
-    status = torch.stack((state.done.all(), state.count[0], token[0]))
-    state.log.index_copy_(0, state.step, status[None])
-    state.step += 1
+    kernels.record(state, token)
 
 
 class Decoder:

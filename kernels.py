@@ -2,7 +2,7 @@
 
 M is the number of rows; the other letters are model.py's: H query heads, K key/value heads, D head_dim, S cache slots,
 F intermediate size, V vocabulary. Every tensor is contiguous. Results are rounded where the modules of model.py round, so
-that the two differ by the order of summation only. FP8 is E4M3 with real = fp8 * scale, as model.round_fp8 makes it.
+that the two differ by the order of summation only. FP8 is E4M3 with real = fp8 * scale, as round_fp8 makes it.
 
 A kernel may start while the one before still runs (programmatic dependent launch), and waits before it touches what others
 write. All of them wait, so that whatever ran earlier has finished, too.
@@ -224,7 +224,11 @@ def _geglu(gate, up, dtype: tl.constexpr):
     return (gelu.to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
 
 
-def _round_fp8(x: Tensor, scale: Tensor | float, dtype: torch.dtype = E4M3) -> Tensor:
+def round_fp8(x: Tensor, scale: float | Tensor, dtype: torch.dtype = E4M3) -> Tensor:
+    """x / scale, saturated and rounded to the nearest value of an FP8 `dtype`.
+
+    Times the reciprocal in float32, as TransformerEngine does it: a division would break the many ties otherwise.
+    """
     limit = torch.finfo(dtype).max
     return (x.float() * (1 / scale)).clamp(-limit, limit).to(dtype)
 
@@ -242,9 +246,10 @@ def _parts(y: Tensor | None) -> int:
 
 
 def embed_reference(tokens, weight, factor, dtype, weight_scale=None):
-    x = weight.view(torch.uint8)[tokens].view(E4M3) if weight.dtype == E4M3 else weight[tokens]
-    x = x if weight_scale is None else (x.float() * weight_scale).to(dtype)
-    return x * factor
+    if weight_scale is None:
+        return F.embedding(tokens, weight) * factor
+    rows = F.embedding(tokens, weight.view(torch.uint8)).view(E4M3)  # as bytes, which every device can look up
+    return (rows.float() * weight_scale).to(dtype) * factor
 
 
 @jit
@@ -290,20 +295,21 @@ def embed(
 # Residual, norm, quantisation
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * (1 + weight) in float32, rounded once at the end."""
     y = x.float()
     y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return torch.addcmul(y, y, weight.float()).to(x.dtype)
+    return torch.addcmul(y, y, weight).to(x.dtype)
 
 
 def add_norm_reference(x, y, post_weight, weight, eps, input_scale=None):
     if y is not None:
         y = _summed(y, x.dtype)
-        x = x + (y if post_weight is None else rms_norm_reference(y, post_weight, eps))
+        x = x + (y if post_weight is None else rms_norm(y, post_weight, eps))
     if weight is None:
         return x, None
-    h = rms_norm_reference(x, weight, eps)
-    return x, h if input_scale is None else _round_fp8(h, input_scale)
+    h = rms_norm(x, weight, eps)
+    return x, h if input_scale is None else round_fp8(h, input_scale)
 
 
 @jit
@@ -390,7 +396,7 @@ def add_norm(
 def geglu_reference(y, dtype, input_scale=None):
     gate, up = _summed(y, dtype).chunk(2, dim=-1)
     h = F.gelu(gate.float(), approximate="tanh").to(dtype) * up
-    return h if input_scale is None else _round_fp8(h, input_scale)
+    return h if input_scale is None else round_fp8(h, input_scale)
 
 
 @jit
@@ -448,6 +454,15 @@ def _triton_dtype(dtype: torch.dtype):
 # Rotary embedding, KV cache and attention of one query a row
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [..., D], pairing d with d + D / 2; in float32, rounded once (RoFormer, eq. 34).
+
+    cos and sin are those of every d, the first half of sin with a minus.
+    """
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+
+
 def rope_and_write_reference(
     qkv,
     frequency,
@@ -465,18 +480,14 @@ def rope_and_write_reference(
     m, kv_heads, slots, d = k_cache.shape
     q, k, v = _summed(qkv, dtype).view(m, -1, d).split_with_sizes([n_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
-        q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
     angle = position.float()[:, None, None] * frequency
-
-    def rotated(x):
-        y = x.float()
-        return torch.addcmul(y * angle.cos(), y.roll(d // 2, dims=-1), angle.sin()).to(dtype)
-
+    q, k = (rotate(x, angle.cos(), angle.sin()) for x in (q, k))
     rows, slot = torch.arange(m, device=qkv.device), position % slots
-    for cache, x, scale in ((k_cache, rotated(k), k_scale), (v_cache, v, v_scale)):
-        x = _round_fp8(x, scale, cache.dtype) if cache.dtype.itemsize == 1 else x.to(cache.dtype)
+    for cache, x, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
+        x = round_fp8(x, scale, cache.dtype) if cache.dtype.itemsize == 1 else x.to(cache.dtype)
         cache.view(torch.uint8)[rows, :, slot] = x.view(torch.uint8)
-    return rotated(q)
+    return q
 
 
 def decode_attention_reference(
@@ -491,7 +502,7 @@ def decode_attention_reference(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~valid.mT, float("-inf"))
     y = (scores.softmax(-1) @ v * options.get("v_scale", 1.0)).to(dtype).view(m, heads * d)
-    return y if input_scale is None else _round_fp8(y, input_scale)
+    return y if input_scale is None else round_fp8(y, input_scale)
 
 
 @jit
@@ -861,6 +872,13 @@ def linear_reference(x, weight, input_scale=None, weight_scale=None, dtype=None)
     return (y if input_scale is None else y * (input_scale * weight_scale)).to(dtype or x.dtype)
 
 
+def fp8_matmul(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ weight.T [M, N] in `dtype` of x [M, K] and weight [N, K] in E4M3: by cuBLAS, or as `linear_reference`."""
+    if x.is_cuda and weight.shape[0] % 16 == weight.shape[1] % 16 == 0:  # what cuBLAS takes
+        return torch._scaled_mm(x, weight.t(), scale_a=input_scale, scale_b=weight_scale, out_dtype=dtype)
+    return linear_reference(x, weight, input_scale, weight_scale, dtype)
+
+
 @jit
 def _gemv_kernel(
     x_ptr,
@@ -1058,9 +1076,7 @@ def linear_rows(
         return skinny_matmul(x, weight, input_scale, weight_scale, dtype, config)
     if input_scale is None:
         return F.linear(x, weight)
-    if x.is_cuda and n % 16 == k % 16 == 0:  # what cuBLAS takes
-        return torch._scaled_mm(x, weight.t(), scale_a=input_scale, scale_b=weight_scale, out_dtype=dtype)
-    return linear_reference(x, weight, input_scale, weight_scale, dtype)
+    return fp8_matmul(x, weight, input_scale, weight_scale, dtype)
 
 
 def linear_geglu(
@@ -1083,14 +1099,20 @@ def linear_geglu(
 # The next token
 
 
-def greedy_emit_reference(logits, token, output, count, limit, done, stop_ids, log, step, position):
-    position += ~done
-    token.copy_(logits.float().argmax(-1))
-    output.scatter_(1, count[:, None], token[:, None])
-    count += ~done
-    done |= (token[:, None] == stop_ids).any(-1) | (count >= limit)
-    log.index_copy_(0, step, torch.stack((done.all(), count[0], token[0]))[None])
-    step += 1
+def record(state, token: Tensor):
+    """Keeps token [M] in a generate.State where a row is not done, and says in its log how far the rows are."""
+    state.token.copy_(token)
+    state.output.scatter_(1, state.count[:, None], token[:, None])  # a row that is done writes behind its last token
+    state.count += ~state.done
+    state.done |= (token[:, None] == state.stop_ids).any(-1) | (state.count >= state.limit)
+    status = torch.stack((state.done.all(), state.count[0], token[0]))
+    state.log.index_copy_(0, state.step, status[None])
+    state.step += 1
+
+
+def greedy_emit_reference(logits, state):
+    state.position += ~state.done
+    record(state, logits.float().argmax(-1))
 
 
 @jit
@@ -1170,23 +1192,9 @@ def _emit_kernel(
     tl.store(step_ptr, step + 1)
 
 
-def greedy_emit(
-    logits: Tensor,
-    token: Tensor,
-    output: Tensor,
-    count: Tensor,
-    limit: Tensor,
-    done: Tensor,
-    stop_ids: Tensor,
-    log: Tensor,
-    step: Tensor,
-    position: Tensor,
-):
-    """The end of a greedy step, behind logits [M, V] in bf16 or float32: what generate.emit does to its State, in place.
-
-    token, count, limit, position [M], output [M, length], stop_ids [any], log [steps, 3] and step [1] are int64, done [M]
-    is bool. Of equal logits the first wins.
-    """
+def greedy_emit(logits: Tensor, state):
+    """The end of a greedy step, behind logits [M, V] in bf16 or float32, in place in a generate.State of M rows. Of equal
+    logits the first wins."""
     m, v = logits.shape
     chunks = min(_power_of_2(-(-4 * SMS // m)), _power_of_2(-(-v // ARGMAX_BLOCK)))
     best = torch.empty(m, chunks, dtype=torch.float32, device=logits.device)
@@ -1198,11 +1206,11 @@ def greedy_emit(
     _launch(
         _emit_kernel,
         (1,),
-        *(best, index, token, output, count, limit, done.view(torch.uint8), stop_ids, log, step, position),
-        *(m, output.shape[1]),
+        *(best, index, state.token, state.output, state.count, state.limit, state.done.view(torch.uint8)),
+        *(state.stop_ids, state.log, state.step, state.position, m, state.output.shape[1]),
         V=v,
         BLOCK_M=_power_of_2(m),
         CHUNKS=chunks,
-        STOP_IDS=len(stop_ids),
+        STOP_IDS=len(state.stop_ids),
         num_warps=4 if m * chunks <= 4096 else 8,
     )

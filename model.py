@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels import fp8_matmul, rms_norm, rotate, round_fp8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -256,15 +257,6 @@ def _rope_settings(config: dict, generation: int) -> tuple[tuple[float, float], 
 # KV cache
 
 
-def round_fp8(x: Tensor, scale: float | Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
-    """x / scale, saturated and rounded to the nearest value of an FP8 `dtype`.
-
-    Times the reciprocal in float32, as TransformerEngine does it: a division would break the many ties otherwise.
-    """
-    limit = torch.finfo(dtype).max
-    return (x.float() * (1 / scale)).clamp(-limit, limit).to(dtype)
-
-
 class Shared(NamedTuple):
     """What all local, or all global, layers share in one forward."""
 
@@ -404,13 +396,8 @@ def fp8_linear(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Ten
 
     Off the GPU this is plain arithmetic on the rounded values, and defines the result.
     """
-    rounded = round_fp8(x, input_scale)
-    if x.is_cuda and weight.shape[0] % 16 == weight.shape[1] % 16 == 0:  # what cuBLAS takes
-        y = torch._scaled_mm(
-            rounded.flatten(0, -2), weight.t(), scale_a=input_scale, scale_b=weight_scale, out_dtype=x.dtype
-        )
-        return y.view(*x.shape[:-1], -1)
-    return (F.linear(rounded.float(), weight.float()) * (input_scale * weight_scale)).to(x.dtype)
+    rows = round_fp8(x, input_scale).flatten(0, -2)
+    return fp8_matmul(rows, weight, input_scale, weight_scale, x.dtype).view(*x.shape[:-1], -1)
 
 
 def _operands(linear: "Linear | FP8Linear") -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -490,18 +477,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return torch.addcmul(y, y, self.weight).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, T, heads, D], pairing d with d + D / 2; in float32, rounded once (RoFormer, eq. 34).
-
-    cos and sin are [B, T, 1, D], the first half of sin with a minus.
-    """
-    y = x.float()
-    return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def attention(q, k, v, scale: float, mask=None, window: int | None = None, softcap: float | None = None) -> Tensor:
@@ -834,12 +810,8 @@ class Transformer(nn.Module):
         config = self.config
         if tokens.is_cuda and not self.te_tried and tokens.shape[1] > 1 and tokens.numel() >= TE_TOKENS:
             self.use_te()
-        if self.head_scales is None:
-            x = self.embedding(tokens)
-        else:  # as bytes, which every device can look up
-            rows = F.embedding(tokens, self.embedding.weight.view(torch.uint8)).view(torch.float8_e4m3fn)
-            x = (rows.float() * self.head_scales["weight_scale"]).to(self.dtype)
-        x = x * self.embedding_scale[x.dtype]
+        scale = None if self.head_scales is None else self.head_scales["weight_scale"]
+        x = kernels.embed_reference(tokens, self.embedding.weight, self.embedding_scale[self.dtype], self.dtype, scale)
 
         query = torch.arange(tokens.shape[1], device=tokens.device)[None, :]  # [1 or B, T], positions
         if position is not None:

@@ -26,7 +26,7 @@ from checkpoint import (
     write_safetensors,
 )
 from generate import DEFAULT_CHECKPOINT, Parser, run_program
-from model import round_fp8
+from kernels import round_fp8
 
 ROWS = 4096  # of a weight that are in memory at once
 

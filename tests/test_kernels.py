@@ -5,6 +5,7 @@ import torch
 from conftest import CASES, SIZES
 
 import kernels
+from generate import State
 from kernels import E4M3, AttentionConfig, Gemv, Skinny
 from model import ModelConfig, Transformer
 
@@ -111,7 +112,7 @@ def test_add_norm_of_x_alone_and_without_a_norm():
     x, y, weight = normal(2, 64, dtype=BF16), normal(2, 64, dtype=BF16), normal(64, dtype=BF16)
     x_new, h = kernels.add_norm(x, None, None, weight, 1e-6)
     assert x_new is x
-    assert_same(h, kernels.rms_norm_reference(x, weight, 1e-6))
+    assert_same(h, kernels.rms_norm(x, weight, 1e-6))
     x_new, h = kernels.add_norm(x, y, None, None, 1e-6)
     assert h is None
     assert_same(x_new, x + y)
@@ -252,25 +253,13 @@ def test_embed(kind):
     assert torch.equal(kernels.embed(*arguments), kernels.embed_reference(*arguments))
 
 
-def decode_states(m, limit, length=8):
-    """Two equal ones: token, output, count, limit, done, log, step, position."""
-
-    def zeros(*shape, dtype=torch.long):
-        return torch.zeros(shape, dtype=dtype, device=DEVICE)
-
-    return [
-        [
-            zeros(m),
-            zeros(m, length),
-            zeros(m),
-            limit.clone(),
-            zeros(m, dtype=torch.bool),
-            zeros(9, 3),
-            zeros(1),
-            zeros(m),
-        ]
-        for _ in range(2)
-    ]
+def decode_states(m, limit, stop_ids=()):
+    """Two equal ones."""
+    states = [State.empty(m, 8, DEVICE) for _ in range(2)]
+    for state in states:
+        state.limit, state.stop_ids = limit.clone(), torch.tensor(stop_ids, dtype=torch.long, device=DEVICE)
+        state.done.zero_()
+    return states
 
 
 @DTYPES
@@ -280,12 +269,9 @@ def test_greedy_emit_takes_the_first_of_equals(dtype, shape, monkeypatch):
     logits = normal(*shape, dtype=dtype).round()  # many equal maxima
 
     def token(logits):
-        (token, output, count, limit, done, log, step, position), _ = decode_states(
-            shape[0], torch.full((shape[0],), 5, device=DEVICE)
-        )
-        stop_ids = torch.zeros(0, dtype=torch.long, device=DEVICE)
-        kernels.greedy_emit(logits, token, output, count, limit, done, stop_ids, log, step, position)
-        return token
+        state, _ = decode_states(shape[0], torch.full((shape[0],), 5, device=DEVICE))
+        kernels.greedy_emit(logits, state)
+        return state.token
 
     assert torch.equal(token(logits).cpu(), logits.float().cpu().argmax(-1))
     for value in (float("-inf"), -3.0):
@@ -296,18 +282,15 @@ def test_greedy_emit_takes_the_first_of_equals(dtype, shape, monkeypatch):
 @pytest.mark.parametrize("stop_ids", [(), (5,), (5, 9, 30)])
 @pytest.mark.parametrize("m", [1, 3, 7])
 def test_greedy_emit(stop_ids, m):
-    stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=DEVICE)
-    states = decode_states(m, (torch.arange(m) % 4 + 2).to(DEVICE))
+    states = decode_states(m, (torch.arange(m) % 4 + 2).to(DEVICE), stop_ids)
     for i in range(6):
         logits = normal(m, 40, dtype=BF16)
         logits[:, 5] += i / 2
-        for emit, (token, output, count, limit, done, log, step, position) in zip(
-            (kernels.greedy_emit, kernels.greedy_emit_reference), states
-        ):
-            emit(logits, token, output, count, limit, done, stop_ids, log, step, position)
-        for actual, expected in zip(*states):
-            assert torch.equal(actual, expected)
-    assert states[0][4].all()
+        for emit, state in zip((kernels.greedy_emit, kernels.greedy_emit_reference), states):
+            emit(logits, state)
+        for actual, expected in zip(*(vars(state).values() for state in states)):
+            assert actual is expected is None or torch.equal(actual, expected)
+    assert states[0].done.all()
 
 
 @torch.inference_mode()
