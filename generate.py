@@ -360,7 +360,10 @@ class Decoder:
             self._prefill = _compiled(Transformer.forward, dynamic=None) if compile_prefill else Transformer.forward
 
     def start(self, model: Transformer, rows: int, sampling: Sampling, stop_ids: tuple[int, ...]):
-        """Readies the first `rows` rows of the state and the KV cache for a run; compiles or records what is not yet."""
+        """Readies the first `rows` rows, or some more where steps are graphs, of the state and the KV cache for a run;
+        compiles or records what is not yet."""
+        if self.compile and self.device.type == "cuda":
+            rows = min(_padded_rows(rows), self.batch_size)
         if len(stop_ids) > STOP_IDS:
             raise ValueError(f"{len(stop_ids)} stop ids are given; at most {STOP_IDS} can be")
         model.attach_caches([cache.rows(rows) for cache in self.caches])
@@ -717,9 +720,7 @@ def generate(
     try:
         start = _now(device)
         decoder = decoder_for(model, batch_size, length, kv_cache_dtype, compile, compile_prefill)
-        graphs = compile and device.type == "cuda"
-        padded = min(_padded_rows(batch_size), decoder.batch_size) if graphs else batch_size
-        decoder.start(model, padded, sampling, stop_ids)
+        decoder.start(model, batch_size, sampling, stop_ids)
         stats.compile_seconds += _now(device) - start
         for i in range(0, len(rows), batch_size):
             turn = rows[i : i + batch_size]

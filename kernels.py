@@ -212,6 +212,15 @@ def _quantised(x, scale_ptr):
 
 
 @jit
+def _store(ptrs, y, scale_ptr, mask, dtype: tl.constexpr):
+    """In `dtype` or, with a scale, in E4M3."""
+    if scale_ptr is not None:
+        tl.store(ptrs, _quantised(y, scale_ptr), mask=mask)
+    else:
+        tl.store(ptrs, y.to(dtype), mask=mask)
+
+
+@jit
 def _tanh(x):
     """To 1e-7, which is as close to -1 as PyTorch's gets: its GELU of -10 is 0."""
     return 2.0 / (1.0 + tl.exp2(x * (-2.0 * LOG2E))) - 1.0  # of large negative x: 2 / inf - 1
@@ -313,19 +322,6 @@ def add_norm_reference(x, y, post_weight, weight, eps, input_scale=None):
 
 
 @jit
-def _residual(x_ptr, y_ptr, post_ptr, inverse_rms, row, rows, columns, mask, N, PARTS: tl.constexpr):
-    """x + y, or x + norm(y) with a post_ptr, as the next layer sees it."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
-    if y_ptr is not None:
-        y = _output(y_ptr, row, rows, columns, mask, N, PARTS, dtype)
-        if post_ptr is not None:
-            y = _normed(y, inverse_rms, post_ptr, columns, mask, dtype)
-        x = (x + y).to(dtype).to(tl.float32)
-    return x
-
-
-@jit
 def _add_norm_kernel(
     x_ptr,
     y_ptr,
@@ -347,18 +343,16 @@ def _add_norm_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < N
     _wait(PDL)
-    inverse_rms = 1.0
-    if post_ptr is not None:
-        inverse_rms = _inverse_rms(_output(y_ptr, row, rows, columns, mask, N, PARTS, dtype), N, eps)
-    x = _residual(x_ptr, y_ptr, post_ptr, inverse_rms, row, rows, columns, mask, N, PARTS)
+    x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
     if y_ptr is not None:
+        y = _output(y_ptr, row, rows, columns, mask, N, PARTS, dtype)
+        if post_ptr is not None:
+            y = _normed(y, _inverse_rms(y, N, eps), post_ptr, columns, mask, dtype)
+        x = (x + y).to(dtype).to(tl.float32)
         tl.store(x_new_ptr + row * N + columns, x.to(dtype), mask=mask)
     if weight_ptr is not None:
         h = _normed(x, _inverse_rms(x, N, eps), weight_ptr, columns, mask, dtype)
-        if scale_ptr is not None:
-            tl.store(h_ptr + row * N + columns, _quantised(h, scale_ptr), mask=mask)
-        else:
-            tl.store(h_ptr + row * N + columns, h.to(dtype), mask=mask)
+        _store(h_ptr + row * N + columns, h, scale_ptr, mask, dtype)
 
 
 def add_norm(
@@ -418,11 +412,7 @@ def _geglu_kernel(
     _wait(PDL)
     gate = _output(y_ptr, row, rows, columns, mask, 2 * F, PARTS, dtype)
     up = _output(y_ptr, row, rows, columns + F, mask, 2 * F, PARTS, dtype)
-    h = _geglu(gate, up, dtype)
-    if scale_ptr is not None:
-        tl.store(h_ptr + row * F + columns, _quantised(h, scale_ptr), mask=mask)
-    else:
-        tl.store(h_ptr + row * F + columns, h.to(dtype), mask=mask)
+    _store(h_ptr + row * F + columns, _geglu(gate, up, dtype), scale_ptr, mask, dtype)
 
 
 def geglu(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> Tensor:
@@ -556,21 +546,50 @@ def _log2_scores(products, scale, softcap):
 
 
 @jit
-def _store_attention(out_ptr, offsets, y, v_scale, scale_ptr, mask, dtype: tl.constexpr):
-    y = (y * v_scale).to(dtype)
-    if scale_ptr is not None:
-        tl.store(out_ptr + offsets, _quantised(y.to(tl.float32), scale_ptr), mask=mask)
-    else:
-        tl.store(out_ptr + offsets, y, mask=mask)
-
-
-@jit
-def _share(position_ptr, row, S, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr):
-    """The slots [start, end) of this program, in whole blocks of those that are in use."""
-    used = tl.minimum(tl.load(position_ptr + row) + 1, S).to(tl.int32)
+def _own(
+    qkv_ptr,
+    frequency_ptr,
+    k_norm_ptr,
+    k_ptr,
+    v_ptr,
+    position_ptr,
+    inverse_k_scale,
+    inverse_v_scale,
+    eps,
+    rows,
+    S,
+    d,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """What an attention program of (row, key head, split) begins with: the row's slot; the slots [start, end) of its share,
+    in whole blocks of those that are in use; the rotation at the row's position; and the row's new key and value, which
+    the first split writes, and which never come from the cache."""
+    WIDTH: tl.constexpr = (G + 2) * K * D
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    in_head = d < D
+    position = tl.load(position_ptr + row)
+    slot = (position % S).to(tl.int32)
+    used = tl.minimum(position + 1, S).to(tl.int32)
     size = tl.cdiv(tl.cdiv(used, BLOCK_S), SPLITS) * BLOCK_S
     start = tl.program_id(2) * size
-    return start, tl.minimum(start + size, used)
+    end = tl.minimum(start + size, used)
+    angle = position.to(tl.float32) * tl.load(frequency_ptr + d, mask=in_head, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    k_head = (G * K + head) * D
+    k = _rotated(qkv_ptr, row, rows, k_head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
+    v = _output(qkv_ptr, row, rows, k_head + K * D + d, in_head, WIDTH, PARTS, dtype)
+    offsets = ((row * K + head) * S + slot) * D + d
+    mask = in_head & (tl.program_id(2) == 0)
+    k = _keep(k, k_ptr, offsets, inverse_k_scale, mask, LIMIT)
+    v = _keep(v, v_ptr, offsets, inverse_v_scale, mask, LIMIT)
+    return slot, start, end, cos, sin, k, v
 
 
 @jit
@@ -608,27 +627,38 @@ def _attention_by_sums_kernel(
     PDL: tl.constexpr,
 ):
     """One query on each key head. Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the
-    loop exchanges nothing between warps; they are joined at the end. The row's new key and value, which the first split
-    writes, never come from the cache."""
+    loop exchanges nothing between warps; they are joined at the end."""
     _start(PDL)
     WIDTH: tl.constexpr = 3 * K * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     _wait(PDL)
-    position = tl.load(position_ptr + row)
-    slot = (position % S).to(tl.int32)
-    angle = position.to(tl.float32) * tl.load(frequency_ptr + d, mask=in_head, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    start, end = _share(position_ptr, row, S, BLOCK_S, SPLITS)
+    slot, start, end, cos, sin, own_k, own_v = _own(
+        qkv_ptr,
+        frequency_ptr,
+        k_norm_ptr,
+        k_ptr,
+        v_ptr,
+        position_ptr,
+        inverse_k_scale,
+        inverse_v_scale,
+        eps,
+        rows,
+        S,
+        d,
+        K,
+        G,
+        D,
+        BLOCK_S,
+        SPLITS,
+        PARTS,
+        LIMIT,
+        dtype,
+    )
     q = _rotated(qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
-    k_head = (K + head) * D
-    own_k = _rotated(qkv_ptr, row, rows, k_head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
-    own_v = _output(qkv_ptr, row, rows, k_head + K * D + d, in_head, WIDTH, PARTS, dtype)
     first = tl.program_id(2) == 0
     base = (row * K + head) * S * D
-    own_k = _keep(own_k, k_ptr, base + slot * D + d, inverse_k_scale, in_head & first, LIMIT)
-    own_v = _keep(own_v, v_ptr, base + slot * D + d, inverse_v_scale, in_head & first, LIMIT)
     own = (lane == 0) & first
     m = tl.where(own, _log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
     l = tl.where(own, 1.0, 0.0)
@@ -652,7 +682,13 @@ def _attention_by_sums_kernel(
     l_all = tl.sum(l * weight, axis=0)
     y = tl.sum(acc * weight[:, None], axis=0)
     if SPLITS == 1:
-        _store_attention(out_ptr, (row * K + head) * D + d, y / l_all, v_scale, scale_ptr, in_head, dtype)
+        _store(
+            out_ptr + (row * K + head) * D + d,
+            (y / l_all * v_scale).to(dtype).to(tl.float32),
+            scale_ptr,
+            in_head,
+            dtype,
+        )
     else:
         entry = (tl.program_id(2) * rows + row) * K + head
         tl.store(stats_ptr + entry * 2, m_all)
@@ -706,11 +742,28 @@ def _attention_kernel(
     in_head = d < D
     q_mask = (g < G)[:, None] & in_head[None, :]
     _wait(PDL)
-    position = tl.load(position_ptr + row)
-    slot = (position % S).to(tl.int32)
-    angle = position.to(tl.float32) * tl.load(frequency_ptr + d, mask=in_head, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    start, end = _share(position_ptr, row, S, BLOCK_S, SPLITS)
+    slot, start, end, cos, sin, own_k, own_v = _own(
+        qkv_ptr,
+        frequency_ptr,
+        k_norm_ptr,
+        k_ptr,
+        v_ptr,
+        position_ptr,
+        inverse_k_scale,
+        inverse_v_scale,
+        eps,
+        rows,
+        S,
+        d,
+        K,
+        G,
+        D,
+        BLOCK_S,
+        SPLITS,
+        PARTS,
+        LIMIT,
+        dtype,
+    )
     heads = (head * G + g)[:, None] * D
     q = _rotated(
         qkv_ptr,
@@ -729,13 +782,8 @@ def _attention_kernel(
         PARTS,
         dtype,
     )
-    k_head = (G * K + head) * D
-    own_k = _rotated(qkv_ptr, row, rows, k_head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
-    own_v = _output(qkv_ptr, row, rows, k_head + K * D + d, in_head, WIDTH, PARTS, dtype)
     first = tl.program_id(2) == 0
     base = (row * K + head) * S * D
-    own_k = _keep(own_k, k_ptr, base + slot * D + d, inverse_k_scale, in_head & first, LIMIT)
-    own_v = _keep(own_v, v_ptr, base + slot * D + d, inverse_v_scale, in_head & first, LIMIT)
     m = tl.where(first, _log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
     l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)
     acc = tl.where(first, own_v[None, :], 0.0) + tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -756,7 +804,7 @@ def _attention_kernel(
         m = m_new
     if SPLITS == 1:
         offsets = heads + row * G * K * D + d[None, :]
-        _store_attention(out_ptr, offsets, acc / l[:, None], v_scale, scale_ptr, q_mask, dtype)
+        _store(out_ptr + offsets, (acc / l[:, None] * v_scale).to(dtype).to(tl.float32), scale_ptr, q_mask, dtype)
     else:
         entry = ((tl.program_id(2) * rows + row) * K + head) * G + g
         tl.store(stats_ptr + entry * 2, m, mask=g < G)
@@ -790,7 +838,7 @@ def _combine_kernel(
     # a share without slots has written no sums
     acc = tl.load(acc_ptr + entry[:, None] * D + d[None, :], mask=(l > 0)[:, None] & (d < D)[None, :], other=0.0)
     y = tl.sum(acc * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
-    _store_attention(out_ptr, row_head * D + d, y, v_scale, scale_ptr, d < D, dtype)
+    _store(out_ptr + row_head * D + d, (y * v_scale).to(dtype).to(tl.float32), scale_ptr, d < D, dtype)
 
 
 def decode_attention(
@@ -921,10 +969,7 @@ def _gemv_kernel(
     if GEGLU:
         gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
         y = _geglu(gate, up, dtype)
-    if next_scale_ptr is not None:
-        tl.store(out_ptr + n, _quantised(y, next_scale_ptr), mask=n < OUT)
-    else:
-        tl.store(out_ptr + n, y.to(dtype), mask=n < OUT)
+    _store(out_ptr + n, y, next_scale_ptr, n < OUT, dtype)
 
 
 def gemv_reference(x, weight, input_scale=None, weight_scale=None, dtype=None, geglu=False, next_scale=None):

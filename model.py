@@ -337,6 +337,7 @@ class KVCache:
 class Linear(nn.Linear):
     """x @ weight.T, without a bias."""
 
+    input_scale = weight_scale = None  # FP8Linear's
     packed: "PackedWeight | None" = None
     te: "TELinear | None" = None
 
@@ -400,9 +401,8 @@ def fp8_linear(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Ten
     return fp8_matmul(rows, weight, input_scale, weight_scale, x.dtype).view(*x.shape[:-1], -1)
 
 
-def _operands(linear: "Linear | FP8Linear") -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weight, and the scales of input and weight where it is in FP8."""
-    return linear.weight, getattr(linear, "input_scale", None), getattr(linear, "weight_scale", None)
+def _operands(linear: Linear | FP8Linear) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return linear.weight, linear.input_scale, linear.weight_scale
 
 
 def import_te():
@@ -684,12 +684,11 @@ class Transformer(nn.Module):
             if name.endswith("_scale"):
                 weights[name] = torch.tensor(weight_scale if name.endswith("weight_scale") else 20 / 448, device=device)
                 continue
+            in_fp8 = parameter.dtype == torch.float8_e4m3fn
             weights[name] = weight = torch.zeros(
-                parameter.shape, device=device, dtype=parameter.dtype if fp8 else dtype
+                parameter.shape, device=device, dtype=parameter.dtype if in_fp8 else dtype
             )
-            if weight.dtype == torch.float32:
-                weights[name] = weight = weight.to(dtype)
-            if weight.dtype == torch.float8_e4m3fn:
+            if in_fp8:
                 for rows in weight.split(4096):
                     values = torch.empty(rows.shape, device=device).normal_(0, 0.02, generator=generator)
                     rows.copy_(round_fp8(values, weight_scale))
@@ -839,13 +838,12 @@ class Transformer(nn.Module):
         """`forward` for one token [B] a row, behind those in the KV cache, by kernels.py: logits [B, V] in the weights'
         dtype (float32 with a softcap), which differ from forward's by the order in which sums are made."""
         config, dtype, eps = self.config, self.dtype, self.config.norm_eps
-        head = () if self.head_scales is None else tuple(self.head_scales[kind] for kind in HEAD_SCALES)
-        x = kernels.embed(tokens, self.embedding.weight, self.embedding_scale[dtype], dtype, *head[1:])
+        head = (None, None) if self.head_scales is None else tuple(self.head_scales[kind] for kind in HEAD_SCALES)
+        x = kernels.embed(tokens, self.embedding.weight, self.embedding_scale[dtype], dtype, head[1])
         y = post_weight = None  # the newest layer's output, and the norm that it gets before x takes it in
         for index, layer in enumerate(self.layers):
             attention, feed_forward = layer.attention, layer.feed_forward
-            input_scale = getattr(attention.wqkv, "input_scale", None)
-            x, h = kernels.add_norm(x, y, post_weight, layer.attention_norm.weight, eps, input_scale)
+            x, h = kernels.add_norm(x, y, post_weight, layer.attention_norm.weight, eps, attention.wqkv.input_scale)
             qkv = kernels.linear_rows(h, *_operands(attention.wqkv), dtype, partials=True)
             cache = attention.cache
             y = kernels.decode_attention(
@@ -858,7 +856,7 @@ class Transformer(nn.Module):
                 dtype,
                 attention.scale,
                 attention.softcap,
-                getattr(attention.wo, "input_scale", None),
+                attention.wo.input_scale,
                 cache.k_scale,
                 cache.v_scale,
                 attention.q_norm and attention.q_norm.weight,
@@ -867,13 +865,13 @@ class Transformer(nn.Module):
             )
             y = kernels.linear_rows(y, *_operands(attention.wo), dtype, partials=True)
             post_weight = layer.post_attention_norm and layer.post_attention_norm.weight
-            input_scale, next_scale = (getattr(w, "input_scale", None) for w in (feed_forward.w13, feed_forward.w2))
-            x, h = kernels.add_norm(x, y, post_weight, layer.feed_forward_norm.weight, eps, input_scale)
-            h = kernels.linear_geglu(h, *_operands(feed_forward.w13), dtype, next_scale)
-            y = kernels.linear_rows(h, *_operands(feed_forward.w2), dtype, partials=True)
+            w13, w2 = feed_forward.w13, feed_forward.w2
+            x, h = kernels.add_norm(x, y, post_weight, layer.feed_forward_norm.weight, eps, w13.input_scale)
+            h = kernels.linear_geglu(h, *_operands(w13), dtype, w2.input_scale)
+            y = kernels.linear_rows(h, *_operands(w2), dtype, partials=True)
             post_weight = layer.post_feed_forward_norm and layer.post_feed_forward_norm.weight
-        _, h = kernels.add_norm(x, y, post_weight, self.norm.weight, eps, *head[:1])
-        logits = kernels.linear_rows(h, self.embedding.weight, *(head or (None, None)), dtype)
+        _, h = kernels.add_norm(x, y, post_weight, self.norm.weight, eps, head[0])
+        logits = kernels.linear_rows(h, self.embedding.weight, *head, dtype)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * torch.tanh(logits.float() / config.logit_softcap)
         return logits

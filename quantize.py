@@ -23,6 +23,7 @@ from checkpoint import (
     read_scales,
     sources,
     tensor_bytes,
+    weight_scale_name,
     write_safetensors,
 )
 from generate import DEFAULT_CHECKPOINT, Parser, run_program
@@ -41,8 +42,7 @@ def quantize_fp8(
     """
     entries = {}
     for name, tensors in checkpoint.parts.items():
-        scale = scales.get("head_scales.weight_scale") if head and name == "embedding.weight" else None
-        scale = scales.get(f"{name}_scale", scale)
+        scale = scales.get(weight_scale_name(name)) if head or name != "embedding.weight" else None
         check_scale(name, tensors, scale)
         shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
         entries[name] = weight_entry(tensors, 0, shape, scale, progress)
