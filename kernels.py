@@ -586,7 +586,7 @@ def _own(
     k = _rotated(qkv_ptr, row, rows, k_head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
     v = _output(qkv_ptr, row, rows, k_head + K * D + d, in_head, WIDTH, PARTS, dtype)
     offsets = ((row * K + head) * S + slot) * D + d
-    mask = in_head & (tl.program_id(2) == 0)
+    mask = d < tl.where(tl.program_id(2) == 0, D, 0)
     k = _keep(k, k_ptr, offsets, inverse_k_scale, mask, LIMIT)
     v = _keep(v, v_ptr, offsets, inverse_v_scale, mask, LIMIT)
     return slot, start, end, cos, sin, k, v
