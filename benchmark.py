@@ -59,7 +59,8 @@ def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_t
         prompts = tutorial_prompts(batch, longest, vocab_size)
         run = ours(model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)
         (row,) = measure(args, {OURS: run}, case | shape)
-        run = ours(model, random_prompts(batch, longest + new_tokens, vocab_size), 1, kv_cache_dtype=kv_dtype)
+        prompts = random_prompts(batch, longest + new_tokens, vocab_size)
+        run = ours(model, prompts, 1, compile=True, kv_cache_dtype=kv_dtype)
         runs = time_in_turn({OURS: run}, args.repeats, args.device)[OURS]
         prefill = median(stats.prefill_seconds for _, stats in runs[1:])
         yield row | rounded({"padded_prefill_seconds": prefill, "padded_seconds": prefill + row["decode_seconds"]})
@@ -441,7 +442,7 @@ def time_prefill(
     args: argparse.Namespace, model: Transformer, batch: int, tokens: int, kv_dtype, compile_prefill: bool
 ):
     length = min(-(-(tokens + 1) // 64) * 64, model.config.context_length)
-    decoder = decoder_for(model, batch, length, kv_dtype, compile_prefill=compile_prefill)
+    decoder = decoder_for(model, batch, length, kv_dtype, True, compile_prefill)
     decoder.start(model, batch, Sampling(temperature=0), ())
     prompts = random_prompts(batch, tokens, model.config.vocab_size)
     run = partial(decoder.prefill, model, prompts, [], 1)

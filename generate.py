@@ -354,7 +354,8 @@ class Decoder:
             self.streams = _streams(self.device)
         # Functions, not methods of self: without a cycle, memory is free as soon as the decoder is.
         fast = compile and self.device.type == "cuda" and kernels.available(self.device)
-        self._step, self._prefill = fast_step if fast else decode_step, Transformer.forward
+        self._step = fast_step if fast else decode_step
+        self._prefill = Transformer.prefill if fast else Transformer.forward
         if self.device.type == "cpu":
             self._step = _compiled(decode_step, dynamic=False) if compile else decode_step
             self._prefill = _compiled(Transformer.forward, dynamic=None) if compile_prefill else Transformer.forward
@@ -466,7 +467,7 @@ class Decoder:
             if not cached:
                 state.seen.zero_()
             state.seen.scatter_(1, tokens, True)
-        emit(state, logits, self.draw)
+        emit(state, logits.float(), self.draw)
 
     def _recorded_prefill(self, model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
         if tokens.shape not in self.prefills:
@@ -474,7 +475,7 @@ class Decoder:
             result = []
 
             def run():
-                result[:] = [model(tokens, None, lengths)]
+                result[:] = [self._prefill(model, tokens, None, lengths)]
 
             self.prefills[tokens.shape] = self._record(run), tokens, lengths, result[0]
         graph, tokens_in, lengths_in, logits = self.prefills[tokens.shape]

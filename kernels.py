@@ -1,6 +1,7 @@
-"""Triton kernels of the decode step, where every row brings one token; each beside the PyTorch that defines it.
+"""Triton kernels of the decode step, where every row brings one token, and of prefill; each beside the PyTorch that
+defines it.
 
-M is the number of rows; the other letters are model.py's: H query heads, K key/value heads, D head_dim, S cache slots,
+M is the number of rows, in prefill of tokens; the other letters are model.py's: H query heads, K key/value heads, D head_dim, S cache slots,
 F intermediate size, V vocabulary. Every tensor is contiguous. Results are rounded where the modules of model.py round, so
 that the two differ by the order of summation only. FP8 is E4M3 with real = fp8 * scale, as round_fp8 makes it.
 
@@ -71,6 +72,7 @@ class Gemv(NamedTuple):
     num_warps: int
     num_stages: int
     ahead: int = 0
+    early: int = 0
 
 
 class Skinny(NamedTuple):
@@ -440,8 +442,34 @@ def _triton_dtype(dtype: torch.dtype):
     return {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
 
 
+def rescale_reference(x, factor, input_scale=None):
+    x = x * factor
+    return x if input_scale is None else round_fp8(x, input_scale)
+
+
+@jit
+def _rescale_kernel(x_ptr, scale_ptr, y_ptr, factor, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    _start(PDL)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < N
+    _wait(PDL)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    _store(y_ptr + offsets, (x * factor).to(dtype).to(tl.float32), scale_ptr, mask, dtype)
+
+
+def rescale(x: Tensor, factor: float, input_scale: Tensor | None = None) -> Tensor:
+    """x * factor in x's dtype or, with input_scale, in E4M3."""
+    if factor == 1 and input_scale is None:
+        return x
+    y = torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
+    grid = (-(-x.numel() // GEGLU_BLOCK),)
+    _launch(_rescale_kernel, grid, x, input_scale, y, factor, x.numel(), BLOCK=GEGLU_BLOCK, num_warps=GEGLU_WARPS)
+    return y
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Rotary embedding, KV cache and attention of one query a row
+# Rotary embedding, KV cache, and attention of one query a row
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -533,6 +561,100 @@ def _keep(x, cache_ptr, offsets, inverse_scale, mask, LIMIT: tl.constexpr):
     x = x.to(cache_ptr.dtype.element_ty)
     tl.store(cache_ptr + offsets, x, mask=mask)
     return x.to(tl.float32)
+
+
+@jit
+def _prefill_rope_kernel(
+    qkv_ptr,
+    frequency_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    lengths_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    inverse_k_scale,
+    inverse_v_scale,
+    eps,
+    rows,
+    T,
+    S,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The queries of one token, or its keys and values."""
+    _start(PDL)
+    WIDTH: tl.constexpr = (H + 2 * K) * D
+    token = tl.program_id(0).to(tl.int64)
+    row, t = token // T, token % T
+    d = tl.arange(0, BLOCK_D)[None, :]
+    angle = t.to(tl.float32) * tl.load(frequency_ptr + d, mask=d < D, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    _wait(PDL)
+    if tl.program_id(1) == 0:
+        h = tl.arange(0, BLOCK_H)[:, None]
+        mask = (h < H) & (d < D)
+        q = _rotated(qkv_ptr, token, rows, h * D, d, mask, cos, sin, q_norm_ptr, eps, WIDTH, D, 1, PARTS, dtype)
+        tl.store(out_ptr + token * WIDTH + h * D + d, q.to(dtype), mask=mask)
+    else:
+        h = tl.arange(0, BLOCK_K)[:, None]
+        mask = (h < K) & (d < D)
+        first = (H + h) * D
+        k = _rotated(qkv_ptr, token, rows, first, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, PARTS, dtype)
+        v = _output(qkv_ptr, token, rows, first + K * D + d, mask, WIDTH, PARTS, dtype)
+        length = tl.load(lengths_ptr + row)
+        offsets = ((row * K + h) * S + t % S) * D + d
+        kept = mask & (t < length) & (t + S >= length)  # of the tokens that share a slot, the newest
+        k = _keep(k, k_ptr, offsets, inverse_k_scale, kept, LIMIT)
+        v = _keep(v, v_ptr, offsets, inverse_v_scale, kept, LIMIT)
+        tl.store(out_ptr + token * WIDTH + first + d, k.to(dtype), mask=mask)
+        tl.store(out_ptr + token * WIDTH + first + K * D + d, v.to(dtype), mask=mask)
+
+
+def prefill_rope(
+    qkv: Tensor,
+    frequency: Tensor,
+    lengths: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    n_heads: int,
+    dtype: torch.dtype,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q [B, T, H, D] and k, and v [B, T, K, D], of tokens at positions 0 to T - 1; k and v as the caches
+    [B, K, S, D] keep them, divided by their scales. Those of the first `lengths` [B] tokens (int64), or the newest S of
+    them, are written to slots position % S. The rest is as in `decode_attention`; M is B * T."""
+    (batch, kv_heads, slots, d), (m, width) = k_cache.shape, qkv.shape[-2:]
+    out = torch.empty(m, width, dtype=dtype, device=qkv.device)
+    _launch(
+        _prefill_rope_kernel,
+        (m, 2),
+        *(qkv, frequency, q_norm, k_norm, lengths, k_cache, v_cache, out),
+        *(1 / k_scale, 1 / v_scale, eps, m, m // batch, slots),
+        H=n_heads,
+        K=kv_heads,
+        D=d,
+        BLOCK_H=_power_of_2(n_heads),
+        BLOCK_K=_power_of_2(kv_heads),
+        BLOCK_D=_power_of_2(d),
+        PARTS=_parts(qkv),
+        LIMIT=torch.finfo(k_cache.dtype).max if k_cache.dtype.itemsize == 1 else 0.0,
+        dtype=_triton_dtype(dtype),
+        num_warps=4,
+    )
+    return out.view(batch, m // batch, -1, d).split_with_sizes([n_heads, kv_heads, kv_heads], dim=2)
 
 
 @jit
@@ -942,6 +1064,7 @@ def _gemv_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -957,8 +1080,18 @@ def _gemv_kernel(
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
     columns = tl.arange(0, BLOCK_K)
     _prefetch(rows_ptr, IN, AHEAD, PDL)
+    if EARLY > 0:
+        first = tl.load(rows_ptr[:, None] + columns[None, :], mask=(columns < IN)[None, :], other=0.0)
+    if EARLY > 1:
+        second = tl.load(rows_ptr[:, None] + BLOCK_K + columns[None, :], mask=(BLOCK_K + columns < IN)[None, :], other=0.0)
     _wait(PDL)
-    for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
+    if EARLY > 0:
+        x = tl.load(x_ptr + columns, mask=columns < IN, other=0.0).to(tl.float32)[None, :]
+        acc += first.to(tl.float32) * x
+    if EARLY > 1:
+        x = tl.load(x_ptr + BLOCK_K + columns, mask=BLOCK_K + columns < IN, other=0.0).to(tl.float32)[None, :]
+        acc += second.to(tl.float32) * x
+    for k in tl.range(EARLY * BLOCK_K, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
         weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
         acc += weight * tl.load(x_ptr + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
@@ -1009,6 +1142,7 @@ def gemv(
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
         AHEAD=config.ahead,
+        EARLY=config.early,
         dtype=_triton_dtype(dtype),
         num_warps=config.num_warps,
     )

@@ -130,6 +130,14 @@ def test_geglu(dtype, parts, monkeypatch):
     assert_same(kernels.geglu(y, dtype, scale), kernels.geglu_reference(y, dtype, scale))
 
 
+@DTYPES
+def test_rescale(dtype):
+    x = normal(3, 700, dtype=dtype)
+    for arguments in ((x, 0.3), (x, 0.3, scalar(0.02))):
+        assert_same(kernels.rescale(*arguments), kernels.rescale_reference(*arguments))
+    assert kernels.rescale(x, 1.0) is x
+
+
 def test_fp8_saturates_and_keeps_nan():
     y = torch.tensor([[1e4, -1e4, float("nan"), 0.5, 1, 1, 1, 1]], device=DEVICE)
     h = kernels.geglu(y, F32, scalar(1.0)).float()
@@ -293,25 +301,11 @@ def test_greedy_emit(stop_ids, m):
     assert states[0].done.all()
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize(
-    ("case", "rows", "dtype", "fp8_weights", "cache_dtype"),
-    [
-        ("gemma-mha", 2, BF16, False, E4M3),
-        ("gemma-mqa", 1, F32, False, None),
-        ("gemma-gqa", 3, BF16, True, E4M3),
-        ("gemma2-window-small", 3, F32, False, None),
-        ("gemma2-window-small", 1, F32, True, E5M2),
-        ("gemma3-window-half", 1, F32, False, None),
-        ("gemma3-window-half", 3, BF16, True, None),
-    ],
-)
-def test_decode_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypatch):
-    """Whole steps of tiny models, rows at different positions, behind a prefill that both share."""
+def tiny_model(case, dtype, fp8_weights, monkeypatch):
     if DEVICE.type == "cpu":  # fewer programs for the interpreter
 
-        def config_of(m, n, k, dtype, geglu=False):
-            return Gemv(64, 64, 4, 1) if m == 1 else None if dtype == F32 else Skinny(16, 64, 64, 1, 4, 1)
+        def config_of(m, n, k, dtype):
+            return Gemv(64, 64, 4, 1) if m == 1 else None if dtype == F32 else Skinny(64, 64, 64, 1, 4, 1)
 
         monkeypatch.setattr(kernels, "linear_config", config_of)
     model_type, settings = CASES[case]
@@ -324,23 +318,67 @@ def test_decode_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypa
             parameter.copy_(normal(*parameter.shape, dtype=dtype, scale=0.15))
     for layer in model.layers:
         layer.attention.kv_scales = (0.01, 0.02)
+    return model
+
+
+def assert_same_step(actual, expected, dtype, fp8_weights):
+    if dtype == F32 and not fp8_weights:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    else:  # a rounding that falls to the other side moves what follows, FP8 to a code 6 % away
+        assert (actual - expected).norm() <= (0.1 if fp8_weights else 0.03) * (expected - expected.mean()).norm()
+
+
+STEPS = pytest.mark.parametrize(
+    ("case", "rows", "dtype", "fp8_weights", "cache_dtype"),
+    [
+        ("gemma-mha", 2, BF16, False, E4M3),
+        ("gemma-mqa", 1, F32, False, None),
+        ("gemma-gqa", 3, BF16, True, E4M3),
+        ("gemma2-window-small", 3, F32, False, None),
+        ("gemma2-window-small", 1, F32, True, E5M2),
+        ("gemma3-window-half", 1, F32, False, None),
+        ("gemma3-window-half", 3, BF16, True, None),
+    ],
+)
+
+
+@torch.inference_mode()
+@STEPS
+def test_decode_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypatch):
+    """Whole steps of tiny models, rows at different positions, behind a prefill that both share."""
+    model = tiny_model(case, dtype, fp8_weights, monkeypatch)
     position = torch.tensor([19, 3, 12][:rows], device=DEVICE)
     prompts = torch.randint(2, 128, (rows, 19), device=DEVICE)
-    logits, caches = [], []
+    logits = []
     for fast in (False, True):
-        caches.append(model.new_caches(rows, 48, cache_dtype))
-        model.attach_caches(caches[-1])
+        model.attach_caches(model.new_caches(rows, 48, cache_dtype))
         model(prompts, None, position)
         steps = []
         for i in range(2 if DEVICE.type == "cpu" else 20):
             token = torch.full((rows,), 3 + i, device=DEVICE)
             steps.append((model.decode(token, position + i) if fast else model(token[:, None], position + i)).float())
         logits.append(torch.stack(steps))
-    expected, actual = logits
-    if dtype == F32 and not fp8_weights:
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-    else:  # a rounding that falls to the other side moves what follows, FP8 to a code 6 % away
-        assert (actual - expected).norm() <= (0.1 if fp8_weights else 0.03) * (expected - expected.mean()).norm()
+    assert_same_step(logits[1], logits[0], dtype, fp8_weights)
+
+
+@torch.inference_mode()
+@STEPS
+def test_prefill_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypatch):
+    """Logits, and what a later query will see of the KV cache."""
+    model = tiny_model(case, dtype, fp8_weights, monkeypatch)
+    lengths = torch.tensor([19, 3, 12][:rows], device=DEVICE)
+    prompts = torch.randint(2, 128, (rows, 19), device=DEVICE)
+    logits, held = [], []
+    for run in (model, model.prefill):
+        caches = model.new_caches(rows, 48, cache_dtype)
+        model.attach_caches(caches)
+        logits.append(run(prompts, None, lengths).float())
+        seen = [(cache.held_positions(lengths) >= 0)[:, None, :, None] for cache in caches]
+        held.append([torch.where(s, x.float(), 0) for cache, s in zip(caches, seen) for x in (cache.k, cache.v)])
+    assert_same_step(logits[1], logits[0], dtype, fp8_weights)
+    for expected, actual in zip(*held):
+        assert_same_step(actual, expected, dtype, fp8_weights or cache_dtype)
+    assert all(x.abs().sum(-1).count_nonzero() for x in held[1])
 
 
 @pytest.mark.cuda
