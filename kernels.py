@@ -20,6 +20,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     jit = triton.jit
 except ImportError:  # on a CPU nothing here runs; the definitions below still have to load
@@ -64,14 +65,13 @@ SMS = 132  # of an H100 or H200
 class Gemv(NamedTuple):
     """A program owns block_n outputs and adds up block_k columns at a time, with num_stages - 1 such tiles in flight.
 
-    `ahead` columns, a power of 2 or 0, are fetched into L2 while the kernel before still runs.
+    The first `early` columns of the weight, a power of 2 or 0, are loaded while the kernel before still runs.
     """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    ahead: int = 0
     early: int = 0
 
 
@@ -90,32 +90,32 @@ class Skinny(NamedTuple):
 
 
 class AttentionConfig(NamedTuple):
-    """block_s slots at a time; by_sums: float32 sums instead of tensor cores, where each key head has one query."""
+    """block_s slots at a time; by_sums: float32 sums instead of tensor cores, where each key head has one query. The
+    first `ahead` slots go to L2 while the kernel before still runs."""
 
     block_s: int
     num_warps: int
     num_stages: int
     by_sums: bool
+    ahead: int = 0
 
 
 def linear_config(m: int, n: int, k: int, dtype: torch.dtype) -> Gemv | Skinny | None:
     """How `linear_rows` multiplies m rows by a weight [n, k] of `dtype`; None for cuBLAS.
 
-    What was fastest in whole steps of gemma-7b and gemma-2b on an H200. Fetching ahead pays for small weights only: with
-    it everywhere gemma-7b in FP8 makes 352 tokens/s, without 400.
+    What was fastest in whole steps of gemma-7b and gemma-2b on an H200.
     """
     if m == 1:
-        ahead = 4096 if n <= 2560 else 0
         if k > 8192:
-            return Gemv(block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, ahead=ahead)
+            return Gemv(block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=4096)
         if n < 4096:
-            return Gemv(block_n=4, block_k=1024, num_warps=4, num_stages=3, ahead=ahead)
+            return Gemv(block_n=2, block_k=2048, num_warps=4, num_stages=3, early=2048)
         if k <= 2048 and n < 200_000:
             return Gemv(block_n=4, block_k=2048, num_warps=4, num_stages=4)
-        return Gemv(block_n=8, block_k=512, num_warps=4, num_stages=4)
-    if m > 64 or dtype == torch.float32:
+        return Gemv(block_n=8, block_k=512, num_warps=4, num_stages=4, early=1024 if n < 32768 else 0)
+    if m > 64 or dtype == torch.float32 or k * dtype.itemsize % 16:  # rows of tiles begin at multiples of 16 bytes
         return None
-    if m > 16 and dtype == E4M3 and n < 200_000:
+    if m > 16 and dtype == E4M3 and n <= 16384:
         return None
     block_n, block_k = 64 if m <= 16 or dtype == E4M3 else 128, 128 // dtype.itemsize  # a cache line of each weight row
     split, wanted = 1, 1.5 * SMS if m <= 16 else 0.7 * SMS
@@ -127,14 +127,14 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype) -> Gemv | Skinny |
 def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtype) -> AttentionConfig:
     """For `group` query heads on each of `pairs` rows' key heads."""
     if group > 1:
-        return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False)
+        return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
     if pairs >= SMS:
         if cache_dtype.itemsize == 1:
             return AttentionConfig(block_s=8, num_warps=1, num_stages=6, by_sums=True)
         return AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
     if slots > 2048:
-        return AttentionConfig(block_s=64, num_warps=4, num_stages=2, by_sums=True)
-    return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=False)
+        return AttentionConfig(block_s=64, num_warps=4, num_stages=2, by_sums=True, ahead=64)
+    return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=False, ahead=64)
 
 
 def attention_splits(pairs: int, slots: int, block_s: int) -> int:
@@ -166,15 +166,23 @@ def _wait(PDL: tl.constexpr):
 
 
 @jit
-def _prefetch(rows_ptr, WIDTH, AHEAD: tl.constexpr, PDL: tl.constexpr):
-    """The first AHEAD columns of the weight's rows [n], WIDTH long, on their way to L2."""
-    if PDL and AHEAD > 0:
-        LINE: tl.constexpr = 1024 // rows_ptr.dtype.element_ty.primitive_bitwidth  # of 128 bytes
-        columns = tl.minimum(tl.arange(0, AHEAD // LINE) * LINE, WIDTH - 1)
+def _fetch(ptr, stride, count, SIZE: tl.constexpr, PDL: tl.constexpr):
+    """`count` pieces of SIZE bytes, `stride` bytes apart, on their way to L2; a thread for each. SIZE and stride are
+    multiples of 16."""
+    if PDL and SIZE > 0:
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-            "=r,l",
-            [(rows_ptr[:, None] + columns[None, :]).to(tl.uint64)],
+            """{
+            .reg .pred wanted;
+            .reg .b32 thread;
+            .reg .b64 piece;
+            mov.u32 thread, %tid.x;
+            setp.lt.s32 wanted, thread, $3;
+            mad.wide.s32 piece, thread, $2, $1;
+            @wanted cp.async.bulk.prefetch.L2.global [piece], $4;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r,r,r",
+            [ptr.to(tl.uint64), stride, count, SIZE],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -481,9 +489,44 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
+def rope_reference(position, *frequencies):
+    angles = [position.float()[:, None] * frequency for frequency in frequencies]
+    return torch.stack([torch.stack((angle.cos(), angle.sin())) for angle in angles])
+
+
+@jit
+def _rope_kernel(
+    position_ptr, frequency_ptr, local_ptr, out_ptr, rows, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    _start(PDL)
+    row, kind = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, BLOCK)
+    if kind == 0:
+        frequency = tl.load(frequency_ptr + d, mask=d < D, other=0.0)
+    else:
+        frequency = tl.load(local_ptr + d, mask=d < D, other=0.0)
+    _wait(PDL)
+    angle = tl.load(position_ptr + row).to(tl.float32) * frequency
+    offsets = (2 * kind * rows + row) * D + d
+    tl.store(out_ptr + offsets, tl.cos(angle), mask=d < D)
+    tl.store(out_ptr + offsets + rows * D, tl.sin(angle), mask=d < D)
+
+
+def rope(position: Tensor, *frequencies: Tensor) -> Tensor:
+    """Cosine and sine [kinds, 2, M, D], float32, of the angles position [M] (int64) * frequency [D], radians, for one or
+    two frequencies."""
+    m, d = len(position), len(frequencies[0])
+    out = torch.empty(len(frequencies), 2, m, d, device=position.device)
+    grid = (m, len(frequencies))
+    _launch(
+        _rope_kernel, grid, position, frequencies[0], frequencies[-1], out, m, D=d, BLOCK=_power_of_2(d), num_warps=4
+    )
+    return out
+
+
 def rope_and_write_reference(
     qkv,
-    frequency,
+    rope,
     position,
     k_cache,
     v_cache,
@@ -499,8 +542,7 @@ def rope_and_write_reference(
     q, k, v = _summed(qkv, dtype).view(m, -1, d).split_with_sizes([n_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
         q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
-    angle = position.float()[:, None, None] * frequency
-    q, k = (rotate(x, angle.cos(), angle.sin()) for x in (q, k))
+    q, k = (rotate(x, *rope[:, :, None]) for x in (q, k))
     rows, slot = torch.arange(m, device=qkv.device), position % slots
     for cache, x, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
         x = round_fp8(x, scale, cache.dtype) if cache.dtype.itemsize == 1 else x.to(cache.dtype)
@@ -509,9 +551,9 @@ def rope_and_write_reference(
 
 
 def decode_attention_reference(
-    qkv, frequency, position, k_cache, v_cache, n_heads, dtype, scale, softcap=None, input_scale=None, **options
+    qkv, rope, position, k_cache, v_cache, n_heads, dtype, scale, softcap=None, input_scale=None, **options
 ):
-    q = rope_and_write_reference(qkv, frequency, position, k_cache, v_cache, n_heads, dtype, **options)
+    q = rope_and_write_reference(qkv, rope, position, k_cache, v_cache, n_heads, dtype, **options)
     (m, kv_heads, slots, d), heads = k_cache.shape, n_heads
     valid = (torch.arange(slots, device=q.device) <= position[:, None])[:, None, :, None]  # [M, 1, S, 1]
     k, v = (torch.where(valid, cache.float(), 0.0) for cache in (k_cache, v_cache))
@@ -566,7 +608,7 @@ def _keep(x, cache_ptr, offsets, inverse_scale, mask, LIMIT: tl.constexpr):
 @jit
 def _prefill_rope_kernel(
     qkv_ptr,
-    frequency_ptr,
+    rope_ptr,
     q_norm_ptr,
     k_norm_ptr,
     lengths_ptr,
@@ -596,22 +638,22 @@ def _prefill_rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     row, t = token // T, token % T
     d = tl.arange(0, BLOCK_D)[None, :]
-    angle = t.to(tl.float32) * tl.load(frequency_ptr + d, mask=d < D, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
     _wait(PDL)
+    cos = tl.load(rope_ptr + t * D + d, mask=d < D, other=0.0)
+    sin = tl.load(rope_ptr + (T + t) * D + d, mask=d < D, other=0.0)
     if tl.program_id(1) == 0:
-        h = tl.arange(0, BLOCK_H)[:, None]
-        mask = (h < H) & (d < D)
-        q = _rotated(qkv_ptr, token, rows, h * D, d, mask, cos, sin, q_norm_ptr, eps, WIDTH, D, 1, PARTS, dtype)
-        tl.store(out_ptr + token * WIDTH + h * D + d, q.to(dtype), mask=mask)
+        query = tl.arange(0, BLOCK_H)[:, None]
+        is_query = (query < H) & (d < D)
+        q = _rotated(qkv_ptr, token, rows, query * D, d, is_query, cos, sin, q_norm_ptr, eps, WIDTH, D, 1, PARTS, dtype)
+        tl.store(out_ptr + token * WIDTH + query * D + d, q.to(dtype), mask=is_query)
     else:
-        h = tl.arange(0, BLOCK_K)[:, None]
-        mask = (h < K) & (d < D)
-        first = (H + h) * D
+        head = tl.arange(0, BLOCK_K)[:, None]
+        mask = (head < K) & (d < D)
+        first = (H + head) * D
         k = _rotated(qkv_ptr, token, rows, first, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, PARTS, dtype)
         v = _output(qkv_ptr, token, rows, first + K * D + d, mask, WIDTH, PARTS, dtype)
         length = tl.load(lengths_ptr + row)
-        offsets = ((row * K + h) * S + t % S) * D + d
+        offsets = ((row * K + head) * S + t % S) * D + d
         kept = mask & (t < length) & (t + S >= length)  # of the tokens that share a slot, the newest
         k = _keep(k, k_ptr, offsets, inverse_k_scale, kept, LIMIT)
         v = _keep(v, v_ptr, offsets, inverse_v_scale, kept, LIMIT)
@@ -621,7 +663,7 @@ def _prefill_rope_kernel(
 
 def prefill_rope(
     qkv: Tensor,
-    frequency: Tensor,
+    rope: Tensor,
     lengths: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -635,13 +677,13 @@ def prefill_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated q [B, T, H, D] and k, and v [B, T, K, D], of tokens at positions 0 to T - 1; k and v as the caches
     [B, K, S, D] keep them, divided by their scales. Those of the first `lengths` [B] tokens (int64), or the newest S of
-    them, are written to slots position % S. The rest is as in `decode_attention`; M is B * T."""
+    them, are written to slots position % S. rope [2, T, D]; the rest is as in `decode_attention`, M is B * T."""
     (batch, kv_heads, slots, d), (m, width) = k_cache.shape, qkv.shape[-2:]
     out = torch.empty(m, width, dtype=dtype, device=qkv.device)
     _launch(
         _prefill_rope_kernel,
         (m, 2),
-        *(qkv, frequency, q_norm, k_norm, lengths, k_cache, v_cache, out),
+        *(qkv, rope, q_norm, k_norm, lengths, k_cache, v_cache, out),
         *(1 / k_scale, 1 / v_scale, eps, m, m // batch, slots),
         H=n_heads,
         K=kv_heads,
@@ -668,9 +710,42 @@ def _log2_scores(products, scale, softcap):
 
 
 @jit
+def _share(position, S, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr):
+    """The slots [start, end) of an attention program's share, in whole blocks of those that are in use."""
+    used = tl.minimum(position + 1, S).to(tl.int32)
+    size = tl.cdiv(tl.cdiv(used, BLOCK_S), SPLITS) * BLOCK_S
+    start = tl.program_id(2) * size
+    return start, tl.minimum(start + size, used)
+
+
+@jit
+def _fetch_share(
+    k_ptr,
+    v_ptr,
+    position_ptr,
+    S,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SPLITS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The first AHEAD slots of the share that the last known position gives: an old one does no harm here."""
+    if PDL and AHEAD > 0:
+        PIECE: tl.constexpr = 1024
+        row = tl.program_id(0).to(tl.int64) * K + tl.program_id(1)
+        start, end = _share(tl.load(position_ptr + tl.program_id(0)), S, BLOCK_S, SPLITS)
+        ITEM: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
+        count = tl.minimum(end - start, AHEAD) * (D * ITEM) // PIECE
+        _fetch(k_ptr + (row * S + start) * D, PIECE, count, PIECE, PDL)
+        _fetch(v_ptr + (row * S + start) * D, PIECE, count, PIECE, PDL)
+
+
+@jit
 def _own(
     qkv_ptr,
-    frequency_ptr,
+    rope_ptr,
     k_norm_ptr,
     k_ptr,
     v_ptr,
@@ -690,20 +765,16 @@ def _own(
     LIMIT: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """What an attention program of (row, key head, split) begins with: the row's slot; the slots [start, end) of its share,
-    in whole blocks of those that are in use; the rotation at the row's position; and the row's new key and value, which
+    """What an attention program of (row, key head, split) begins with: the row's slot; its share; the rotation at the row's position; and the row's new key and value, which
     the first split writes, and which never come from the cache."""
     WIDTH: tl.constexpr = (G + 2) * K * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     in_head = d < D
     position = tl.load(position_ptr + row)
     slot = (position % S).to(tl.int32)
-    used = tl.minimum(position + 1, S).to(tl.int32)
-    size = tl.cdiv(tl.cdiv(used, BLOCK_S), SPLITS) * BLOCK_S
-    start = tl.program_id(2) * size
-    end = tl.minimum(start + size, used)
-    angle = position.to(tl.float32) * tl.load(frequency_ptr + d, mask=in_head, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    start, end = _share(position, S, BLOCK_S, SPLITS)
+    cos = tl.load(rope_ptr + row * D + d, mask=in_head, other=0.0)
+    sin = tl.load(rope_ptr + (rows + row) * D + d, mask=in_head, other=0.0)
     k_head = (G * K + head) * D
     k = _rotated(qkv_ptr, row, rows, k_head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
     v = _output(qkv_ptr, row, rows, k_head + K * D + d, in_head, WIDTH, PARTS, dtype)
@@ -717,7 +788,7 @@ def _own(
 @jit
 def _attention_by_sums_kernel(
     qkv_ptr,
-    frequency_ptr,
+    rope_ptr,
     q_norm_ptr,
     k_norm_ptr,
     k_ptr,
@@ -745,6 +816,7 @@ def _attention_by_sums_kernel(
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     LIMIT: tl.constexpr,
+    AHEAD: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -755,10 +827,11 @@ def _attention_by_sums_kernel(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
+    _fetch_share(k_ptr, v_ptr, position_ptr, S, K, D, BLOCK_S, SPLITS, AHEAD, PDL)
     _wait(PDL)
     slot, start, end, cos, sin, own_k, own_v = _own(
         qkv_ptr,
-        frequency_ptr,
+        rope_ptr,
         k_norm_ptr,
         k_ptr,
         v_ptr,
@@ -822,7 +895,7 @@ def _attention_by_sums_kernel(
 @jit
 def _attention_kernel(
     qkv_ptr,
-    frequency_ptr,
+    rope_ptr,
     q_norm_ptr,
     k_norm_ptr,
     k_ptr,
@@ -850,6 +923,7 @@ def _attention_kernel(
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     LIMIT: tl.constexpr,
+    AHEAD: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -863,10 +937,11 @@ def _attention_kernel(
     g, lane, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     q_mask = (g < G)[:, None] & in_head[None, :]
+    _fetch_share(k_ptr, v_ptr, position_ptr, S, K, D, BLOCK_S, SPLITS, AHEAD, PDL)
     _wait(PDL)
     slot, start, end, cos, sin, own_k, own_v = _own(
         qkv_ptr,
-        frequency_ptr,
+        rope_ptr,
         k_norm_ptr,
         k_ptr,
         v_ptr,
@@ -965,7 +1040,7 @@ def _combine_kernel(
 
 def decode_attention(
     qkv: Tensor,
-    frequency: Tensor,
+    rope: Tensor,
     position: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -986,8 +1061,9 @@ def decode_attention(
     of the caches [M, K, S, D] in bf16, float32, E4M3 or E5M2; reads no other. Returns [M, H * D] in `dtype` or, with
     input_scale, in E4M3.
 
-    qkv is [M, (H + 2 * K) * D] in `dtype` or float32 partial sums [P, M, ...]. frequency [D] is in radians a position, its
-    first half negative; position [M], the token's own, is int64. q_norm and k_norm [D] are RMSNorm weights. `scale`
+    qkv is [M, (H + 2 * K) * D] in `dtype` or float32 partial sums [P, M, ...]. rope [2, M, D] is what `rope` makes of
+    position [M], the token's own (int64), and frequencies of which the first half is negative, so that their sines are
+    `rotate`'s. q_norm and k_norm [D] are RMSNorm weights. `scale`
     multiplies the scores; softcap c turns scores s into c * tanh(s / c); k_scale and v_scale are an FP8 cache's. `splits`
     programs, a power of 2, share a row's slots.
     """
@@ -1004,7 +1080,7 @@ def decode_attention(
     _launch(
         _attention_by_sums_kernel if config.by_sums else _attention_kernel,
         (m, kv_heads, splits),
-        *(qkv, frequency, q_norm, k_norm, k_cache, v_cache, position, input_scale, out, acc, stats),
+        *(qkv, rope, q_norm, k_norm, k_cache, v_cache, position, input_scale, out, acc, stats),
         *(scale * k_scale, v_scale, softcap, 1 / k_scale, 1 / v_scale, eps, m, slots),
         K=kv_heads,
         G=group,
@@ -1016,6 +1092,7 @@ def decode_attention(
         STAGES=config.num_stages,
         PARTS=_parts(qkv),
         LIMIT=torch.finfo(k_cache.dtype).max if k_cache.dtype.itemsize == 1 else 0.0,
+        AHEAD=config.ahead if d * k_cache.dtype.itemsize % 16 == 0 else 0,
         dtype=_triton_dtype(dtype),
         num_warps=config.num_warps,
     )
@@ -1063,7 +1140,6 @@ def _gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
@@ -1079,23 +1155,19 @@ def _gemv_kernel(
         acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
     columns = tl.arange(0, BLOCK_K)
-    _prefetch(rows_ptr, IN, AHEAD, PDL)
     if EARLY > 0:
-        first = tl.load(rows_ptr[:, None] + columns[None, :], mask=(columns < IN)[None, :], other=0.0)
-    if EARLY > 1:
-        second = tl.load(rows_ptr[:, None] + BLOCK_K + columns[None, :], mask=(BLOCK_K + columns < IN)[None, :], other=0.0)
+        early = tl.arange(0, EARLY)
+        in_row = early < IN
+        first = tl.load(rows_ptr[:, None] + early[None, :], mask=in_row[None, :], other=0.0)
     _wait(PDL)
-    if EARLY > 0:
-        x = tl.load(x_ptr + columns, mask=columns < IN, other=0.0).to(tl.float32)[None, :]
-        acc += first.to(tl.float32) * x
-    if EARLY > 1:
-        x = tl.load(x_ptr + BLOCK_K + columns, mask=BLOCK_K + columns < IN, other=0.0).to(tl.float32)[None, :]
-        acc += second.to(tl.float32) * x
-    for k in tl.range(EARLY * BLOCK_K, IN, BLOCK_K, num_stages=STAGES):
+    for k in tl.range(EARLY, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
         weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
         acc += weight * tl.load(x_ptr + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
     y = tl.sum(acc, axis=1)
+    if EARLY > 0:
+        x = tl.load(x_ptr + early, mask=in_row, other=0.0).to(tl.float32)
+        y += tl.sum(first.to(tl.float32) * x[None, :], axis=1)
     if input_scale_ptr is not None:
         y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
     y = y.to(dtype).to(tl.float32)
@@ -1141,7 +1213,6 @@ def gemv(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
-        AHEAD=config.ahead,
         EARLY=config.early,
         dtype=_triton_dtype(dtype),
         num_warps=config.num_warps,
@@ -1151,51 +1222,54 @@ def gemv(
 
 @jit
 def _skinny_kernel(
-    x_ptr,
-    weight_ptr,
+    out_ptr,
+    weight_tiles,
+    x_tiles,
     input_scale_ptr,
     weight_scale_ptr,
-    out_ptr,
+    next_scale_ptr,
     rows,
     tiles,
     OUT: tl.constexpr,
-    IN: tl.constexpr,
+    GEGLU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     PROMOTE: tl.constexpr,
+    dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Weight rows are the wide side of the product, x's few rows the narrow one."""
+    """Weight rows are the wide side of the product, x's few rows the narrow one. What tiles hold outside of their matrix
+    is zero."""
     _start(PDL)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_K)
-    first = tl.program_id(1) * tiles * BLOCK_K
-    rows_ptr = weight_ptr + tl.minimum(n, OUT - 1).to(tl.int64) * IN  # what is read twice is not stored
-    weight_ptrs = rows_ptr[:, None] + (first + columns)[None, :]
-    x_ptrs = x_ptr + m[None, :] * IN + (first + columns)[:, None]
-    in_rows = (m < rows)[None, :]
+    first_row = tl.program_id(0) * BLOCK_N
+    first_tile = tl.program_id(1) * tiles
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if GEGLU:
+        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     _wait(PDL)
-    for tile in tl.range(0, tiles, num_stages=STAGES):
-        k = tile * BLOCK_K
-        if EVEN:
-            weight = tl.load(weight_ptrs + k)
-            x = tl.load(x_ptrs + k, mask=in_rows, other=0.0)
-        else:
-            inside = first + k + columns < IN
-            weight = tl.load(weight_ptrs + k, mask=inside[None, :], other=0.0)
-            x = tl.load(x_ptrs + k, mask=in_rows & inside[:, None], other=0.0)
+    for tile in tl.range(first_tile, first_tile + tiles, num_stages=STAGES):
+        x = x_tiles.load([0, tile * BLOCK_K]).T
         # A Hopper tensor core keeps few bits of a sum of FP8 products: each tile's is added in float32. (With fewer
         # than 32 products Triton would turn to FP16 instead, at a conversion for every weight.)
+        weight = weight_tiles.load([first_row, tile * BLOCK_K])
         acc = tl.dot(weight, x, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
+        if GEGLU:
+            weight = weight_tiles.load([first_row + OUT, tile * BLOCK_K])
+            up = tl.dot(weight, x, up, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
+    n = first_row + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
     if input_scale_ptr is not None:
-        acc *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
+        scale = tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
+        acc *= scale
+        if GEGLU:
+            up *= scale
+    if GEGLU:
+        acc = _geglu(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
     offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(n < OUT)[:, None] & in_rows)
+    mask = (n < OUT)[:, None] & (m < rows)[None, :]
+    _store(out_ptr + offsets, acc, next_scale_ptr, mask, out_ptr.dtype.element_ty)
 
 
 def skinny_matmul(
@@ -1204,29 +1278,34 @@ def skinny_matmul(
     input_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    geglu: bool = False,
+    next_scale: Tensor | None = None,
     config: Skinny | None = None,
 ) -> Tensor:
-    """x @ weight.T of up to 64 rows, as `linear_reference`; with config.split > 1 float32 partial sums [split, M, N]."""
-    (m, k), n, dtype = x.shape, weight.shape[0], dtype or x.dtype
-    config = config or linear_config(m, n, k, weight.dtype)
+    """`gemv` of up to 64 rows; with config.split > 1 float32 partial sums [split, M, N], and no `geglu`."""
+    (m, k), n, dtype = x.shape, weight.shape[0] // (2 if geglu else 1), dtype or x.dtype
+    config = config or linear_config(m, weight.shape[0], k, weight.dtype)
     tiles = -(-k // (config.block_k * config.split))  # of a program
-    split = -(-k // (config.block_k * tiles))  # without shares that would be empty
+    split = 1 if geglu else -(-k // (config.block_k * tiles))  # without shares that would be empty
     if split == 1:
-        out = torch.empty(m, n, dtype=dtype, device=x.device)
+        out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
     else:
         out = torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     _launch(
         _skinny_kernel,
         (-(-n // config.block_n), split),
-        *(x, weight, input_scale, weight_scale, out, m, tiles),
+        out,
+        TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
+        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+        *(input_scale, weight_scale, next_scale, m, -(-k // config.block_k) if split == 1 else tiles),
         OUT=n,
-        IN=k,
+        GEGLU=geglu,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        EVEN=k % (config.block_k * tiles) == 0,
         STAGES=config.num_stages,
         PROMOTE=config.block_k if weight.dtype == E4M3 else 0,
+        dtype=_triton_dtype(dtype),
         num_warps=config.num_warps,
     )
     return out
@@ -1252,7 +1331,7 @@ def linear_rows(
         return gemv(x, weight, input_scale, weight_scale, dtype, config=config)
     if isinstance(config, Skinny):
         config = config if partials else config._replace(split=1)
-        return skinny_matmul(x, weight, input_scale, weight_scale, dtype, config)
+        return skinny_matmul(x, weight, input_scale, weight_scale, dtype, config=config)
     if input_scale is None:
         return F.linear(x, weight)
     return fp8_matmul(x, weight, input_scale, weight_scale, dtype)
@@ -1271,6 +1350,9 @@ def linear_geglu(
     if isinstance(config, Gemv):  # half as many outputs a program, as each has two rows
         config = config._replace(block_n=max(1, config.block_n // 2))
         return gemv(x, weight, input_scale, weight_scale, dtype, True, next_scale, config)
+    if isinstance(config, Skinny):
+        config = config._replace(block_n=64, num_stages=3)
+        return skinny_matmul(x, weight, input_scale, weight_scale, dtype, True, next_scale, config)
     return geglu(linear_rows(x, weight, input_scale, weight_scale, dtype, partials=True), dtype, next_scale)
 
 

@@ -839,17 +839,17 @@ class Transformer(nn.Module):
         """`forward` for one token [B] a row, behind those in the KV cache, by kernels.py: logits [B, V] in the weights'
         dtype (float32 with a softcap), which differ from forward's by the order in which sums are made."""
 
-        def attend(layer: Attention, qkv: Tensor, frequency: Tensor, *norms) -> Tensor:
+        def attend(layer: Attention, qkv: Tensor, rope: Tensor, *norms) -> Tensor:
             cache, input_scale = layer.cache, layer.wo.input_scale
             options = layer.scale, layer.softcap, input_scale, cache.k_scale, cache.v_scale
             caches = cache.k, cache.v, layer.n_heads, self.dtype
-            return kernels.decode_attention(qkv, frequency, position, *caches, *options, *norms)
+            return kernels.decode_attention(qkv, rope, position, *caches, *options, *norms)
 
-        return self._by_kernels(tokens, attend)
+        return self._by_kernels(tokens, position, attend)
 
     def prefill(self, tokens: Tensor, position: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """`forward` for the logits of each row's last token, as `decode` makes them: by kernels.py and PyTorch's fused
-        attention, where the KV cache is empty. H200, gemma-7b, 8 times 2,048 tokens: 
+        attention, where the KV cache is empty. H200, gemma-7b, 8 times 2,048 tokens:
         """
         if position is not None:
             return self.forward(tokens, position, lengths)
@@ -857,30 +857,32 @@ class Transformer(nn.Module):
         if lengths is None:
             lengths = torch.full((batch,), count, device=tokens.device)
 
-        def attend(layer: Attention, qkv: Tensor, frequency: Tensor, *norms) -> Tensor:
+        def attend(layer: Attention, qkv: Tensor, rope: Tensor, *norms) -> Tensor:
             cache = layer.cache
             caches = cache.k, cache.v, layer.n_heads, self.dtype, cache.k_scale, cache.v_scale
-            q, k, v = kernels.prefill_rope(qkv, frequency, lengths, *caches, *norms)
+            q, k, v = kernels.prefill_rope(qkv, rope, lengths, *caches, *norms)
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             y = attention(q, k, v, layer.scale * cache.k_scale, None, layer.window, layer.softcap)
             return kernels.rescale(y.transpose(1, 2).reshape(batch * count, -1), cache.v_scale, layer.wo.input_scale)
 
         last = torch.arange(0, batch * count, count, device=tokens.device) + lengths - 1
-        return self._by_kernels(tokens.flatten(), attend, last)
+        return self._by_kernels(tokens.flatten(), torch.arange(count, device=tokens.device), attend, last)
 
-    def _by_kernels(self, tokens: Tensor, attend: Callable[..., Tensor], rows: Tensor | None = None) -> Tensor:
-        """Logits for tokens [M], or for `rows` of them only."""
+    def _by_kernels(self, tokens: Tensor, positions: Tensor, attend: Callable, rows: Tensor | None = None) -> Tensor:
+        """Logits for tokens [M], or for `rows` of them only. attend(a layer's Attention, its qkv, the rotations of
+        `positions`, the weights of its norms, epsilon) makes wo's input."""
         config, dtype, eps = self.config, self.dtype, self.config.norm_eps
         head = (None, None) if self.head_scales is None else tuple(self.head_scales[kind] for kind in HEAD_SCALES)
+        local = any(map(config.is_local, range(config.n_layers)))
+        rope = kernels.rope(positions, self.rope_frequency, *[self.rope_frequency_local] * local)
         x = kernels.embed(tokens, self.embedding.weight, self.embedding_scale[dtype], dtype, head[1])
         y = post_weight = None  # the newest layer's output, and the norm that it gets before x takes it in
         for index, layer in enumerate(self.layers):
             attention, feed_forward = layer.attention, layer.feed_forward
             x, h = kernels.add_norm(x, y, post_weight, layer.attention_norm.weight, eps, attention.wqkv.input_scale)
             qkv = kernels.linear_rows(h, *_operands(attention.wqkv), dtype, partials=True)
-            frequency = self.rope_frequency_local if config.is_local(index) else self.rope_frequency
             norms = (norm and norm.weight for norm in (attention.q_norm, attention.k_norm))
-            y = attend(attention, qkv, frequency, *norms, eps)
+            y = attend(attention, qkv, rope[int(config.is_local(index))], *norms, eps)
             y = kernels.linear_rows(y, *_operands(attention.wo), dtype, partials=True)
             post_weight = layer.post_attention_norm and layer.post_attention_norm.weight
             w13, w2 = feed_forward.w13, feed_forward.w2

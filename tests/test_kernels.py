@@ -163,6 +163,7 @@ def test_decode_attention(case, dtypes):
     frequency = (torch.rand(d // 2).repeat(2) * torch.tensor([-1.0, 1]).repeat_interleave(d // 2)).to(DEVICE)
     # one key; a ring that is full, and has come round; between
     position = torch.tensor([0, slots + 9, slots // 2, slots - 1, 7][-m:], device=DEVICE)
+    rope = kernels.rope_reference(position, frequency)[0]
     config = AttentionConfig(block_s=16, num_warps=4, num_stages=2, by_sums=by_sums)
     unit = 0.004
     norms = dict(q_norm=normal(d, dtype=dtype), k_norm=normal(d, dtype=dtype))
@@ -177,10 +178,8 @@ def test_decode_attention(case, dtypes):
                 cache[row, :, p % slots] = float("nan")
         expected_caches = [cache.clone() for cache in caches]
         arguments = (heads, dtype, scale)
-        y = kernels.decode_attention(
-            qkv, frequency, position, *caches, *arguments, **options, splits=splits, config=config
-        )
-        expected = kernels.decode_attention_reference(qkv, frequency, position, *expected_caches, *arguments, **options)
+        y = kernels.decode_attention(qkv, rope, position, *caches, *arguments, **options, splits=splits, config=config)
+        expected = kernels.decode_attention_reference(qkv, rope, position, *expected_caches, *arguments, **options)
         for cache, expected_cache in zip(caches, expected_caches):
             for row, p in enumerate(position.tolist()):
                 assert_same(cache[row, :, : p + 1], expected_cache[row, :, : p + 1])
@@ -191,13 +190,20 @@ def test_decode_attention(case, dtypes):
             assert_same(y, expected)
 
 
+def test_rope():
+    position, frequencies = torch.tensor([0, 7, 131_071], device=DEVICE), [normal(24), normal(24, scale=0.01)]
+    for kinds in (1, 2):
+        arguments = position, *frequencies[:kinds]
+        torch.testing.assert_close(kernels.rope(*arguments), kernels.rope_reference(*arguments), rtol=0, atol=1e-6)
+
+
 def test_attention_splits_fill_the_gpu():
     assert kernels.attention_splits(1024, 512, 16) == 1
     assert kernels.attention_splits(16, 512, 64) == 4
     assert kernels.attention_splits(1, 8192, 32) == 64
     assert kernels.attention_splits(1, 40, 32) == 1
     caches = [normal(1, 1, 90, 24) for _ in range(2)]
-    arguments = (normal(1, 72), torch.ones(24, device=DEVICE), torch.tensor([33], device=DEVICE), *caches, 1, F32, 0.3)
+    arguments = (normal(1, 72), normal(2, 1, 24), torch.tensor([33], device=DEVICE), *caches, 1, F32, 0.3)
     # of two shares the second has no slots
     assert_same(kernels.decode_attention(*arguments), kernels.decode_attention_reference(*arguments))
 
@@ -210,11 +216,12 @@ def linear_inputs(m, n, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32, E4M3])
+@pytest.mark.parametrize("early", [0, 64, 128])
 @pytest.mark.parametrize("shape", [(11, 80), (16, 256), (5, 100)])
-def test_gemv(dtype, shape):
+def test_gemv(dtype, shape, early):
     inputs = linear_inputs(1, *shape, dtype)
     out = F32 if dtype == F32 else BF16
-    y = kernels.gemv(*inputs, out, config=Gemv(block_n=4, block_k=64, num_warps=4, num_stages=3))
+    y = kernels.gemv(*inputs, out, config=Gemv(block_n=4, block_k=64, num_warps=4, num_stages=3, early=early))
     assert_same(y, kernels.linear_reference(*inputs, out))
 
 
@@ -226,8 +233,11 @@ def test_linear_geglu(dtype, m):
     expected = kernels.gemv_reference(*inputs, out, True, next_scale)
     assert_same(kernels.linear_geglu(*inputs, out, next_scale), expected)
     if m == 1:
-        config = Gemv(block_n=2, block_k=32, num_warps=4, num_stages=2)
+        config = Gemv(block_n=2, block_k=32, num_warps=4, num_stages=2, early=16)
         assert_same(kernels.gemv(*inputs, out, True, next_scale, config), expected)
+    else:
+        config = Skinny(16, block_n=32, block_k=32, split=2, num_warps=4, num_stages=2)
+        assert_same(kernels.skinny_matmul(*inputs, out, True, next_scale, config), expected)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32, E4M3])
@@ -238,7 +248,7 @@ def test_skinny_matmul(dtype, split, shape):
     inputs = linear_inputs(m, n, k, dtype)
     out = F32 if dtype == F32 else BF16
     config = Skinny(16 if m <= 16 else 32, block_n=32, block_k=32, split=split, num_warps=4, num_stages=2)
-    y = kernels.skinny_matmul(*inputs, out, config)
+    y = kernels.skinny_matmul(*inputs, out, config=config)
     assert y.dim() == 2 if split == 1 else (len(y) <= split and y.dtype == F32)
     assert_same(y if split == 1 else y.sum(0).to(out), kernels.linear_reference(*inputs, out))
 
@@ -366,8 +376,9 @@ def test_decode_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypa
 def test_prefill_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypatch):
     """Logits, and what a later query will see of the KV cache."""
     model = tiny_model(case, dtype, fp8_weights, monkeypatch)
-    lengths = torch.tensor([19, 3, 12][:rows], device=DEVICE)
-    prompts = torch.randint(2, 128, (rows, 19), device=DEVICE)
+    width = 11  # longer than the small window
+    lengths = torch.tensor([width, 3, 9][:rows], device=DEVICE)
+    prompts = torch.randint(2, 128, (rows, width), device=DEVICE)
     logits, held = [], []
     for run in (model, model.prefill):
         caches = model.new_caches(rows, 48, cache_dtype)
