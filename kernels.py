@@ -65,7 +65,7 @@ SMS = 132  # of an H100 or H200
 class Gemv(NamedTuple):
     """A program owns block_n outputs and adds up block_k columns at a time, with num_stages - 1 such tiles in flight.
 
-    The first `early` columns of the weight, a power of 2 or 0, are loaded while the kernel before still runs.
+    The first `early` of them are loaded while the kernel before still runs.
     """
 
     block_n: int
@@ -106,13 +106,16 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype) -> Gemv | Skinny |
     What was fastest in whole steps of gemma-7b and gemma-2b on an H200.
     """
     if m == 1:
+        fp8 = dtype == E4M3
+        if k > 8192 and n <= 2560 and not fp8:
+            return Gemv(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
         if k > 8192:
-            return Gemv(block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=4096)
-        if n < 4096:
-            return Gemv(block_n=2, block_k=2048, num_warps=4, num_stages=3, early=2048)
+            return Gemv(block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=3 if fp8 else 1)
+        if n < 4096:  # all of it early; gemma-2b's 2,560 outputs would leave GPU unused as 640 programs
+            return Gemv(block_n=2 if n == 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=-(-k // 2048))
         if k <= 2048 and n < 200_000:
-            return Gemv(block_n=4, block_k=2048, num_warps=4, num_stages=4)
-        return Gemv(block_n=8, block_k=512, num_warps=4, num_stages=4, early=1024 if n < 32768 else 0)
+            return Gemv(block_n=4, block_k=2048 if fp8 else 1024, num_warps=4, num_stages=4, early=1)
+        return Gemv(block_n=8, block_k=512, num_warps=4, num_stages=4, early=2 if n < 32768 or k <= 2048 else 0)
     if m > 64 or dtype == torch.float32 or k * dtype.itemsize % 16:  # rows of tiles begin at multiples of 16 bytes
         return None
     if m > 16 and dtype == E4M3 and n <= 16384:
@@ -133,8 +136,8 @@ def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtyp
             return AttentionConfig(block_s=8, num_warps=1, num_stages=6, by_sums=True)
         return AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
     if slots > 2048:
-        return AttentionConfig(block_s=64, num_warps=4, num_stages=2, by_sums=True, ahead=64)
-    return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=False, ahead=64)
+        return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=True)
+    return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
 
 
 def attention_splits(pairs: int, slots: int, block_s: int) -> int:
@@ -1155,19 +1158,20 @@ def _gemv_kernel(
         acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
     columns = tl.arange(0, BLOCK_K)
-    if EARLY > 0:
-        early = tl.arange(0, EARLY)
-        in_row = early < IN
-        first = tl.load(rows_ptr[:, None] + early[None, :], mask=in_row[None, :], other=0.0)
+    early = ()
+    for k in tl.static_range(0, EARLY * BLOCK_K, BLOCK_K):
+        mask = k + columns < IN
+        early = early + (tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0),)
     _wait(PDL)
-    for k in tl.range(EARLY, IN, BLOCK_K, num_stages=STAGES):
+    for tile in tl.static_range(EARLY):
+        k = tile * BLOCK_K
+        x = tl.load(x_ptr + k + columns, mask=k + columns < IN, other=0.0)
+        acc += early[tile].to(tl.float32) * x.to(tl.float32)[None, :]
+    for k in tl.range(EARLY * BLOCK_K, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
         weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
         acc += weight * tl.load(x_ptr + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
     y = tl.sum(acc, axis=1)
-    if EARLY > 0:
-        x = tl.load(x_ptr + early, mask=in_row, other=0.0).to(tl.float32)
-        y += tl.sum(first.to(tl.float32) * x[None, :], axis=1)
     if input_scale_ptr is not None:
         y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
     y = y.to(dtype).to(tl.float32)

@@ -216,7 +216,7 @@ def linear_inputs(m, n, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32, E4M3])
-@pytest.mark.parametrize("early", [0, 64, 128])
+@pytest.mark.parametrize("early", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(11, 80), (16, 256), (5, 100)])
 def test_gemv(dtype, shape, early):
     inputs = linear_inputs(1, *shape, dtype)
@@ -233,7 +233,7 @@ def test_linear_geglu(dtype, m):
     expected = kernels.gemv_reference(*inputs, out, True, next_scale)
     assert_same(kernels.linear_geglu(*inputs, out, next_scale), expected)
     if m == 1:
-        config = Gemv(block_n=2, block_k=32, num_warps=4, num_stages=2, early=16)
+        config = Gemv(block_n=2, block_k=32, num_warps=4, num_stages=2, early=1)
         assert_same(kernels.gemv(*inputs, out, True, next_scale, config), expected)
     else:
         config = Skinny(16, block_n=32, block_k=32, split=2, num_warps=4, num_stages=2)
