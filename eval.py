@@ -31,7 +31,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
-except ImportError:  # only --tasks needs it: `evaluate_tasks` says so
+except ImportError:  # only --tasks needs it: `find_tasks` says so
     TemplateLM = object
 
 LOGITS = 4096  # positions whose logits are in memory at once where continuations are scored
@@ -237,6 +237,7 @@ def _score_batch(
 ) -> list[tuple[float, bool]]:
     """`score` of continuations (longest first), each of which follows the context that its element of `rows` counts."""
     tokens, lengths = _padded(contexts, 0, model.device)  # [B, T], [B]
+    model.attach_caches([None] * model.config.n_layers)  # freed first
     model.attach_caches(held := model.new_caches(*tokens.shape, kv_dtype))
     row = torch.tensor(rows, device=model.device)  # [R]
     first = torch.tensor([continuation[0] for continuation in continuations], device=model.device)
@@ -250,6 +251,8 @@ def _score_batch(
         part = slice(i, min(i + batch_size, len(longer)))
         inputs, counts = _padded([continuation[:-1] for continuation in longer[part]], 0, model.device)
         targets, _ = _padded([continuation[1:] for continuation in longer[part]], -100, model.device)
+        caches = None
+        model.attach_caches(held)  # the part before is freed first
         # A slot of the contexts' caches is the same in larger ones: rings are either full already or not yet closed.
         caches = model.new_caches(len(inputs), tokens.shape[1] + inputs.shape[1], kv_dtype)
         for new, old in zip(caches, held):
