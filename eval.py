@@ -1,9 +1,12 @@
-"""Perplexity of a text file, and how far one checkpoint's predictions are from another's."""
+"""Perplexity of a text file, how far one checkpoint's predictions are from another's, and scores in benchmarks by
+EleutherAI's lm-evaluation-harness."""
 
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from itertools import groupby
 from pathlib import Path
 
@@ -11,9 +14,28 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import DEFAULT_CHECKPOINT, KV_DTYPES, PRECISIONS, Parser, check_kv_scales, load_model, run_program
+from generate import (
+    DEFAULT_CHECKPOINT,
+    KV_DTYPES,
+    PRECISIONS,
+    Parser,
+    check_kv_scales,
+    generate,
+    load_model,
+    run_program,
+)
 from model import Transformer
 from tokenizer import Tokenizer
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+except ImportError:  # only --tasks needs it: `find_tasks` says so
+    TemplateLM = object
+
+LOGITS = 4096  # positions whose logits are in memory at once where continuations are scored
+STOP_STEPS = 16  # decode steps between two looks for stop strings
 
 
 def read_texts(file: Path) -> list[str]:
@@ -143,15 +165,263 @@ def _check_window(model: Transformer, window: int):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# lm-evaluation-harness
+
+
+@torch.inference_mode()
+def score(
+    model: Transformer,
+    requests: list[tuple[list[int], list[int]]],
+    batch_size: int = 8,
+    kv_dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[tuple[float, bool]]:
+    """For each (context, continuation) of token ids: the continuation's log-probability in nats, and whether it is what
+    greedy decoding gives.
+
+    A context runs once, however many continuations it has, and gives the logits of their first tokens; its K and V are
+    then copied for each continuation of more than one. At most batch_size contexts or continuations run at once, those
+    of similar length together. What exceeds the model's context is cut off at the beginning, with a warning.
+    `progress` is called with the number of requests just done.
+
+    Raises ValueError for a batch_size below 1, an empty context or continuation, a continuation longer than the model's
+    context, a token id outside the vocabulary, or too little memory.
+    """
+    config, device = model.config, model.device
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    groups, cut = {}, 0  # context: indices of its continuations
+    for index, (context, continuation) in enumerate(requests):
+        if not context or not continuation:
+            raise ValueError(f"request {index + 1} has an empty {'continuation' if context else 'context'}")
+        if len(continuation) > config.context_length:
+            raise ValueError(
+                f"request {index + 1} has a continuation of {len(continuation)} tokens, "
+                f"more than the context of {config.context_length}"
+            )
+        if not all(0 <= token < config.vocab_size for part in (context, continuation) for token in part):
+            raise ValueError(f"request {index + 1} has a token id outside the vocabulary of {config.vocab_size}")
+        room = config.context_length + 1 - len(continuation)  # the last token is predicted, but not read
+        cut += len(context) > room
+        groups.setdefault(tuple(context[-room:]), []).append(index)
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(requests)} requests exceed the context of {config.context_length} tokens: "
+            "the beginning of theirs is cut off",
+            stacklevel=2,
+        )
+
+    results, contexts = [(0.0, True)] * len(requests), sorted(groups, key=len, reverse=True)
+    model.decoder = None  # its memory is wanted here
+    try:
+        for i in range(0, len(contexts), batch_size):
+            batch = contexts[i : i + batch_size]
+            rows = [(row, index) for row, context in enumerate(batch) for index in groups[context]]
+            rows.sort(key=lambda row: len(requests[row[1]][1]), reverse=True)
+            continuations = [requests[index][1] for _, index in rows]
+            scores = _score_batch(model, batch, [row for row, _ in rows], continuations, batch_size, kv_dtype)
+            for (_, index), result in zip(rows, scores):
+                results[index] = result
+            progress(len(rows))
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"out of {device.type} memory with {batch_size} requests at once; lower --batch_size"
+        ) from None
+    finally:
+        model.attach_caches([None] * config.n_layers)
+    return results
+
+
+def _score_batch(
+    model, contexts, rows: list[int], continuations, batch_size: int, kv_dtype
+) -> list[tuple[float, bool]]:
+    """`score` of continuations (longest first), each of which follows the context that its element of `rows` counts."""
+    tokens, lengths = _padded(contexts, 0, model.device)  # [B, T], [B]
+    model.attach_caches([None] * model.config.n_layers)  # freed first
+    model.attach_caches(held := model.new_caches(*tokens.shape, kv_dtype))
+    row = torch.tensor(rows, device=model.device)  # [R]
+    first = torch.tensor([continuation[0] for continuation in continuations], device=model.device)
+    logits = model(tokens, None, lengths)  # [B, V]
+    log_probs = logits.log_softmax(-1)[row, first].double()
+    greedy = logits.argmax(-1)[row] == first
+    del logits
+
+    longer = [continuation for continuation in continuations if len(continuation) > 1]
+    for i in range(0, len(longer), batch_size):
+        part = slice(i, min(i + batch_size, len(longer)))
+        inputs, counts = _padded([continuation[:-1] for continuation in longer[part]], 0, model.device)
+        targets, _ = _padded([continuation[1:] for continuation in longer[part]], -100, model.device)
+        caches = None
+        model.attach_caches(held)  # the part before is freed first
+        # A slot of the contexts' caches is the same in larger ones: rings are either full already or not yet closed.
+        caches = model.new_caches(len(inputs), tokens.shape[1] + inputs.shape[1], kv_dtype)
+        for new, old in zip(caches, held):
+            new.k[:, :, : old.slots] = old.k[row[part]]
+            new.v[:, :, : old.slots] = old.v[row[part]]
+        model.attach_caches(caches)
+        step = max(1, LOGITS // len(inputs))
+        for j in range(0, inputs.shape[1], step):
+            piece, target = inputs[:, j : j + step], targets[:, j : j + step]  # [R, T]
+            logits = model(piece, lengths[row[part]] + j, (counts - j).clamp(0, piece.shape[1]), all_logits=True)
+            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")  # 0 for padding
+            log_probs[part] -= loss.view(target.shape).double().sum(-1)
+            greedy[part] &= ((logits.argmax(-1) == target) | (target < 0)).all(-1)
+            del logits
+    return list(zip(log_probs.tolist(), greedy.tolist()))
+
+
+def _padded(rows: list, padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists as [B, T], padded on the right, and their lengths [B]."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+    return tokens.to(device), torch.tensor([len(row) for row in rows]).to(device)
+
+
+class HarnessModel(TemplateLM):
+    """A model as the harness wants it, for `lm_eval.simple_evaluate(model=HarnessModel(model, tokenizer), ...)`.
+
+    Text becomes tokens, and scores are made, as by the harness's own `hf` model for Gemma: <bos> in front of every
+    context and, in rolling log-likelihoods, in front of the text, where it is predicted, too. `compile` is for the decode
+    steps of generation tasks.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        batch_size: int = 8,
+        kv_dtype: torch.dtype | None = None,
+        compile: bool = False,
+        seed: int = 1234,
+    ):
+        super().__init__()
+        self.model, self.text = model, tokenizer  # the harness looks for Hugging Face's in `tokenizer`
+        self.batch_size, self.kv_dtype, self.compile, self.seed = batch_size, kv_dtype, compile, seed
+        self.max_length = model.config.context_length
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.text.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.text.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        bos = self.text.sp.id_to_piece(self.text.bos_id)
+        if string.startswith(bos):  # chat templates write it
+            return self.text.encode(string.removeprefix(bos))
+        return self.text.encode(string, bos=add_special_tokens is not False)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        with tqdm(total=len(pairs), unit="request", leave=False, disable=disable_tqdm) as bar:
+            return score(self.model, pairs, self.batch_size, self.kv_dtype, bar.update)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
+            totals[owner] += log_prob
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Text up to the first stop string. A prompt that leaves no room for max_gen_toks is cut off at the beginning.
+
+        Settings are the harness's `until`, `max_gen_toks` (256 if there is none), `do_sample` and `temperature`, and
+        top_k, top_p, min_p and repetition_penalty of `Sampling`, off if not given. Raises ValueError for another one.
+        """
+        groups = {}  # settings: indices of their requests
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        texts = [""] * len(requests)
+        for indices in groups.values():
+            settings = normalize_gen_kwargs(requests[indices[0]].args[1])
+            stops, count = [stop for stop in settings.pop("until") if stop], settings.pop("max_gen_toks")
+            sampled, temperature = settings.pop("do_sample"), settings.pop("temperature", 0.0)
+            if unknown := settings.keys() - {"top_k", "top_p", "min_p", "repetition_penalty"}:
+                raise ValueError(f"generation setting '{min(unknown)}' of a task is not supported")
+            if not 0 < count < self.max_length:
+                raise ValueError(f"max_gen_toks of {count} leaves no prompt in the context of {self.max_length}")
+            prompts = [self.tok_encode(requests[index].args[0])[count - self.max_length :] for index in indices]
+            turns = -(-len(prompts) // self.batch_size)
+            with tqdm(total=turns, unit="batch", leave=False, disable=disable_tqdm) as bar:
+                completions = generate(
+                    self.model,
+                    prompts,
+                    count,
+                    batch_size=self.batch_size,
+                    temperature=temperature if sampled else 0,
+                    seed=self.seed,
+                    kv_cache_dtype=self.kv_dtype,
+                    compile=self.compile,
+                    on_step=lambda step, stops=stops, bar=bar: self._on_step(step, stops, bar),
+                    **({"top_k": 0} | settings),
+                )
+            for index, tokens in zip(indices, completions):
+                stopped = tokens[-1] in self.model.config.stop_ids
+                text = self.text.decode(tokens[:-1] if stopped else tokens)
+                texts[index] = text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
+        return texts
+
+    def _on_step(self, step: int, stops: list[str], bar: tqdm):
+        """Ends the rows that have a stop string, every STOP_STEPS steps: what they get too many is cut off later."""
+        if step == 0:
+            bar.update(1)
+        if step == 0 or step % STOP_STEPS or not stops:
+            return
+        decoder, device = self.model.decoder, self.model.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # steps run on streams of their own
+        done = decoder.state.done
+        tail = STOP_STEPS + max(len(stop.encode()) for stop in stops)  # tokens; each has at least a byte
+        ends = [self.text.decode(tokens[-tail:]) for tokens in decoder.results(len(done))]
+        done |= torch.tensor([any(stop in end for stop in stops) for end in ends], device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def find_tasks(tasks: list[str], include_path: Path | None = None):
+    """The harness's TaskManager that knows `tasks`: its own, those of YAML files in `include_path`, or such files
+    themselves. Raises ValueError without the harness and for an unknown task."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(f"--tasks needs the lm-evaluation-harness ({error}): pip install lm_eval") from None
+
+    if include_path is not None and not include_path.is_dir():
+        raise FileNotFoundError(f"no directory at {include_path}")
+    files = {task for task in tasks if Path(task).is_file()}
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not files.issuperset(set(tasks) - set(manager.all_subtasks)):
+        manager = TaskManager(include_path=include_path)  # the harness's own, some 14,000, take seconds to read
+    if unknown := set(tasks) - files - set(manager.all_tasks):
+        raise ValueError(f"there is no task and no file '{min(unknown)}': `lm_eval ls tasks` lists the tasks")
+    return manager
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The program
 
 
 def program_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="eval.py", description=__doc__)
     add = parser.add_argument
-    add("--text", type=Path, required=True, metavar="FILE", help="plain text, or JSON lines (.jsonl) with 'text'")
-    add("--window", type=int, default=1024, metavar="N", help="tokens that a forward sees (default: %(default)s)")
-    add("--batch_size", type=int, default=8, metavar="N", help="windows that run at once (default: %(default)s)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=Path, metavar="FILE", help="plain text, or JSON lines (.jsonl) with 'text'")
+    source.add_argument("--tasks", metavar="A,B", help="lm-evaluation-harness's tasks, or YAML files of your own")
+    add("--include_path", type=Path, metavar="DIR", help="where to look for more tasks")
+    add("--num_fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    add("--limit", type=int, metavar="N", help="questions of each task (default: all)")
+    add("--seed", type=int, help="of a task's examples, and of sampling (default: 1234)")
+    add("--compile", action="store_true", help="compile the decode step of tasks that generate")
+    add("--window", type=int, help="tokens of --text that a forward sees (default: 1024)")
+    add("--batch_size", type=int, default=8, metavar="N", help="windows or requests at once (default: %(default)s)")
     add("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="directory, or weight file in it")
     add("--fp8", action="store_true", help="run the linear layers in FP8")
     add("--kv_cache_dtype", choices=tuple(KV_DTYPES), default="auto", help="auto: as the weights")
@@ -164,23 +434,36 @@ def program_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace):
-    for name, least in (("window", 2), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for name, least in (("window", 2), ("batch_size", 1), ("num_fewshot", 0), ("limit", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, not {value}")
+    if args.tasks is None:
+        source, others = "--tasks", ("include_path", "num_fewshot", "limit", "seed", "compile")
+    else:
+        source, others = "--text", ("window", "against", "against_fp8")
+    for name in others:
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name} needs {source}")
     if args.against_fp8 and args.against is None:
         raise ValueError("--against_fp8 needs --against")
+    run_text(args) if args.tasks is None else run_tasks(args)
 
-    def load(path: Path, fp8: bool) -> tuple[Transformer, Tokenizer]:
-        return load_model(path, args.device, args.precision, **({"fp8": True} if fp8 else {}))
 
+def _load(args: argparse.Namespace, path: Path, fp8: bool) -> tuple[Transformer, Tokenizer]:
+    return load_model(path, args.device, args.precision, **({"fp8": True} if fp8 else {}))
+
+
+def run_text(args: argparse.Namespace):
+    window = 1024 if args.window is None else args.window
     texts = read_texts(args.text)
-    model, tokenizer = load(args.checkpoint_path, args.fp8)
-    _check_window(model, args.window)
+    model, tokenizer = _load(args, args.checkpoint_path, args.fp8)
+    _check_window(model, window)
     check_kv_scales(model, KV_DTYPES[args.kv_cache_dtype])
-    pieces = windows(texts, tokenizer, args.window)
+    pieces = windows(texts, tokenizer, window)
     reference = None
     if args.against is not None:
-        reference, other = load(args.against, args.against_fp8)
+        reference, other = _load(args, args.against, args.against_fp8)
         if other.vocab_size != tokenizer.vocab_size:
             raise ValueError(
                 f"{args.against} has a tokenizer of {other.vocab_size} tokens, "
@@ -197,6 +480,36 @@ def run(args: argparse.Namespace):
     )
     if reference is not None:
         print(f"KL {result['kl']:.3g} nats a token from {args.against}, top-1 agreement {result['top1_agreement']:.2%}")
+
+
+def run_tasks(args: argparse.Namespace):
+    tasks, seed, kv_dtype = (
+        args.tasks.split(","),
+        1234 if args.seed is None else args.seed,
+        KV_DTYPES[args.kv_cache_dtype],
+    )
+    manager = find_tasks(tasks, args.include_path)
+    from lm_eval import simple_evaluate
+
+    model, tokenizer = _load(args, args.checkpoint_path, args.fp8)
+    check_kv_scales(model, kv_dtype)
+    with redirect_stdout(sys.stderr):  # where the harness's notes belong
+        result = simple_evaluate(
+            model=HarnessModel(model, tokenizer, args.batch_size, kv_dtype, args.compile, seed),
+            tasks=tasks,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            task_manager=manager,
+            log_samples=False,
+            fewshot_random_seed=seed,
+        )
+    if args.json:
+        kept = ("results", "groups", "versions", "n-shot", "n-samples", "lm_eval_version")
+        print(json.dumps({key: result[key] for key in kept if key in result}))
+        return
+    print(make_table(result))
+    if "groups" in result:
+        print(make_table(result, "groups"))
 
 
 def main(argv: list[str] | None = None) -> int:

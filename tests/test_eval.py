@@ -231,6 +231,9 @@ def test_from_a_shell(file):
         (["--against_fp8"], "--against_fp8 needs --against"),
         (["--kv_cache_dtype", "fp7"], "invalid choice: 'fp7'"),
         (["--windw", "2"], "unrecognized arguments: --windw 2"),
+        (["--limit", "0"], "--limit must be at least 1, not 0"),
+        (["--num_fewshot", "5"], "--num_fewshot needs --tasks"),
+        (["--compile"], "--compile needs --tasks"),
     ],
 )
 def test_mistakes_get_one_line(capsys, file, arguments, message):
@@ -241,10 +244,24 @@ def test_mistakes_get_one_line(capsys, file, arguments, message):
     assert message in line
 
 
-def test_the_text_is_required(capsys):
-    status, out, err = run(capsys)
+def test_a_text_or_tasks_are_required(capsys):
+    for arguments, message in (
+        ((), "one of the arguments --text --tasks is required"),
+        (("--text", "a.txt", "--tasks", "a"), "argument --tasks: not allowed with argument --text"),
+        (("--tasks", "a", "--against", "."), "--against needs --text"),
+    ):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"error: {message}")
+
+
+def test_without_the_harness(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    status, out, err = run(capsys, "--tasks", "a")
     assert (status, out) == (2, "")
-    assert err.startswith("error: the following arguments are required: --text")
+    assert err.startswith("error: --tasks needs the lm-evaluation-harness (")
+    assert err.endswith("): pip install lm_eval\n")
 
 
 @pytest.mark.parametrize(
