@@ -6,7 +6,7 @@ from conftest import CASES, SIZES
 
 import kernels
 from generate import State
-from kernels import E4M3, AttentionConfig, Gemv, Skinny
+from kernels import E4M3, AttentionConfig, Gemv, IntWeight, Skinny
 from model import ModelConfig, Transformer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,8 +22,8 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def exact_interpreter(monkeypatch):
-    """Rounds as the hardware does. Triton 3.6's interpreter cuts bfloat16 off, loses FP8's carries (1.99 becomes 1)
-    multiplies bfloat16 matrices as integers, and with NumPy 2.5 can't use a loaded number as a loop's bound."""
+    """Rounds as the hardware does. Triton 3.6's interpreter cuts bfloat16 off, loses FP8's carries (1.99 becomes 1), makes
+    no bfloat16 of integers, multiplies its matrices as integers, and with NumPy 2.5 can't use a loaded number as a loop's bound."""
     if DEVICE.type == "cuda":
         return
     import numpy as np
@@ -50,12 +50,18 @@ def exact_interpreter(monkeypatch):
         )
         return interpreter.TensorHandle(a @ b + d.data, d.dtype.scalar)
 
+    def from_integers(self, source, target):
+        values = source.data.astype(np.float32)
+        values = values if target.scalar == tl.float32 else convert(values, tl.float32, target.scalar)
+        return interpreter.TensorHandle(values, target.scalar)
+
     def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", from_integers)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
 
 
@@ -251,6 +257,89 @@ def test_embed(kind):
     weight, tokens = (fp8 if kind == E4M3 else normal)(50, 72).to(kind), torch.tensor([3, 49, 0], device=DEVICE)
     arguments = (tokens, weight, 55.5, F32 if kind == F32 else BF16, scalar(0.013) if kind == E4M3 else None)
     assert torch.equal(kernels.embed(*arguments), kernels.embed_reference(*arguments))
+
+
+def test_embed_int8():
+    weight, tokens = int_weight(50, 72, 0), torch.tensor([3, 49, 0], device=DEVICE)
+    arguments = (tokens, weight.packed, 55.5, BF16, weight.scale)
+    expected = kernels.embed_reference(*arguments)
+    assert torch.equal(kernels.embed(*arguments), expected)
+    assert torch.equal(expected, kernels.dequantise_reference(weight, BF16)[tokens] * 55.5)
+
+
+def int_weight(n, k, group):
+    """Random codes, zeros far off the middle, too; group 0: int8."""
+    scale = (torch.rand(n, k // group if group else 1) + 0.5).mul(k**-0.5 / (4 if group else 70)).bfloat16()
+    if not group:
+        return IntWeight(torch.randint(-127, 128, (n, k), dtype=torch.int8).to(DEVICE), scale[:, 0].to(DEVICE))
+    packed = kernels.pack_int4(torch.randint(0, 16, (n, k)))
+    zero = torch.randint(70, 190, (n, k // group), dtype=torch.uint8)
+    zero[0] = torch.arange(k // group) % 2 * 255
+    return IntWeight(packed.to(DEVICE), scale.to(DEVICE), zero.to(DEVICE))
+
+
+GROUPS = pytest.mark.parametrize("group", [0, 32, 64, 128, 256])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@GROUPS
+def test_int_gemv(dtype, group):
+    for n, k in ((11, 256), (5, 1280)) if group else ((11, 256), (6, 100)):
+        x, weight = normal(1, k, dtype=dtype), int_weight(n, k, group)
+        config = Gemv(block_n=4, block_k=512 if k > 1000 else 128, num_warps=4, num_stages=2)
+        assert_same(kernels.int_gemv(x, weight, config=config), kernels.int_linear_reference(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("m", [1, 2, 5])
+@pytest.mark.parametrize("group", [0, 32])
+def test_int_geglu(dtype, m, group):
+    x, weight = normal(m, 96, dtype=dtype), int_weight(2 * 5, 96, group)
+    expected = kernels.geglu_reference(kernels.int_linear_reference(x, weight), dtype)
+    y = kernels.linear_geglu(x, weight, None, None, dtype)
+    if group and dtype == BF16 and m > 1:
+        assert_near(y, expected)
+    else:
+        assert_same(y, expected)
+
+
+def assert_near(actual, expected):
+    """To a rounding of all weights to bfloat16, beside `assert_same`'s."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    actual, expected = actual.float(), expected.float()
+    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-8 * expected.abs().max().item())
+    assert (actual - expected).norm() < 0.006 * expected.norm()
+
+
+@GROUPS
+@pytest.mark.parametrize(("split", "shape"), [(1, (5, 40, 256)), (2, (16, 64, 512)), (2, (19, 70, 768))])
+def test_int_skinny_matmul(group, split, shape):
+    m, n, k = shape
+    x, weight = normal(m, k, dtype=BF16), int_weight(n, k, group)
+    config = Skinny(16 if m <= 16 else 32, block_n=32, block_k=128, split=split, num_warps=4, num_stages=2)
+    y = kernels.int_skinny_matmul(x, weight, config)
+    assert y.dim() == 2 if split == 1 else (len(y) <= split and y.dtype == F32)
+    y, expected = y if split == 1 else y.sum(0).to(BF16), kernels.int_linear_reference(x, weight)
+    (assert_near if group else assert_same)(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@GROUPS
+def test_dequantise(dtype, group):
+    weight = int_weight(5, 768 if group else 72, group)
+    expected = kernels.dequantise_reference(weight, dtype)
+    assert torch.equal(kernels.dequantise(weight, dtype), expected)
+    assert torch.equal(expected, kernels.dequantise_reference(weight, torch.float64).to(dtype))  # rounded once
+
+
+@pytest.mark.parametrize("m", [1, 3, 65])
+@pytest.mark.parametrize("group", [0, 64])
+def test_int_linear_rows(m, group):
+    x, weight = normal(m, 512, dtype=BF16), int_weight(48, 512, group)
+    for partials in (False, True):
+        y = kernels.linear_rows(x, weight, dtype=BF16, partials=partials)
+        assert partials or y.dim() == 2
+        assert_near(y.sum(0).to(BF16) if y.dim() == 3 else y, kernels.int_linear_reference(x, weight))
 
 
 def decode_states(m, limit, stop_ids=()):
