@@ -1193,6 +1193,14 @@ class IntWeight(NamedTuple):
     scale: Tensor
     zero: Tensor | None = None
 
+    @classmethod
+    def empty(cls, n: int, k: int, group: int = 0) -> "IntWeight":
+        """int8 if group is 0; on torch's default device."""
+        if not group:
+            return cls(torch.empty(n, k, dtype=torch.int8), torch.empty(n, dtype=torch.bfloat16))
+        scale = torch.empty(n, k // group, dtype=torch.bfloat16)
+        return cls(torch.empty(n, k // 8, dtype=torch.int32), scale, torch.empty_like(scale, dtype=torch.uint8))
+
     @property
     def dtype(self) -> torch.dtype:
         return self.packed.dtype
@@ -1267,7 +1275,7 @@ def _dequantise_kernel(
         group = row * (IN // GROUP) + word // (GROUP // 8)
         scale = tl.load(scale_ptr + group, mask=mask, other=0.0).to(tl.float32)
         zero = tl.load(zero_ptr + group, mask=mask, other=0).to(tl.float32) * 0.0625
-        words = tl.load(weight_ptr + row * (IN // 8) + word, mask=mask, other=0).to(tl.uint32)
+        words = tl.load(weight_ptr + row * (IN // 8) + word, mask=mask, other=0)
         columns = word // 4 * 32 + word % 4
         for i in tl.static_range(8):
             y = (((words >> (4 * i)) & 15).to(tl.float32) - zero) * scale
@@ -1477,7 +1485,7 @@ def _int_skinny_kernel(
         for tile in tl.range(0, tiles, num_stages=STAGES):
             w = (tl.program_id(1) * tiles + tile) * WORDS
             inside, in_units = w + word < IN // 8, (w // 4 + unit < IN // 32)[None, :]
-            words = tl.load(rows_ptr[:, None] + (w + word)[None, :], mask=inside[None, :], other=0).to(tl.uint32)
+            words = tl.load(rows_ptr[:, None] + (w + word)[None, :], mask=inside[None, :], other=0)
             group = groups[:, None] + ((w // 4 + unit) // (GROUP // 32))[None, :]
             scale = tl.load(scale_ptr + group, mask=in_units, other=0.0).to(tl.float32)
             least = tl.load(zero_ptr + group, mask=in_units, other=0).to(tl.float32) * -0.0625 * scale

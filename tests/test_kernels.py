@@ -384,32 +384,41 @@ def test_greedy_emit(stop_ids, m):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("case", "rows", "dtype", "fp8_weights", "cache_dtype"),
+    ("case", "rows", "dtype", "bits", "cache_dtype"),
     [
-        ("gemma-mha", 2, BF16, False, E4M3),
-        ("gemma-mqa", 1, F32, False, None),
-        ("gemma-gqa", 3, BF16, True, E4M3),
-        ("gemma2-window-small", 3, F32, False, None),
-        ("gemma2-window-small", 1, F32, True, E5M2),
-        ("gemma3-window-half", 1, F32, False, None),
-        ("gemma3-window-half", 3, BF16, True, None),
+        ("gemma-mha", 2, BF16, None, E4M3),
+        ("gemma-mqa", 1, F32, None, None),
+        ("gemma-gqa", 3, BF16, "fp8", E4M3),
+        ("gemma2-window-small", 3, F32, None, None),
+        ("gemma2-window-small", 1, F32, "fp8", E5M2),
+        ("gemma3-window-half", 1, F32, None, None),
+        ("gemma3-window-half", 3, BF16, "fp8", None),
+        ("gemma-mqa", 1, F32, 4, None),
+        ("gemma-gqa", 3, BF16, 4, E4M3),
+        ("gemma-mqa", 3, BF16, 8, E4M3),
+        ("gemma3-window-half", 1, BF16, 8, None),
     ],
 )
-def test_decode_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypatch):
+def test_decode_is_forward(case, rows, dtype, bits, cache_dtype, monkeypatch):
     """Whole steps of tiny models, rows at different positions, behind a prefill that both share."""
     if DEVICE.type == "cpu":  # fewer programs for the interpreter
 
         def config_of(m, n, k, dtype, geglu=False):
-            return Gemv(64, 64, 4, 1) if m == 1 else None if dtype == F32 else Skinny(16, 64, 64, 1, 4, 1)
+            return Gemv(64, 64, 4, 1) if m == 1 else None if dtype == F32 else Skinny(16, 64, 128, 1, 4, 1)
 
         monkeypatch.setattr(kernels, "linear_config", config_of)
     model_type, settings = CASES[case]
     config = ModelConfig.from_hf(SIZES | settings | {"model_type": model_type})
-    model = Transformer.random(config, DEVICE, dtype, fp8=fp8_weights, head=fp8_weights)
+    fp8_weights = bits == "fp8"
+    model = Transformer.random(
+        config, DEVICE, dtype, fp8=fp8_weights, head=bits is not None, bits=None if fp8_weights else bits
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.copy_(normal(*parameter.shape, dtype=dtype, scale=0.3))
-        elif parameter.dim() > 1 and not fp8_weights:
+        elif name.endswith(".scale"):
+            parameter.copy_(parameter * (torch.rand(parameter.shape, device=DEVICE) + 0.5) * 8)
+        elif parameter.dim() > 1 and bits is None:
             parameter.copy_(normal(*parameter.shape, dtype=dtype, scale=0.15))
     for layer in model.layers:
         layer.attention.kv_scales = (0.01, 0.02)
