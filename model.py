@@ -421,7 +421,7 @@ class IntLinear(nn.Module):
         return int_linear(x, self.operand)
 
 
-def _operands(linear: Linear | FP8Linear | IntLinear) -> tuple[Tensor | IntWeight, Tensor | None, Tensor | None]:
+def operands(linear: Linear | FP8Linear | IntLinear) -> tuple[Tensor | IntWeight, Tensor | None, Tensor | None]:
     weight = linear.operand if isinstance(linear, IntLinear) else linear.weight
     return weight, linear.input_scale, linear.weight_scale
 
@@ -901,7 +901,7 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             attention, feed_forward = layer.attention, layer.feed_forward
             x, h = kernels.add_norm(x, y, post_weight, layer.attention_norm.weight, eps, attention.wqkv.input_scale)
-            qkv = kernels.linear_rows(h, *_operands(attention.wqkv), dtype, partials=True)
+            qkv = kernels.linear_rows(h, *operands(attention.wqkv), dtype, partials=True)
             cache = attention.cache
             y = kernels.decode_attention(
                 qkv,
@@ -920,12 +920,12 @@ class Transformer(nn.Module):
                 attention.k_norm and attention.k_norm.weight,
                 eps,
             )
-            y = kernels.linear_rows(y, *_operands(attention.wo), dtype, partials=True)
+            y = kernels.linear_rows(y, *operands(attention.wo), dtype, partials=True)
             post_weight = layer.post_attention_norm and layer.post_attention_norm.weight
             w13, w2 = feed_forward.w13, feed_forward.w2
             x, h = kernels.add_norm(x, y, post_weight, layer.feed_forward_norm.weight, eps, w13.input_scale)
-            h = kernels.linear_geglu(h, *_operands(w13), dtype, w2.input_scale)
-            y = kernels.linear_rows(h, *_operands(w2), dtype, partials=True)
+            h = kernels.linear_geglu(h, *operands(w13), dtype, w2.input_scale)
+            y = kernels.linear_rows(h, *operands(w2), dtype, partials=True)
             post_weight = layer.post_feed_forward_norm and layer.post_feed_forward_norm.weight
         _, h = kernels.add_norm(x, y, post_weight, self.norm.weight, eps, head[0])
         logits = kernels.linear_rows(h, self.head_weight, *head, dtype)

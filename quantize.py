@@ -400,6 +400,8 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
     head, metadata, text = args.quantize_embedding, {}, None
     if group:
         metadata = {"group_size": str(group), "method": "gptq" if args.mode == "int4-gptq" else "rounded"}
+    if not 0 <= (args.damping or 0) <= 1:
+        raise ValueError(f"--damping must be from 0 to 1, not {args.damping:g}")
     if args.mode == "int4-gptq":
         device = pick_device(args.device)
         text = calibration_windows(args, checkpoint)
