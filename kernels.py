@@ -1218,8 +1218,8 @@ class IntWeight(NamedTuple):
 def pack_int4(q: Tensor) -> Tensor:
     """[N, K / 8] int32 of q [N, K], integers from 0 to 15, K a multiple of 32: IntWeight's layout."""
     n, k = q.shape
-    q = q.view(n, k // 32, 8, 4).long() << torch.arange(0, 32, 4, device=q.device)[:, None]
-    return q.sum(2).to(torch.int32).view(n, k // 8)
+    q = q.view(n, k // 32, 8, 4).int() << torch.arange(0, 32, 4, dtype=torch.int32, device=q.device)[:, None]
+    return q.sum(2, dtype=torch.int32).view(n, k // 8)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:

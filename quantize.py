@@ -161,7 +161,7 @@ def quantise_int4(weight: Tensor, group: int) -> IntWeight:
     """Each group of a row's neighbours in weight [N, K] to the nearest of 16 codes, from its least value to its largest."""
     groups = weight.float().unflatten(1, (-1, group))
     scale, zero = group_parameters(groups)
-    codes = int4_codes(groups, scale[..., None], zero[..., None])
+    codes = (groups / scale.float()[..., None] + zero[..., None] / 16).round().clamp(0, 15)
     return IntWeight(pack_int4(codes.flatten(1)), scale, zero)
 
 
@@ -170,10 +170,6 @@ def group_parameters(values: Tensor) -> tuple[Tensor, Tensor]:
     least, largest = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
     scale = _scale((largest - least) / 15)
     return scale, (-16 * least / scale.to(least.dtype)).round().clamp(0, 255).to(torch.uint8)
-
-
-def int4_codes(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return (values / scale.to(values.dtype) + zero.to(values.dtype) / 16).round().clamp(0, 15).to(torch.uint8)
 
 
 def _scale(values: Tensor) -> Tensor:
@@ -256,23 +252,24 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, act_order: bool = False, d
     except torch.linalg.LinAlgError:
         raise ValueError("the text's hessian is not positive definite: raise --damping, or use more text") from None
 
-    original = weight.to(hessian.dtype)
-    scale, zero = group_parameters(original.unflatten(1, (-1, group)))
-    weight, codes = original[:, order], torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+    scale, zero = group_parameters(weight.to(hessian.dtype).unflatten(1, (-1, group)))
+    columns = weight.T[order].to(hessian.dtype).contiguous()  # [K, N]: what is worked on at a time lies together
+    codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
     block = max(BLOCK, group)
     for start in range(0, k, block):
         stop = min(start + block, k)
-        errors = torch.empty(n, stop - start, dtype=weight.dtype, device=weight.device)
+        errors = torch.empty(stop - start, n, dtype=columns.dtype, device=weight.device)
         for j, column in enumerate(order[start:stop].tolist(), start):
             g = column // group
             if not act_order and j % group == 0:
-                scale[:, g], zero[:, g] = group_parameters(weight[:, j : j + group])
-            code = int4_codes(weight[:, j], scale[:, g], zero[:, g])
-            rounded = (code - zero[:, g].to(weight.dtype) / 16) * scale[:, g].to(weight.dtype)
-            error = (weight[:, j] - rounded) / upper[j, j]
-            weight[:, j + 1 : stop].addr_(error, upper[j, j + 1 : stop], alpha=-1)
-            codes[:, column], errors[:, j - start] = code, error
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+                scale[:, g], zero[:, g] = group_parameters(columns[j : j + group].T)
+            step, middle = scale[:, g].to(columns.dtype), zero[:, g].to(columns.dtype) / 16
+            code = (columns[j] / step + middle).round_().clamp_(0, 15)
+            error = (columns[j] - (code - middle) * step) / upper[j, j]
+            columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+            codes[column], errors[j - start] = code, error
+        columns[stop:] -= upper[start:stop, stop:].T @ errors
+    codes = codes.T.contiguous()
     return IntWeight(pack_int4(codes), scale, zero)
 
 
