@@ -1243,7 +1243,7 @@ def int_linear_reference(x: Tensor, weight: IntWeight) -> Tensor:
 
 
 def int_linear(x: Tensor, weight: IntWeight) -> Tensor:
-    """x @ weight.T of x [..., K], in x's dtype, which has the weight rounded to it where there are no kernels."""
+    """x @ weight.T of x [..., K] in its dtype: by the kernels on a GPU, else with the weight rounded to that dtype."""
     if x.is_cuda and available(x.device):
         return int_rows(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
     return F.linear(x, dequantise_reference(weight, x.dtype))

@@ -304,7 +304,7 @@ def test_int_geglu(dtype, m, group):
 
 
 def assert_near(actual, expected):
-    """To a rounding of all weights to bfloat16, beside `assert_same`'s."""
+    """To a rounding of all weights to bfloat16, beside the result's."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     actual, expected = actual.float(), expected.float()
     torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-8 * expected.abs().max().item())
@@ -454,6 +454,18 @@ def test_published_sizes(dtype, m, shape):
     torch.testing.assert_close(
         y.float(), expected.float(), rtol=2**-7, atol=2**-9 * expected.float().abs().max().item()
     )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("group", [0, 32, 128])
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 33, 64, 65])
+@pytest.mark.parametrize("shape", [(12288, 3072), (3072, 24576), (3072, 4096), (1000, 1152)])
+def test_published_sizes_of_integers(group, m, shape):
+    x, weight = normal(m, shape[1], dtype=BF16), int_weight(*shape, group)
+    y, expected = kernels.linear_rows(x, weight, partials=True), kernels.int_linear_reference(x, weight)
+    assert_near(y.sum(0).to(BF16) if y.dim() == 3 else y, expected)
+    geglu = kernels.geglu_reference(expected, BF16)
+    assert_near(kernels.linear_geglu(x, weight, None, None, BF16), geglu)
 
 
 @pytest.mark.cuda
