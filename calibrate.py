@@ -1,6 +1,7 @@
 """FP8 scaling factors from text: runs a BF16 model over it and records the largest inputs, weights, K and V.
 
-Writes fp8_scales.safetensors beside the checkpoint: one float32 a factor, real = fp8 * factor, factor = amax / 448.
+Writes fp8_scales.safetensors beside the checkpoint: one float32 a factor, real = fp8 * factor, factor = amax / 448. A
+file with int8 or int4 weights gets a file of its own, for an FP8 KV cache with these weights.
 """
 
 import argparse
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import E4M3_MAX, SCALES_NAME, fingerprint, fp8_scale_names, write_scales
+from checkpoint import E4M3_MAX, fingerprint, fp8_scale_names, open_checkpoint, scales_file, write_scales
 from eval import read_texts, windows
 from generate import DEFAULT_CHECKPOINT, PRECISIONS, Parser, load_model, run_program
-from model import Transformer
+from kernels import IntWeight, dequantise_reference
+from model import Transformer, operands
 
 MIN_TOKENS = 64  # fewer say next to nothing about what inputs can be
 
@@ -105,11 +107,14 @@ def record(model: Transformer, token_windows: Iterable[list[int]], batch_size: i
 
 def scales(model: Transformer, histograms: dict[str, Histogram], percentile: float = 100.0) -> dict[str, float]:
     """Factors by our names: inputs, K and V by `percentile` of what was recorded, weights by their maximum."""
-    parameters, factors = dict(model.named_parameters()), {}
+    factors = {}
     for name in fp8_scale_names(model.config):
         if name.endswith("weight_scale"):
-            weight = "embedding.weight" if name.startswith("head") else name.removesuffix("_scale")
-            amax = parameters[weight].abs().max().item()
+            linear = None if name.startswith("head") else model.get_submodule(name.removesuffix(".weight_scale"))
+            weight = model.head_weight if linear is None else operands(linear)[0]
+            if isinstance(weight, IntWeight):
+                weight = dequantise_reference(weight, torch.float32)
+            amax = weight.abs().max().item()
         else:
             amax = histograms[name].amax(percentile)
         factors[name] = amax / E4M3_MAX if amax else 1.0
@@ -141,7 +146,12 @@ def own_text() -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="calibrate.py", description=__doc__)
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="directory with BF16 weights")
+    add(
+        "--checkpoint_path",
+        type=Path,
+        default=DEFAULT_CHECKPOINT,
+        help="directory with BF16 weights, or int file in it",
+    )
     add("--text", type=Path, metavar="FILE", help="text, or JSON lines with 'text' (default: this program's sources)")
     add("--window", type=int, default=512, metavar="N", help="tokens that the model sees at once")
     add("--batch_size", type=int, default=8, metavar="N")
@@ -161,7 +171,6 @@ def run(args: argparse.Namespace):
             "note: calibrating on this program's own sources; --text FILE with your kind of text is better",
             file=sys.stderr,
         )
-    directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
     model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision)
     if any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters()):
         raise ValueError(f"{args.checkpoint_path} is quantised already: calibrating needs BF16 weights")
@@ -171,7 +180,7 @@ def run(args: argparse.Namespace):
         raise ValueError(f"the text has {tokens} tokens; calibrating needs at least {MIN_TOKENS}")
     histograms = record(model, token_windows, args.batch_size)
     factors = scales(model, histograms, args.percentile)
-    file = directory / SCALES_NAME
+    file = scales_file(open_checkpoint(args.checkpoint_path))
     write_scales(
         file,
         model.config,

@@ -27,6 +27,11 @@ CONVERTED_NAME = "gemma.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WEIGHT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 FP8_DTYPE, E4M3_MAX = "F8_E4M3", 448
+INT_DTYPES = {"I8": torch.int8, "I32": torch.int32, "U8": torch.uint8}
+STORED_DTYPES = {**DTYPES, **INT_DTYPES, FP8_DTYPE: torch.float8_e4m3fn}
+INT_FORMATS, GROUPS = ("int8", "int4"), (32, 64, 128, 256)
+QUANTISED_FORMATS = ("fp8", *INT_FORMATS)
+LINEAR = ("wqkv.weight", "wo.weight", "w13.weight", "w2.weight")  # ends of the names of what is quantised
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 PIECE, READERS = 1 << 24, 4  # bytes of a tensor that a thread copies at a time, and threads, on the way to a GPU
 SCALES_NAME, SCALES_FORMAT = "fp8_scales.safetensors", "gemma-fast-fp8-scales"
@@ -55,7 +60,10 @@ class Checkpoint:
     directory: Path
     config: ModelConfig
     parts: dict[str, list[StoredTensor]]
-    weight_format: str | None  # bf16, fp16, fp32 or fp8 (Hugging Face's, too); None: Hugging Face's other files
+    weight_format: (
+        str | None
+    )  # bf16, fp16, fp32, fp8 (Hugging Face's, too), int8, int4; None: Hugging Face's other files
+    group: int = 0  # of int4: how many neighbours in a row share a scale
 
     @property
     def parameters(self) -> int:
@@ -162,12 +170,13 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
     config = read_config(directory)
     files, strict = ([path], None) if path.is_file() else _weight_files(directory, formats)
 
-    stored, weight_format = {}, None
+    stored, weight_format, group = {}, None, 0
     for file in files:
         tensors, metadata = read_header(file)
         if metadata.get("format") == FORMAT:
             _check_format(file, metadata)
             weight_format = metadata["weight_format"]
+            group = int(metadata["group_size"]) if weight_format == "int4" else 0
         for key, tensor in tensors.items():
             name = key if weight_format else _canonical_name(key)
             if name in stored:
@@ -188,6 +197,13 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
         table |= {name: [(name, ())] for name in scales}
     elif weight_format is None and _says_fp8(directory / "config.json", stored):
         weight_format, table = "fp8", table | _fp8_scale_sources(config, table, stored)
+    int_dtypes = {}
+    if weight_format in INT_FORMATS:
+        linear = [name for name in table if name.endswith(LINEAR)]
+        for name in [*linear, "embedding.weight"] if "embedding.scale" in stored else linear:
+            ((_, whole),) = table.pop(name)
+            for part, (dtype, shape) in int_parts(name, whole, 0 if name == "embedding.weight" else group).items():
+                table[part], int_dtypes[part] = [(part, shape)], dtype
     wanted = {name: shape for parts in table.values() for name, shape in parts}
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(f"{path} lacks {_some(missing)}")
@@ -199,13 +215,26 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
             raise ValueError(f"{tensor.key} has shape {list(tensor.shape)}: only one scale a tensor can be read")
         if shape and tensor.shape != shape:
             raise ValueError(f"{tensor.key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-        if tensor.dtype not in DTYPES and not (weight_format == "fp8" and tensor.dtype == FP8_DTYPE):
+        if name in int_dtypes:
+            if tensor.dtype != int_dtypes[name]:
+                raise ValueError(
+                    f"{tensor.key} is stored as {tensor.dtype}, {weight_format} has {int_dtypes[name]} there"
+                )
+        elif tensor.dtype not in DTYPES and not (weight_format == "fp8" and tensor.dtype == FP8_DTYPE):
             raise ValueError(f"{tensor.key} is stored as {tensor.dtype}; BF16, F16 and F32 can be read")
-        itemsize = 1 if tensor.dtype == FP8_DTYPE else DTYPES[tensor.dtype].itemsize
-        if tensor.size != prod(tensor.shape) * itemsize:
+        if tensor.size != prod(tensor.shape) * torch_dtype(tensor).itemsize:
             raise ValueError(f"{tensor.file} is damaged: the bytes of {tensor.key} do not match its shape")
     parts = {name: [stored[part] for part, _ in sources_] for name, sources_ in table.items()}
-    return Checkpoint(directory, config, parts, weight_format)
+    return Checkpoint(directory, config, parts, weight_format, group)
+
+
+def int_parts(name: str, shape: tuple[int, int], group: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of what kernels.IntWeight makes of the weight `name`, in a file; group 0 is int8."""
+    (n, k), module = shape, name.removesuffix("weight")
+    if not group:
+        return {name: ("I8", (n, k)), f"{module}scale": ("BF16", (n,))}
+    scales = (n, k // group)
+    return {name: ("I32", (n, k // 8)), f"{module}scale": ("BF16", scales), f"{module}zero": ("U8", scales)}
 
 
 def _says_fp8(config_file: Path, stored: dict[str, StoredTensor]) -> bool:
@@ -301,6 +330,9 @@ def _weight_files(directory: Path, formats: Iterable[str]) -> tuple[list[Path], 
     for shard in shards:
         if not shard.exists():
             raise FileNotFoundError(f"shard {shard} is missing; the index names it: download it again")
+    if not shards and found:
+        file = next(iter(found.values()))
+        raise FileNotFoundError(f"{directory} has quantised weights only: name the file, {file}")
     if not shards:
         raise FileNotFoundError(f"{directory} has no weights: neither {CONVERTED_NAME} nor model*.safetensors")
     return shards, dict(index) if index else None
@@ -312,8 +344,10 @@ def _check_format(file: Path, metadata: dict[str, str]):
             f"{file} has format version {metadata.get('format_version')}, this program reads {FORMAT_VERSION}: "
             "convert it again with scripts/convert_hf_checkpoint.py"
         )
-    if metadata.get("weight_format") not in ("fp8", *WEIGHT_FORMATS.values()):
+    if metadata.get("weight_format") not in (*QUANTISED_FORMATS, *WEIGHT_FORMATS.values()):
         raise ValueError(f"{file} has weight format '{metadata.get('weight_format')}', which this program can't read")
+    if metadata["weight_format"] == "int4" and metadata.get("group_size") not in map(str, GROUPS):
+        raise ValueError(f"{file} has int4 weights in groups of {metadata.get('group_size')}, not of {_one_of(GROUPS)}")
 
 
 def _canonical_name(key: str) -> str | None:
@@ -327,6 +361,11 @@ def _canonical_name(key: str) -> str | None:
     if key in ("lm_head.weight", "language_model.lm_head.weight"):
         return None  # a copy of the embedding: config.json says tied
     return key
+
+
+def _one_of(values: Iterable) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}"
 
 
 def _some(names: list[str]) -> str:
@@ -364,6 +403,8 @@ def load_weights(
             elif scale is not None:
                 largest[name] = []
             target_dtype = dtype if scale is None and stored_dtype.itemsize > 1 else torch.float8_e4m3fn
+            if not stored_dtype.is_floating_point or name.endswith(".scale"):  # parts of an integer weight
+                target_dtype = stored_dtype
             if len(tensors) == 1 and stored_dtype == target_dtype and device.type == "cpu":
                 weights[name] = opened[tensors[0].file].get_tensor(tensors[0].key)
                 continue
@@ -393,7 +434,7 @@ def weight_scale_name(name: str) -> str:
 
 
 def torch_dtype(tensor: StoredTensor) -> torch.dtype:
-    return torch.float8_e4m3fn if tensor.dtype == FP8_DTYPE else DTYPES[tensor.dtype]
+    return STORED_DTYPES[tensor.dtype]
 
 
 def _quantised(rows: torch.Tensor, own_scale: float, scale: float, largest: list | None) -> torch.Tensor:
@@ -517,6 +558,14 @@ def read_scales(file: Path, config: ModelConfig) -> dict[str, float]:
     return scales
 
 
+def scales_file(checkpoint: Checkpoint) -> Path:
+    """Where calibrate.py puts factors: one file for a directory, and one of its own for each with integer weights."""
+    if checkpoint.weight_format not in INT_FORMATS:
+        return checkpoint.directory / SCALES_NAME
+    ((tensor, *_), *_) = checkpoint.parts.values()
+    return tensor.file.with_name(f"{tensor.file.stem}-{SCALES_NAME}")
+
+
 def write_scales(file: Path, config: ModelConfig, scales: dict[str, float], metadata: dict[str, str]):
     """Writes scales by our names as calibrate.py's file, which `read_scales` reads."""
     entries = {
@@ -546,6 +595,8 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
     """
     if checkpoint.weight_format == "fp8":
         raise ValueError(f"{checkpoint.directory} is an FP8 checkpoint already: it is loaded as it is, not converted")
+    if checkpoint.weight_format in INT_FORMATS:
+        raise ValueError(f"{checkpoint.directory} is quantised already: its file is loaded as it is, not converted")
     dtypes = {tensor.dtype for tensors in checkpoint.parts.values() for tensor in tensors}
     if len(dtypes) > 1:
         raise ValueError(f"the checkpoint mixes dtypes: {', '.join(sorted(dtypes))}")
@@ -578,7 +629,7 @@ def write_safetensors(
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION} | metadata
     header, offset = {"__metadata__": metadata}, 0
     for name, (dtype, shape, _) in entries.items():
-        size = prod(shape) * (1 if dtype == FP8_DTYPE else DTYPES[dtype].itemsize)
+        size = prod(shape) * STORED_DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header).encode()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from checkpoint import SCALES_NAME, WEIGHT_FORMATS, load_weights, open_checkpoint, read_scales
+from checkpoint import INT_FORMATS, SCALES_NAME, WEIGHT_FORMATS, load_weights, open_checkpoint, read_scales, scales_file
 from model import TE_TOKENS, Transformer
 from tokenizer import TextStream, Tokenizer
 
@@ -54,15 +54,19 @@ def load_model(
 
     `precision`, bf16 or fp32, is that of everything but FP8 weights. With `fp8`, linear layers work in E4M3: from the
     directory's FP8 file, or quantised while loading with the factors of fp8_scales.safetensors; so does an FP8 file that
-    is named. Factors for K and V are taken along where there are any. The tokenizer's <end_of_turn> joins
+    is named. A file with int8 or int4 weights is run as it is. Factors for K and V are taken along where there are any:
+    of integer weights their own, else those of the directory. The tokenizer's <end_of_turn> joins
     config.stop_ids. Raises FileNotFoundError or ValueError with a line that says what is wrong; warns about shards that
     are converted in memory.
     """
-    device = _device(device)
+    device = pick_device(device)
     if precision not in PRECISIONS:
         raise ValueError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     checkpoint = open_checkpoint(path, ("fp8", *WEIGHT_FORMATS.values()) if fp8 else WEIGHT_FORMATS.values())
+    in_int = checkpoint.weight_format in INT_FORMATS
+    if fp8 and in_int:
+        raise ValueError(f"{path} has {checkpoint.weight_format} weights, which can't run in FP8: leave out --fp8")
     fp8 = fp8 or checkpoint.weight_format == "fp8"
     if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no FP8 hardware: leave out --fp8")
@@ -80,9 +84,9 @@ def load_model(
 
     scales, kv_problem = {}, None
     if checkpoint.weight_format != "fp8":
-        scales_file = checkpoint.directory / SCALES_NAME
+        file = scales_file(checkpoint)
         try:
-            scales = read_scales(scales_file, config)
+            scales = read_scales(file if file.exists() else checkpoint.directory / SCALES_NAME, config)
         except FileNotFoundError as error:
             if fp8:
                 command = f"python calibrate.py --checkpoint_path {os.path.relpath(checkpoint.directory)}"
@@ -92,12 +96,17 @@ def load_model(
                 raise
             kv_problem = str(error)  # for whoever asks for an E4M3 cache
     if device.type == "cuda":
-        itemsize = 1 if fp8 else dtype.itemsize  # of most weights
-        _check_memory(checkpoint.parameters * itemsize, device, "the weights", "use a smaller model or --fp8")
+        needed = checkpoint.parameters * (1 if fp8 else dtype.itemsize)  # of most weights
+        if in_int:
+            needed = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
+        advice = "use a smaller model" + (" or one with int4 weights" if in_int else " or --fp8")
+        _check_memory(needed, device, "the weights", advice)
     with torch.device("meta"):
         model = Transformer(config)
         if fp8:
             model.use_fp8(head="head_scales.input_scale" in checkpoint.parts)
+        elif in_int:
+            model.use_int(checkpoint.group, head="embedding.scale" in checkpoint.parts)
     quantising = fp8 and checkpoint.weight_format != "fp8"
     linear_scales = {
         k: v for k, v in scales.items() if k.startswith("layers.") and k[-8:] not in (".k_scale", ".v_scale")
@@ -117,7 +126,7 @@ def load_model(
     return model, tokenizer
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(device)

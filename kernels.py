@@ -33,6 +33,7 @@ except ImportError:  # on a CPU nothing here runs; the definitions below still h
 E4M3 = torch.float8_e4m3fn
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # a running maximum's start; -inf would make NaN of -inf - -inf
+LIFT = tl.constexpr(2.0**100)  # see _int4_dot
 USE_PDL = True  # programmatic dependent launch, where the GPU has it
 
 
@@ -105,26 +106,46 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype) -> Gemv | Skinny |
 
     What was fastest in whole steps of gemma-7b and gemma-2b on an H200.
     """
+    if dtype == torch.int32:
+        return _int4_config(m, n, k)
     if m == 1:
-        fp8 = dtype == E4M3
-        if k > 8192 and n <= 2560 and not fp8:
+        in_8 = dtype.itemsize == 1
+        if k > 8192 and n <= 2560 and not in_8:
             return Gemv(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
         if k > 8192:
-            return Gemv(block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=3 if fp8 else 1)
+            return Gemv(block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=3 if in_8 else 1)
         if n < 4096:  # all of it early; gemma-2b's 2,560 outputs would leave GPU unused as 640 programs
             return Gemv(block_n=2 if n == 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=-(-k // 2048))
         if k <= 2048 and n < 200_000:
-            return Gemv(block_n=4, block_k=2048 if fp8 else 1024, num_warps=4, num_stages=4, early=1)
+            return Gemv(block_n=4, block_k=2048 if in_8 else 1024, num_warps=4, num_stages=4, early=1)
         return Gemv(block_n=8, block_k=512, num_warps=4, num_stages=4, early=2 if n < 32768 or k <= 2048 else 0)
     if m > 64 or dtype == torch.float32 or k * dtype.itemsize % 16:  # rows of tiles begin at multiples of 16 bytes
         return None
     if m > 16 and dtype == E4M3 and n <= 16384:
         return None
-    block_n, block_k = 64 if m <= 16 or dtype == E4M3 else 128, 128 // dtype.itemsize  # a cache line of each weight row
+    block_n, block_k = (
+        64 if m <= 16 or dtype.itemsize == 1 else 128,
+        128 // dtype.itemsize,
+    )  # a cache line of each weight row
     split, wanted = 1, 1.5 * SMS if m <= 16 else 0.7 * SMS
     while -(-n // block_n) * split < wanted and split < 8 and k >= 2 * split * 4 * block_k:  # four tiles at least
         split *= 2
     return Skinny(max(16, _power_of_2(m)), block_n, block_k, split, num_warps=4, num_stages=6)
+
+
+def _int4_config(m: int, n: int, k: int) -> Gemv | Skinny | None:
+    """`linear_config` for packed 4-bit weights. In `Gemv`, a thread is meant to have 32 columns of 8 rows: what it does to
+    x is then shared by 8 rows."""
+    if m == 1:
+        if n < 8192 or k > 8192:
+            return Gemv(block_n=4 if n < 8192 else 8, block_k=4096, num_warps=4, num_stages=1)
+        return Gemv(block_n=8, block_k=1024, num_warps=1, num_stages=1)
+    if m > 64:
+        return None
+    block_n, block_k, split = 64, 256, 1
+    while -(-n // block_n) * split < 1.5 * SMS and split < 8 and k >= 2 * split * 4 * block_k:
+        split *= 2
+    return Skinny(max(16, _power_of_2(m)), block_n, block_k, split, num_warps=4, num_stages=3)
 
 
 def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtype) -> AttentionConfig:
@@ -150,6 +171,7 @@ def _row_warps(n: int) -> int:
 
 
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
+DEQUANTISE_BLOCK, DEQUANTISE_WARPS = 4096, 4
 ARGMAX_BLOCK, ARGMAX_WARPS = 2048, 4
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +292,8 @@ def _parts(y: Tensor | None) -> int:
 def embed_reference(tokens, weight, factor, dtype, weight_scale=None):
     if weight_scale is None:
         return F.embedding(tokens, weight) * factor
+    if weight.dtype == torch.int8:
+        return (F.embedding(tokens, weight) * weight_scale[tokens].float()[..., None]).to(dtype) * factor
     rows = F.embedding(tokens, weight.view(torch.uint8)).view(E4M3)  # as bytes, which every device can look up
     return (rows.float() * weight_scale).to(dtype) * factor
 
@@ -291,16 +315,20 @@ def _embed_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < N
     _wait(PDL)
-    x = tl.load(weight_ptr + tl.load(tokens_ptr + row) * N + columns, mask=mask, other=0.0).to(tl.float32)
+    token = tl.load(tokens_ptr + row)
+    x = tl.load(weight_ptr + token * N + columns, mask=mask, other=0.0).to(tl.float32)
     if scale_ptr is not None:
-        x = (x * tl.load(scale_ptr)).to(dtype).to(tl.float32)
+        if weight_ptr.dtype.element_ty == tl.int8:
+            scale_ptr += token
+        x = (x * tl.load(scale_ptr).to(tl.float32)).to(dtype).to(tl.float32)
     tl.store(x_ptr + row * N + columns, (x * factor).to(dtype), mask=mask)
 
 
 def embed(
     tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, weight_scale: Tensor | None = None
 ) -> Tensor:
-    """Rows [M, N] of weight [V, N], times `factor`, for tokens [M] (int64), in `dtype`; weight_scale is an E4M3 weight's."""
+    """Rows [M, N] of weight [V, N], times `factor`, for tokens [M] (int64), in `dtype`. weight_scale is an E4M3 weight's,
+    or that of each row [V] of an int8 weight."""
     x = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
     _launch(
         _embed_kernel,
@@ -1174,6 +1202,8 @@ def _gemv_kernel(
     y = tl.sum(acc, axis=1)
     if input_scale_ptr is not None:
         y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
+    elif weight_scale_ptr is not None:  # int8
+        y *= tl.load(weight_scale_ptr + row).to(tl.float32)
     y = y.to(dtype).to(tl.float32)
     if GEGLU:
         gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
@@ -1198,7 +1228,8 @@ def gemv(
 ) -> Tensor:
     """x @ weight.T of one row x [1, K], weight [N, K], in `dtype` (None: x's), which is not x's for E4M3.
 
-    For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given. With `geglu`, weight is gate
+    For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given; for an int8 weight only
+    weight_scale [N]. With `geglu`, weight is gate
     [F, K] over up [F, K], and gelu(gate) * up [1, F] is returned, in E4M3 if next_scale is given.
     """
     (m, k), dtype = x.shape, dtype or x.dtype
@@ -1258,9 +1289,11 @@ def _skinny_kernel(
         # A Hopper tensor core keeps few bits of a sum of FP8 products: each tile's is added in float32. (With fewer
         # than 32 products Triton would turn to FP16 instead, at a conversion for every weight.)
         weight = weight_tiles.load([first_row, tile * BLOCK_K])
+        weight = weight.to(x.dtype)  # int8
         acc = tl.dot(weight, x, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
         if GEGLU:
             weight = weight_tiles.load([first_row + OUT, tile * BLOCK_K])
+            weight = weight.to(x.dtype)
             up = tl.dot(weight, x, up, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
     n = first_row + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
@@ -1269,6 +1302,10 @@ def _skinny_kernel(
         acc *= scale
         if GEGLU:
             up *= scale
+    elif weight_scale_ptr is not None:
+        acc *= tl.load(weight_scale_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
+        if GEGLU:
+            up *= tl.load(weight_scale_ptr + n + OUT, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
     if GEGLU:
         acc = _geglu(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
     offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
@@ -1317,7 +1354,7 @@ def skinny_matmul(
 
 def linear_rows(
     x: Tensor,
-    weight: Tensor,
+    weight: "Tensor | IntWeight",
     input_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -1326,15 +1363,25 @@ def linear_rows(
 ) -> Tensor:
     """x @ weight.T [M, N] in `dtype` (None: x's) of x [M, K] and weight [N, K], by whatever is fastest for the shape.
 
-    Both are in bf16 or float32, or in E4M3 with input_scale and weight_scale (0-dim float32). With `partials`, the
-    result may be float32 partial sums [P, M, N] instead: `add_norm`, `geglu` and `decode_attention` take those.
+    Both are in bf16 or float32, or in E4M3 with input_scale and weight_scale (0-dim float32), or weight is an IntWeight
+    and `dtype` x's. With `partials`, the result may be float32 partial sums [P, M, N] instead: `add_norm`, `geglu` and
+    `decode_attention` take those.
     """
-    (m, k), n, dtype = x.shape, weight.shape[0], dtype or x.dtype
-    config = config or linear_config(m, n, k, weight.dtype)
+    m, dtype = len(x), dtype or x.dtype
+    config = config or linear_config(m, *weight.shape, weight.dtype)
+    if isinstance(config, Skinny) and not partials:
+        config = config._replace(split=1)
+    if isinstance(weight, IntWeight):
+        if config is None or (
+            m > 1 and dtype == torch.float32
+        ):  # many rows: the weight in x's dtype, made in each call
+            return F.linear(x, dequantise(weight, dtype))
+        if weight.zero is not None:
+            return (int4_gemv if m == 1 else int4_skinny_matmul)(x, weight, config=config)
+        weight, weight_scale = weight.packed, weight.scale
     if isinstance(config, Gemv):
         return gemv(x, weight, input_scale, weight_scale, dtype, config=config)
     if isinstance(config, Skinny):
-        config = config if partials else config._replace(split=1)
         return skinny_matmul(x, weight, input_scale, weight_scale, dtype, config=config)
     if input_scale is None:
         return F.linear(x, weight)
@@ -1343,7 +1390,7 @@ def linear_rows(
 
 def linear_geglu(
     x: Tensor,
-    weight: Tensor,
+    weight: "Tensor | IntWeight",
     input_scale: Tensor | None,
     weight_scale: Tensor | None,
     dtype: torch.dtype,
@@ -1351,13 +1398,352 @@ def linear_geglu(
 ) -> Tensor:
     """`linear_rows` by gate [F, K] over up [F, K], and then `geglu`: [M, F]."""
     config = linear_config(len(x), *weight.shape, weight.dtype)
+    in_int4 = weight.dtype == torch.int32
+    apart = config is None or (len(x) > 1 and (in_int4 or dtype == torch.float32))
+    if apart:
+        return geglu(linear_rows(x, weight, input_scale, weight_scale, dtype, partials=True), dtype, next_scale)
     if isinstance(config, Gemv):  # half as many outputs a program, as each has two rows
         config = config._replace(block_n=max(1, config.block_n // 2))
-        return gemv(x, weight, input_scale, weight_scale, dtype, True, next_scale, config)
-    if isinstance(config, Skinny):
+    else:
         config = config._replace(block_n=64, num_stages=3)
-        return skinny_matmul(x, weight, input_scale, weight_scale, dtype, True, next_scale, config)
-    return geglu(linear_rows(x, weight, input_scale, weight_scale, dtype, partials=True), dtype, next_scale)
+    if in_int4:
+        return int4_gemv(x, weight, True, config)
+    if isinstance(weight, IntWeight):
+        weight, weight_scale = weight.packed, weight.scale
+    by = gemv if isinstance(config, Gemv) else skinny_matmul
+    return by(x, weight, input_scale, weight_scale, dtype, True, next_scale, config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers with integer weights
+
+
+class IntWeight(NamedTuple):
+    """A weight [N, K] in 8 or 4 bits. int8: packed [N, K] int8 and scale [N], real = packed * scale. int4: packed
+    [N, K / 8] int32, scale and zero [N, K / group], real = (q - zero / 16) * scale with q from 0 to 15; `group`, a multiple
+    of 32, is the number of neighbours in a row that share a scale. scale is bf16, zero uint8.
+
+    Four words hold 32 columns. Bits 4i to 4i + 3 of word c are column 4i + c of them:
+
+        bits           0..3   4..7   8..11  ...  28..31
+        word 0           0      4      8    ...    28
+        word 1           1      5      9    ...    29        16 bytes that lie side by side meet x in
+        word 2           2      6     10    ...    30        slices of four, and nothing has to be sorted
+        word 3           3      7     11    ...    31
+
+    A zero in sixteenths costs a byte, and leaves q - zero / 16 exact in bf16.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+    @classmethod
+    def empty(cls, n: int, k: int, group: int = 0) -> "IntWeight":
+        """int8 if group is 0; on torch's default device."""
+        if not group:
+            return cls(torch.empty(n, k, dtype=torch.int8), torch.empty(n, dtype=torch.bfloat16))
+        scale = torch.empty(n, k // group, dtype=torch.bfloat16)
+        return cls(torch.empty(n, k // 8, dtype=torch.int32), scale, torch.empty_like(scale, dtype=torch.uint8))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.packed.shape
+        return n, k if self.zero is None else 8 * k
+
+    @property
+    def group(self) -> int:
+        return 0 if self.zero is None else self.shape[1] // self.zero.shape[1]
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """[N, K / 8] int32 of q [N, K], integers from 0 to 15, K a multiple of 32: IntWeight's layout."""
+    n, k = q.shape
+    q = q.view(n, k // 32, 8, 4).int() << torch.arange(0, 32, 4, dtype=torch.int32, device=q.device)[:, None]
+    return q.sum(2, dtype=torch.int32).view(n, k // 8)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """[N, K] int32, from 0 to 15, of `pack_int4`'s result."""
+    n, words = packed.shape
+    q = packed.view(n, words // 4, 1, 4) >> torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)[:, None]
+    return (q & 15).view(n, 8 * words)
+
+
+def dequantise_reference(weight: IntWeight, dtype: torch.dtype) -> Tensor:
+    """[N, K] in `dtype`, rounded once."""
+    packed, scale, zero = weight
+    if zero is None:
+        return packed.to(dtype) * scale.to(dtype)[:, None]
+    q = unpack_int4(packed).to(dtype).unflatten(1, (zero.shape[1], -1))
+    return ((q - zero.to(dtype)[..., None] / 16) * scale.to(dtype)[..., None]).flatten(1)
+
+
+def int_linear_reference(x: Tensor, weight: IntWeight) -> Tensor:
+    return F.linear(x.float(), dequantise_reference(weight, torch.float32)).to(x.dtype)
+
+
+def int_linear(x: Tensor, weight: IntWeight) -> Tensor:
+    """x @ weight.T of x [..., K] in its dtype: by the kernels on a GPU, else with the weight rounded to that dtype."""
+    if x.is_cuda and available(x.device):
+        return linear_rows(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+    return F.linear(x, dequantise_reference(weight, x.dtype))
+
+
+@jit
+def _dequantise_kernel(
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    _start(PDL)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    out_ptr += row * IN
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    _wait(PDL)
+    if zero_ptr is None:
+        columns = block * BLOCK + tl.arange(0, BLOCK)
+        y = tl.load(weight_ptr + row * IN + columns, mask=columns < IN, other=0).to(tl.float32)
+        tl.store(out_ptr + columns, (y * tl.load(scale_ptr + row).to(tl.float32)).to(dtype), mask=columns < IN)
+    else:
+        word = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+        mask = word < IN // 8
+        group = row * (IN // GROUP) + word // (GROUP // 8)
+        scale = tl.load(scale_ptr + group, mask=mask, other=0.0).to(tl.float32)
+        zero = tl.load(zero_ptr + group, mask=mask, other=0).to(tl.float32) * 0.0625
+        words = tl.load(weight_ptr + row * (IN // 8) + word, mask=mask, other=0)
+        columns = word // 4 * 32 + word % 4
+        for i in tl.static_range(8):
+            y = (((words >> (4 * i)) & 15).to(tl.float32) - zero) * scale
+            tl.store(out_ptr + columns + 4 * i, y.to(dtype), mask=mask)
+
+
+def dequantise(weight: IntWeight, dtype: torch.dtype) -> Tensor:
+    """`dequantise_reference`."""
+    n, k = weight.shape
+    out = torch.empty(n, k, dtype=dtype, device=weight.packed.device)
+    block = min(DEQUANTISE_BLOCK, max(32, _power_of_2(k)))
+    _launch(
+        _dequantise_kernel,
+        (n, -(-k // block)),
+        *(*weight, out),
+        IN=k,
+        GROUP=weight.group,
+        BLOCK=block,
+        num_warps=DEQUANTISE_WARPS,
+    )
+    return out
+
+
+@jit
+def _nibble(words, i: tl.constexpr):
+    return (words & (15 << (4 * i))).to(tl.float32, bitcast=True)
+
+
+@jit
+def _int4_tile(
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    row,
+    tile,
+    IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Words [rows, BLOCK_K / 8], and the scale and zero of each 32 columns of them."""
+    word = tile * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)[None, :]
+    unit = tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)[None, :]
+    row = row.to(tl.int64)[:, None]
+    words = tl.load(weight_ptr + row * (IN // 8) + word, mask=word < IN // 8, other=0)
+    group = row * (IN // GROUP) + unit // (GROUP // 32)
+    scale = tl.load(scale_ptr + group, mask=unit < IN // 32, other=0.0)
+    return words, scale, tl.load(zero_ptr + group, mask=unit < IN // 32, other=0)
+
+
+@jit
+def _int4_dot(x_ptr, low, scale, zero, tile, IN: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of x and a tile of weights, a sum for each 32 columns.
+
+    4.2 TB/s leave an SM 3.5 instructions a weight. So none is spent on making a number of a nibble: bits 4i to 4i + 3 of
+    a word, the rest 0, are the float32 (a denormal one) nibble * 2**(4i - 149) as they stand, for i up to 4, and x is
+    scaled up instead, once for all rows: by LIFT, which |x| < 2**27 allows, and 2**(-4i). Of each 32 columns the sum
+    of q * x is then put right with their scale and zero: scale * (sum of q * x - zero * sum of x).
+    """
+    UNITS: tl.constexpr = BLOCK_K // 32
+    word = tile * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+    mask = word < IN // 8
+    x_ptrs = x_ptr + word // 4 * 32 + word % 4
+    x0 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    x1 = tl.load(x_ptrs + 4, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptrs + 8, mask=mask, other=0.0).to(tl.float32)
+    x3 = tl.load(x_ptrs + 12, mask=mask, other=0.0).to(tl.float32)
+    x4 = tl.load(x_ptrs + 16, mask=mask, other=0.0).to(tl.float32)
+    x5 = tl.load(x_ptrs + 20, mask=mask, other=0.0).to(tl.float32)
+    x6 = tl.load(x_ptrs + 24, mask=mask, other=0.0).to(tl.float32)
+    x7 = tl.load(x_ptrs + 28, mask=mask, other=0.0).to(tl.float32)
+    x_sum = tl.sum(tl.reshape(x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7, [UNITS, 4]), axis=1)
+    high = low >> 12
+    y = _nibble(low, 0) * (x0 * LIFT)[None, :] + _nibble(low, 1) * (x1 * (LIFT / 16))[None, :]
+    y += _nibble(low, 2) * (x2 * (LIFT / 256))[None, :]
+    y += _nibble(low, 3) * (x3 * (LIFT / 4096))[None, :]
+    y += _nibble(low, 4) * (x4 * (LIFT / 65536))[None, :]
+    y += _nibble(high, 2) * (x5 * (LIFT / 256))[None, :]
+    y += _nibble(high, 3) * (x6 * (LIFT / 4096))[None, :]
+    y += _nibble(high, 4) * (x7 * (LIFT / 65536))[None, :]
+    y = tl.sum(tl.reshape(y, [ROWS, UNITS, 4]), axis=2) * (2.0**149 / LIFT)
+    return (y - zero.to(tl.float32) * 0.0625 * x_sum[None, :]) * scale.to(tl.float32)
+
+
+@jit
+def _int4_gemv_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    GEGLU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """As _gemv_kernel."""
+    _start(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    ROWS: tl.constexpr = 2 * BLOCK_N if GEGLU else BLOCK_N
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GEGLU:
+        i = tl.arange(0, ROWS)
+        row = tl.minimum(tl.program_id(0) * BLOCK_N + i // 2, OUT - 1) + i % 2 * OUT
+    else:
+        row = tl.minimum(n, OUT - 1)
+    early = ()
+    for tile in tl.static_range(EARLY):
+        early = early + (_int4_tile(weight_ptr, scale_ptr, zero_ptr, row, tile, IN, GROUP, BLOCK_K),)
+    _wait(PDL)
+    acc = tl.zeros([ROWS, BLOCK_K // 32], tl.float32)
+    for tile in tl.static_range(EARLY):
+        words, scale, zero = early[tile]
+        acc += _int4_dot(x_ptr, words, scale, zero, tile, IN, ROWS, BLOCK_K)
+    for tile in tl.range(EARLY, tl.cdiv(IN, BLOCK_K), num_stages=STAGES):
+        words, scale, zero = _int4_tile(weight_ptr, scale_ptr, zero_ptr, row, tile, IN, GROUP, BLOCK_K)
+        acc += _int4_dot(x_ptr, words, scale, zero, tile, IN, ROWS, BLOCK_K)
+    y = tl.sum(acc, axis=1).to(dtype).to(tl.float32)
+    if GEGLU:
+        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
+        y = _geglu(gate, up, dtype)
+    tl.store(out_ptr + n, y.to(dtype), mask=n < OUT)
+
+
+def int4_gemv(x: Tensor, weight: IntWeight, geglu: bool = False, config: Gemv | None = None) -> Tensor:
+    """`gemv` by 4-bit weights: [1, N], or with `geglu` [1, N / 2], in x's dtype."""
+    (n, k), m = weight.shape, len(x)
+    if m > 1:
+        raise ValueError(f"int4_gemv takes one row, not {m}")
+    config = config or linear_config(m, n, k, weight.dtype)
+    n = n // 2 if geglu else n
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    _launch(
+        _int4_gemv_kernel,
+        (-(-n // config.block_n),),
+        *(x, *weight, out),
+        OUT=n,
+        IN=k,
+        GROUP=weight.group,
+        GEGLU=geglu,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        EARLY=config.early,
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+@jit
+def _int4_skinny_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    rows,
+    tiles,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """As _skinny_kernel: a product for each of a word's nibbles, which become weights in x's dtype before."""
+    _start(PDL)
+    WORDS: tl.constexpr = BLOCK_K // 8
+    UNITS: tl.constexpr = BLOCK_K // 32
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, word = tl.arange(0, BLOCK_M), tl.arange(0, WORDS)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row = tl.minimum(n, OUT - 1)
+    x_ptrs, in_rows = x_ptr + m[None, :] * IN, (m < rows)[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    first = tl.program_id(1) * tiles
+    _wait(PDL)
+    for tile in tl.range(first, first + tiles, num_stages=STAGES):
+        words, scale, zero = _int4_tile(weight_ptr, scale_ptr, zero_ptr, row, tile, IN, GROUP, BLOCK_K)
+        scale = scale.to(tl.float32)
+        least = zero.to(tl.float32) * -0.0625 * scale
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [BLOCK_N, UNITS, 4]), [BLOCK_N, WORDS])
+        least = tl.reshape(tl.broadcast_to(least[:, :, None], [BLOCK_N, UNITS, 4]), [BLOCK_N, WORDS])
+        w = tile * WORDS + word
+        mask = in_rows & (w < IN // 8)[:, None]
+        for i in tl.static_range(8):
+            weight = (((words >> (4 * i)) & 15).to(tl.float32) * scale + least).to(dtype)
+            x = tl.load(x_ptrs + (w // 4 * 32 + w % 4 + 4 * i)[:, None], mask=mask, other=0.0)
+            acc = tl.dot(weight, x, acc, input_precision="ieee")
+    offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(n < OUT)[:, None] & in_rows)
+
+
+def int4_skinny_matmul(x: Tensor, weight: IntWeight, config: Skinny | None = None) -> Tensor:
+    """`skinny_matmul` by 4-bit weights, in x's dtype. config.block_k is at least 128."""
+    (n, k), m = weight.shape, len(x)
+    config = config or linear_config(m, n, k, weight.dtype)
+    tiles = -(-k // (config.block_k * config.split))  # of a program
+    split = -(-k // (config.block_k * tiles))  # without shares that would be empty
+    if split == 1:
+        out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    else:
+        out = torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    _launch(
+        _int4_skinny_kernel,
+        (-(-n // config.block_n), split),
+        *(x, *weight, out, m, tiles),
+        OUT=n,
+        IN=k,
+        GROUP=weight.group,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

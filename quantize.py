@@ -1,23 +1,37 @@
-"""Write a checkpoint with quantised weights: `--mode fp8`, half the bytes of BF16."""
+"""Write a checkpoint with quantised weights: fp8 and int8 have half of BF16's bytes, int4 little more than a quarter.
+
+int8 and int4 are for weights only: activations stay as they are. int4-gptq writes what int4 does, with codes that make up
+for one another's rounding on a text (https://arxiv.org/abs/2210.17323).
+"""
 
 import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from tqdm import tqdm
 
+from calibrate import own_text
 from checkpoint import (
     FP8_DTYPE,
     FP8_SCHEME,
+    GROUPS,
+    LINEAR,
+    QUANTISED_FORMATS,
     SCALES_NAME,
     Checkpoint,
     StoredTensor,
     check_weight_scale,
     fp8_scale_names,
+    int_parts,
+    load_weights,
     open_checkpoint,
     read_json,
     read_scales,
@@ -26,8 +40,11 @@ from checkpoint import (
     weight_scale_name,
     write_safetensors,
 )
-from generate import DEFAULT_CHECKPOINT, Parser, run_program
-from kernels import round_fp8
+from eval import read_texts, windows
+from generate import DEFAULT_CHECKPOINT, Parser, pick_device, run_program
+from kernels import IntWeight, dequantise_reference, embed_reference, pack_int4, round_fp8
+from model import Transformer
+from tokenizer import Tokenizer
 
 ROWS = 4096  # of a weight that are in memory at once
 
@@ -129,20 +146,237 @@ def check_scale(name: str, tensors: list[StoredTensor], scale: float | None):
         check_weight_scale(name, largest, scale)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Integers
+
+
+def quantise_int8(weight: Tensor) -> IntWeight:
+    """Each row of weight [N, K] to the nearest of 255 codes, the largest value being 127."""
+    scale = _scale(weight.float().abs().amax(1) / 127)
+    codes = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127)
+    return IntWeight(codes.to(torch.int8), scale)
+
+
+def quantise_int4(weight: Tensor, group: int) -> IntWeight:
+    """Each group of a row's neighbours in weight [N, K] to the nearest of 16 codes, from its least value to its largest."""
+    groups = weight.float().unflatten(1, (-1, group))
+    scale, zero = group_parameters(groups)
+    codes = (groups / scale.float()[..., None] + zero[..., None] / 16).round().clamp(0, 15)
+    return IntWeight(pack_int4(codes.flatten(1)), scale, zero)
+
+
+def group_parameters(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale in bf16, zero in uint8) of each group [..., group], as an IntWeight has them."""
+    least, largest = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+    scale = _scale((largest - least) / 15)
+    return scale, (-16 * least / scale.to(least.dtype)).round().clamp(0, 255).to(torch.uint8)
+
+
+def _scale(values: Tensor) -> Tensor:
+    if not values.isfinite().all():
+        raise ValueError("the checkpoint has weights that are not finite; they can't be quantised")
+    return torch.where(values == 0, 1, values).bfloat16()
+
+
+def write_int(
+    checkpoint: Checkpoint,
+    file: Path,
+    quantised: Callable[[str], IntWeight],
+    group: int,
+    head: bool,
+    metadata: dict[str, str],
+    progress=lambda n: None,
+):
+    """Writes `checkpoint` with its linear weights, and with `head` its embedding, as `quantised` gives them when it is
+    called with their names, in the model's order; group 0 is int8, and so is an embedding always.
+
+    `progress` is called with the number of source bytes done since the last call.
+    """
+    entries, held = {}, {}
+
+    def part(name: str, field: str):
+        if name not in held:  # the first of its parts
+            held.clear()
+            held[name] = quantised(name)
+        yield tensor_bytes(getattr(held[name], field).cpu())
+
+    for name, tensors in checkpoint.parts.items():
+        shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
+        if name.endswith(LINEAR) or (head and name == "embedding.weight"):
+            parts = int_parts(name, shape, group if name.endswith(LINEAR) else 0)
+            for field, (key, (dtype, part_shape)) in zip(IntWeight._fields, parts.items()):
+                entries[key] = (dtype, part_shape, partial(part, name, field))
+        else:
+            entries[name] = weight_entry(tensors, 0, shape, None, progress)
+    write_safetensors(file, entries, {"weight_format": "int4" if group else "int8"} | metadata)
+
+
+def round_weight(checkpoint: Checkpoint, name: str, group: int, progress=lambda n: None) -> IntWeight:
+    """A weight of `checkpoint`, each value rounded by itself, ROWS at a time."""
+    pieces = []
+    for tensor in checkpoint.parts[name]:
+        with safe_open(tensor.file, framework="pt") as f:
+            stored = f.get_slice(tensor.key)
+            for row in range(0, tensor.shape[0], ROWS):
+                rows = stored[row : row + ROWS]
+                pieces.append(quantise_int4(rows, group) if group else quantise_int8(rows))
+                progress(rows.nbytes)
+    return IntWeight(*(None if None in parts else torch.cat(parts) for parts in zip(*pieces)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323)
+
+BLOCK = 128  # columns between two updates of all that follow
+
+
+def gptq(weight: Tensor, hessian: Tensor, group: int, act_order: bool = False, damping: float = 0.01) -> IntWeight:
+    """int4 codes of weight [N, K] that keep its products with inputs x, of which hessian [K, K] is the sum of x xᵀ.
+
+    Columns are rounded one after the other, and what is lost in one is made up for in those that follow, along the
+    inverse of the hessian that is left: row j of U, with H⁻¹ = Uᵀ U, is what the paper's (3) needs at column j, and all
+    columns after a block get its updates at once. A group's scale and zero are those of its values by then; with
+    `act_order`, where the columns with the largest inputs come first, those of its values at the start. `damping` times
+    the mean of the diagonal is added to it. In hessian's dtype, which is overwritten. Raises ValueError if the hessian
+    isn't positive then.
+    """
+    n, k = weight.shape
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1  # an input that is always 0: any code will do
+    order = diagonal.argsort(descending=True) if act_order else torch.arange(k, device=weight.device)
+    diagonal += damping * diagonal.mean()
+    if act_order:
+        hessian = hessian[order][:, order]
+    try:
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    except torch.linalg.LinAlgError:
+        raise ValueError("the text's hessian is not positive definite: raise --damping, or use more text") from None
+
+    scale, zero = group_parameters(weight.to(hessian.dtype).unflatten(1, (-1, group)))
+    columns = weight.T[order].to(hessian.dtype).contiguous()  # [K, N]: what is worked on at a time lies together
+    codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
+    block = max(BLOCK, group)
+    for start in range(0, k, block):
+        stop = min(start + block, k)
+        errors = torch.empty(stop - start, n, dtype=columns.dtype, device=weight.device)
+        for j, column in enumerate(order[start:stop].tolist(), start):
+            g = column // group
+            if not act_order and j % group == 0:
+                scale[:, g], zero[:, g] = group_parameters(columns[j : j + group].T)
+            step, middle = scale[:, g].to(columns.dtype), zero[:, g].to(columns.dtype) / 16
+            code = (columns[j] / step + middle).round_().clamp_(0, 15)
+            error = (columns[j] - (code - middle) * step) / upper[j, j]
+            columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+            codes[column], errors[j - start] = code, error
+        columns[stop:] -= upper[start:stop, stop:].T @ errors
+    codes = codes.T.contiguous()
+    return IntWeight(pack_int4(codes), scale, zero)
+
+
+@torch.no_grad()
+def gptq_weights(
+    checkpoint: Checkpoint,
+    token_windows: list[list[int]],
+    device: torch.device,
+    quantise: Callable[[Tensor, Tensor], IntWeight],
+    batch_size: int = 8,
+) -> Iterator[tuple[str, IntWeight]]:
+    """(name, `quantise`(weight, hessian)) of each linear layer in turn, on inputs that come through the layers before as
+    they are quantised.
+
+    On `device` are one block's weights and the residual stream of all windows in bf16, and a hessian in float32.
+    """
+    config, dtype = checkpoint.config, torch.bfloat16
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.rope_frequency, model.rope_frequency_local = (
+        frequency.to(device) for frequency in (model.rope_frequency, model.rope_frequency_local)
+    )
+
+    def weights(prefix: str) -> dict[str, Tensor]:
+        parts = {name: tensors for name, tensors in checkpoint.parts.items() if name.startswith(prefix)}
+        loaded = load_weights(replace(checkpoint, parts=parts), device, dtype)
+        return {name.removeprefix(prefix): weight for name, weight in loaded.items()}
+
+    def forward(i: int, x: Tensor) -> Tensor:
+        query = torch.arange(x.shape[1], device=device)[None]
+        return model.layers[i](x, model._shared(config.is_local(i), query, None), None, None)
+
+    embedding, batches = weights("embedding.")["weight"], []
+    while token_windows:
+        length = len(token_windows[0])
+        batch = [window for window in token_windows[:batch_size] if len(window) == length]
+        token_windows = token_windows[len(batch) :]
+        batches.append(embed_reference(torch.tensor(batch).to(device), embedding, model.embedding_scale[dtype], dtype))
+    del embedding
+    for i, layer in enumerate(model.layers):
+        layer.load_state_dict(weights(f"layers.{i}."), assign=True)
+        for name in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2"):
+            linear = layer.get_submodule(name)
+            hessian = torch.zeros(linear.in_features, linear.in_features, device=device)
+
+            def add(_, inputs, hessian=hessian):
+                rows = inputs[0].flatten(0, -2).float()
+                hessian.addmm_(rows.T, rows)
+
+            hook = linear.register_forward_pre_hook(add)
+            for x in batches:
+                forward(i, x)
+            hook.remove()
+            weight = quantise(linear.weight, hessian)
+            linear.weight = torch.nn.Parameter(dequantise_reference(weight, dtype), False)
+            yield f"layers.{i}.{name}.weight", weight
+        batches = [forward(i, x) for x in batches]
+        layer.to("meta")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+OPTIONS = {  # what only some modes take
+    ("fp8",): ("fp8_head", "export_hf"),
+    ("int8", "int4", "int4-gptq"): ("quantize_embedding",),
+    ("int4", "int4-gptq"): ("group_size",),
+    ("int4-gptq",): ("text", "window", "max_tokens", "damping", "act_order", "device"),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="quantize.py", description=__doc__)
     add = parser.add_argument
-    add("--mode", choices=("fp8",), required=True)
+    add("--mode", choices=("fp8", "int8", "int4", "int4-gptq"), required=True)
     add("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="directory with BF16 weights")
-    add("--fp8_head", action="store_true", help="the embedding, which is the output head, in FP8, too")
-    add("--export_hf", type=Path, metavar="OUT", help="write a directory for vLLM, TGI and transformers instead")
+    add("--fp8_head", action="store_true", help="fp8: the embedding, which is the output head, too")
+    add("--export_hf", type=Path, metavar="OUT", help="fp8: write a directory for vLLM, TGI and transformers instead")
+    add("--quantize_embedding", action="store_true", help="int: the embedding, which is the output head, in int8")
+    add("--group_size", type=int, metavar="N", help="int4: neighbours that share a scale: 32 (default), 64, 128, 256")
+    add("--text", type=Path, metavar="FILE", help="gptq: text, or JSON lines with 'text' (default: our own sources)")
+    add("--window", type=int, metavar="N", help="gptq: tokens that the model sees at once (default: 512)")
+    add("--max_tokens", type=int, metavar="N", help="gptq: of the text, from its start (default: 65536)")
+    add("--damping", type=float, help="gptq: share of its mean that is added to the hessian's diagonal (default: 0.01)")
+    add("--act_order", action="store_true", help="gptq: inputs in the order of their size")
+    add("--device", choices=("cuda", "cpu"), help="gptq: (default: cuda where there is a GPU)")
     return run_program(run, parser, argv)
 
 
 def run(args: argparse.Namespace):
+    for modes, options in OPTIONS.items():
+        for option in options:
+            if getattr(args, option) not in (None, False) and args.mode not in modes:
+                raise ValueError(f"--{option} is for {' and '.join(f'--mode {mode}' for mode in modes)} only")
     checkpoint = open_checkpoint(args.checkpoint_path)
-    if checkpoint.weight_format == "fp8":
+    if checkpoint.weight_format in QUANTISED_FORMATS:
         raise ValueError(f"{args.checkpoint_path} is quantised already: name a checkpoint with BF16 weights")
+    total = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
+    prepare = prepare_fp8 if args.mode == "fp8" else prepare_int
+    file, write = prepare(args, checkpoint)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {file.name}", file=sys.stderr) as bar:
+        write(bar.update)
+    print(f"{file}: {file.stat().st_size / 1e9:.2f} GB, {file.stat().st_size / total:.0%} of the source")
+
+
+def prepare_fp8(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path, Callable]:
+    """The file, and what writes it when it is called with `progress`."""
     scales_file = checkpoint.directory / SCALES_NAME
     if not scales_file.exists():
         command = f"python calibrate.py --checkpoint_path {checkpoint.directory}"
@@ -150,14 +384,72 @@ def run(args: argparse.Namespace):
     scales = read_scales(scales_file, checkpoint.config)
     if args.export_hf and args.fp8_head:
         raise ValueError("--export_hf leaves the output head as it is: leave out --fp8_head")
-    file = args.export_hf / "model.safetensors" if args.export_hf else checkpoint.directory / "gemma-fp8.safetensors"
-    total = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {file.name}", file=sys.stderr) as bar:
-        if args.export_hf:
-            export_hf(checkpoint, scales, args.export_hf, bar.update)
-        else:
-            quantize_fp8(checkpoint, scales, file, args.fp8_head, bar.update)
-    print(f"{file}: {file.stat().st_size / 1e9:.2f} GB, {file.stat().st_size / total:.0%} of the source")
+    if args.export_hf:
+        return args.export_hf / "model.safetensors", partial(export_hf, checkpoint, scales, args.export_hf)
+    file = checkpoint.directory / "gemma-fp8.safetensors"
+    return file, partial(quantize_fp8, checkpoint, scales, file, args.fp8_head)
+
+
+def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path, Callable]:
+    """As `prepare_fp8`."""
+    group = 0 if args.mode == "int8" else args.group_size or 32
+    check_group(checkpoint, group)
+    head, metadata, text = args.quantize_embedding, {}, None
+    if group:
+        metadata = {"group_size": str(group), "method": "gptq" if args.mode == "int4-gptq" else "rounded"}
+    if not 0 <= (args.damping or 0) <= 1:
+        raise ValueError(f"--damping must be from 0 to 1, not {args.damping:g}")
+    if args.mode == "int4-gptq":
+        device = pick_device(args.device)
+        text = calibration_windows(args, checkpoint)
+        metadata |= {"text": args.text.name if args.text else "built-in", "tokens": str(sum(map(len, text)))}
+    file = checkpoint.directory / f"gemma-{args.mode}{f'-g{group}' if group else ''}.safetensors"
+
+    def write(progress):
+        if args.mode == "int4-gptq":
+            damping = 0.01 if args.damping is None else args.damping
+            quantise = partial(gptq, group=group, act_order=args.act_order, damping=damping)
+            weights = gptq_weights(checkpoint, text, device, quantise)
+
+        def quantised(name: str) -> IntWeight:
+            if args.mode != "int4-gptq" or not name.endswith(LINEAR):
+                return round_weight(checkpoint, name, group if name.endswith(LINEAR) else 0, progress)
+            found, weight = next(weights)
+            if found != name:
+                raise RuntimeError(f"{found} came where {name} was wanted")
+            progress(sum(tensor.size for tensor in checkpoint.parts[name]))
+            return weight
+
+        write_int(checkpoint, file, quantised, group, head, metadata, progress)
+
+    return file, write
+
+
+def check_group(checkpoint: Checkpoint, group: int):
+    if not group:
+        return
+    inputs = {name: tensors[0].shape[1] for name, tensors in checkpoint.parts.items() if name.endswith(LINEAR)}
+    fitting = [str(each) for each in GROUPS if all(k % each == 0 for k in inputs.values())]
+    if group not in GROUPS:
+        raise ValueError(f"--group_size must be {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]}, not {group}")
+    for name, k in inputs.items():
+        if k % group:
+            advice = f"use {' or '.join(fitting)}" if fitting else "use --mode int8"
+            raise ValueError(f"--group_size {group} does not divide the {k} inputs of {name}: {advice}")
+
+
+def calibration_windows(args: argparse.Namespace, checkpoint: Checkpoint) -> list[list[int]]:
+    texts = read_texts(args.text) if args.text else own_text()
+    if not args.text:
+        print("note: GPTQ on this program's own sources; --text FILE with your kind of text is better", file=sys.stderr)
+    window, most = args.window or 512, args.max_tokens or 65536
+    if window > checkpoint.config.context_length:
+        raise ValueError(f"a window of {window} tokens exceeds the context of {checkpoint.config.context_length}")
+    pieces = windows(texts, Tokenizer(checkpoint.directory / "tokenizer.model"), window)[: max(1, most // window)]
+    tokens, least = sum(map(len, pieces)), checkpoint.config.hidden_size
+    if tokens < least:
+        raise ValueError(f"the text has {tokens} tokens; GPTQ needs at least {least}, as many as the model is wide")
+    return pieces
 
 
 if __name__ == "__main__":

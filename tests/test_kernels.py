@@ -6,7 +6,7 @@ from conftest import CASES, SIZES
 
 import kernels
 from generate import State
-from kernels import E4M3, AttentionConfig, Gemv, Skinny
+from kernels import E4M3, AttentionConfig, Gemv, IntWeight, Skinny
 from model import ModelConfig, Transformer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,8 +22,8 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def exact_interpreter(monkeypatch):
-    """Rounds as the hardware does. Triton 3.6's interpreter cuts bfloat16 off, loses FP8's carries (1.99 becomes 1)
-    multiplies bfloat16 matrices as integers, and with NumPy 2.5 can't use a loaded number as a loop's bound."""
+    """Rounds as the hardware does. Triton 3.6's interpreter cuts bfloat16 off, loses FP8's carries (1.99 becomes 1), makes
+    no bfloat16 of integers, multiplies its matrices as integers, and with NumPy 2.5 can't use a loaded number as a loop's bound."""
     if DEVICE.type == "cuda":
         return
     import numpy as np
@@ -50,12 +50,18 @@ def exact_interpreter(monkeypatch):
         )
         return interpreter.TensorHandle(a @ b + d.data, d.dtype.scalar)
 
+    def from_integers(self, source, target):
+        values = source.data.astype(np.float32)
+        values = values if target.scalar == tl.float32 else convert(values, tl.float32, target.scalar)
+        return interpreter.TensorHandle(values, target.scalar)
+
     def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", from_integers)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
 
 
@@ -271,6 +277,90 @@ def test_embed(kind):
     assert torch.equal(kernels.embed(*arguments), kernels.embed_reference(*arguments))
 
 
+def test_embed_int8():
+    weight, tokens = int_weight(50, 72, 0), torch.tensor([3, 49, 0], device=DEVICE)
+    arguments = (tokens, weight.packed, 55.5, BF16, weight.scale)
+    expected = kernels.embed_reference(*arguments)
+    assert torch.equal(kernels.embed(*arguments), expected)
+    assert torch.equal(expected, kernels.dequantise_reference(weight, BF16)[tokens] * 55.5)
+
+
+def int_weight(n, k, group):
+    """Random codes, zeros far off the middle, too; group 0: int8."""
+    scale = (torch.rand(n, k // group if group else 1) + 0.5).mul(k**-0.5 / (4 if group else 70)).bfloat16()
+    if not group:
+        return IntWeight(torch.randint(-127, 128, (n, k), dtype=torch.int8).to(DEVICE), scale[:, 0].to(DEVICE))
+    packed = kernels.pack_int4(torch.randint(0, 16, (n, k)))
+    zero = torch.randint(70, 190, (n, k // group), dtype=torch.uint8)
+    zero[0] = torch.arange(k // group) % 2 * 255
+    return IntWeight(packed.to(DEVICE), scale.to(DEVICE), zero.to(DEVICE))
+
+
+GROUPS = pytest.mark.parametrize("group", [0, 32, 64, 128, 256])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@GROUPS
+def test_gemv_of_integers(dtype, group):
+    for n, k, early in ((11, 256, 0), (5, 1280, 1)) if group else ((11, 256, 0), (6, 100, 2)):
+        x, weight = normal(1, k, dtype=dtype), int_weight(n, k, group)
+        config = Gemv(block_n=4, block_k=512 if k > 1000 else 128, num_warps=4, num_stages=2, early=early)
+        y = kernels.linear_rows(x, weight, config=config)
+        assert_same(y, kernels.int_linear_reference(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("m", [1, 2, 5])
+@pytest.mark.parametrize("group", [0, 32])
+def test_int_geglu(dtype, m, group):
+    x, weight = normal(m, 96, dtype=dtype), int_weight(2 * 5, 96, group)
+    expected = kernels.geglu_reference(kernels.int_linear_reference(x, weight), dtype)
+    y = kernels.linear_geglu(x, weight, None, None, dtype)
+    if group and dtype == BF16 and m > 1:
+        assert_near(y, expected)
+    else:
+        assert_same(y, expected)
+
+
+def assert_near(actual, expected):
+    """To a rounding of all weights to bfloat16, beside the result's."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    actual, expected = actual.float(), expected.float()
+    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-8 * expected.abs().max().item())
+    assert (actual - expected).norm() < 0.006 * expected.norm()
+
+
+@GROUPS
+@pytest.mark.parametrize(("split", "shape"), [(1, (5, 40, 256)), (2, (16, 64, 512)), (2, (19, 70, 768))])
+def test_skinny_matmul_of_integers(group, split, shape):
+    m, n, k = shape
+    x, weight = normal(m, k, dtype=BF16), int_weight(n, k, group)
+    config = Skinny(16 if m <= 16 else 32, block_n=32, block_k=128, split=split, num_warps=4, num_stages=2)
+    y = kernels.linear_rows(x, weight, partials=True, config=config)
+    assert y.dim() == 2 if split == 1 else (len(y) <= split and y.dtype == F32)
+    y, expected = y if split == 1 else y.sum(0).to(BF16), kernels.int_linear_reference(x, weight)
+    (assert_near if group else assert_same)(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@GROUPS
+def test_dequantise(dtype, group):
+    weight = int_weight(5, 768 if group else 72, group)
+    expected = kernels.dequantise_reference(weight, dtype)
+    assert torch.equal(kernels.dequantise(weight, dtype), expected)
+    assert torch.equal(expected, kernels.dequantise_reference(weight, torch.float64).to(dtype))  # rounded once
+
+
+@pytest.mark.parametrize("m", [1, 3, 65])
+@pytest.mark.parametrize("group", [0, 64])
+def test_int_linear_rows(m, group):
+    x, weight = normal(m, 512, dtype=BF16), int_weight(48, 512, group)
+    for partials in (False, True):
+        y = kernels.linear_rows(x, weight, dtype=BF16, partials=partials)
+        assert partials or y.dim() == 2
+        assert_near(y.sum(0).to(BF16) if y.dim() == 3 else y, kernels.int_linear_reference(x, weight))
+
+
 def decode_states(m, limit, stop_ids=()):
     """Two equal ones."""
     states = [State.empty(m, 8, DEVICE) for _ in range(2)]
@@ -311,52 +401,61 @@ def test_greedy_emit(stop_ids, m):
     assert states[0].done.all()
 
 
-def tiny_model(case, dtype, fp8_weights, monkeypatch):
+def tiny_model(case, dtype, bits, monkeypatch):
     if DEVICE.type == "cpu":  # fewer programs for the interpreter
 
         def config_of(m, n, k, dtype):
-            return Gemv(64, 64, 4, 1) if m == 1 else None if dtype == F32 else Skinny(64, 64, 64, 1, 4, 1)
+            return Gemv(64, 64, 4, 1) if m == 1 else None if dtype == F32 else Skinny(64, 64, 128, 1, 4, 1)
 
         monkeypatch.setattr(kernels, "linear_config", config_of)
     model_type, settings = CASES[case]
     config = ModelConfig.from_hf(SIZES | settings | {"model_type": model_type})
-    model = Transformer.random(config, DEVICE, dtype, fp8=fp8_weights, head=fp8_weights)
+    fp8_weights = bits == "fp8"
+    model = Transformer.random(
+        config, DEVICE, dtype, fp8=fp8_weights, head=bits is not None, bits=None if fp8_weights else bits
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.copy_(normal(*parameter.shape, dtype=dtype, scale=0.3))
-        elif parameter.dim() > 1 and not fp8_weights:
+        elif name.endswith(".scale"):
+            parameter.copy_(parameter * (torch.rand(parameter.shape, device=DEVICE) + 0.5) * 8)
+        elif parameter.dim() > 1 and bits is None:
             parameter.copy_(normal(*parameter.shape, dtype=dtype, scale=0.15))
     for layer in model.layers:
         layer.attention.kv_scales = (0.01, 0.02)
     return model
 
 
-def assert_same_step(actual, expected, dtype, fp8_weights):
-    if dtype == F32 and not fp8_weights:
+def assert_same_step(actual, expected, dtype, in_fp8):
+    if dtype == F32 and not in_fp8:
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     else:  # a rounding that falls to the other side moves what follows, FP8 to a code 6 % away
-        assert (actual - expected).norm() <= (0.1 if fp8_weights else 0.03) * (expected - expected.mean()).norm()
+        assert (actual - expected).norm() <= (0.1 if in_fp8 else 0.03) * (expected - expected.mean()).norm()
 
 
 STEPS = pytest.mark.parametrize(
-    ("case", "rows", "dtype", "fp8_weights", "cache_dtype"),
+    ("case", "rows", "dtype", "bits", "cache_dtype"),
     [
-        ("gemma-mha", 2, BF16, False, E4M3),
-        ("gemma-mqa", 1, F32, False, None),
-        ("gemma-gqa", 3, BF16, True, E4M3),
-        ("gemma2-window-small", 3, F32, False, None),
-        ("gemma2-window-small", 1, F32, True, E5M2),
-        ("gemma3-window-half", 1, F32, False, None),
-        ("gemma3-window-half", 3, BF16, True, None),
+        ("gemma-mha", 2, BF16, None, E4M3),
+        ("gemma-mqa", 1, F32, None, None),
+        ("gemma-gqa", 3, BF16, "fp8", E4M3),
+        ("gemma2-window-small", 3, F32, None, None),
+        ("gemma2-window-small", 1, F32, "fp8", E5M2),
+        ("gemma3-window-half", 1, F32, None, None),
+        ("gemma3-window-half", 3, BF16, "fp8", None),
+        ("gemma-mqa", 1, F32, 4, None),
+        ("gemma-gqa", 3, BF16, 4, E4M3),
+        ("gemma-mqa", 3, BF16, 8, E4M3),
+        ("gemma3-window-half", 1, BF16, 8, None),
     ],
 )
 
 
 @torch.inference_mode()
 @STEPS
-def test_decode_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypatch):
+def test_decode_is_forward(case, rows, dtype, bits, cache_dtype, monkeypatch):
     """Whole steps of tiny models, rows at different positions, behind a prefill that both share."""
-    model = tiny_model(case, dtype, fp8_weights, monkeypatch)
+    model = tiny_model(case, dtype, bits, monkeypatch)
     position = torch.tensor([19, 3, 12][:rows], device=DEVICE)
     prompts = torch.randint(2, 128, (rows, 19), device=DEVICE)
     logits = []
@@ -368,14 +467,14 @@ def test_decode_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypa
             token = torch.full((rows,), 3 + i, device=DEVICE)
             steps.append((model.decode(token, position + i) if fast else model(token[:, None], position + i)).float())
         logits.append(torch.stack(steps))
-    assert_same_step(logits[1], logits[0], dtype, fp8_weights)
+    assert_same_step(logits[1], logits[0], dtype, bits == "fp8")
 
 
 @torch.inference_mode()
 @STEPS
-def test_prefill_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeypatch):
+def test_prefill_is_forward(case, rows, dtype, bits, cache_dtype, monkeypatch):
     """Logits, and what a later query will see of the KV cache."""
-    model = tiny_model(case, dtype, fp8_weights, monkeypatch)
+    model = tiny_model(case, dtype, bits, monkeypatch)
     width = 11  # longer than the small window
     lengths = torch.tensor([width, 3, 9][:rows], device=DEVICE)
     prompts = torch.randint(2, 128, (rows, width), device=DEVICE)
@@ -386,9 +485,9 @@ def test_prefill_is_forward(case, rows, dtype, fp8_weights, cache_dtype, monkeyp
         logits.append(run(prompts, None, lengths).float())
         seen = [(cache.held_positions(lengths) >= 0)[:, None, :, None] for cache in caches]
         held.append([torch.where(s, x.float(), 0) for cache, s in zip(caches, seen) for x in (cache.k, cache.v)])
-    assert_same_step(logits[1], logits[0], dtype, fp8_weights)
+    assert_same_step(logits[1], logits[0], dtype, bits == "fp8")
     for expected, actual in zip(*held):
-        assert_same_step(actual, expected, dtype, fp8_weights or cache_dtype)
+        assert_same_step(actual, expected, dtype, bits == "fp8" or cache_dtype)
     assert all(x.abs().sum(-1).count_nonzero() for x in held[1])
 
 
@@ -405,6 +504,18 @@ def test_published_sizes(dtype, m, shape):
     torch.testing.assert_close(
         y.float(), expected.float(), rtol=2**-7, atol=2**-9 * expected.float().abs().max().item()
     )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("group", [0, 32, 128])
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 33, 64, 65])
+@pytest.mark.parametrize("shape", [(12288, 3072), (3072, 24576), (3072, 4096), (1000, 1152)])
+def test_published_sizes_of_integers(group, m, shape):
+    x, weight = normal(m, shape[1], dtype=BF16), int_weight(*shape, group)
+    y, expected = kernels.linear_rows(x, weight, partials=True), kernels.int_linear_reference(x, weight)
+    assert_near(y.sum(0).to(BF16) if y.dim() == 3 else y, expected)
+    geglu = kernels.geglu_reference(expected, BF16)
+    assert_near(kernels.linear_geglu(x, weight, None, None, BF16), geglu)
 
 
 @pytest.mark.cuda
