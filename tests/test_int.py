@@ -48,7 +48,7 @@ def heldout():
     _, tokenizer = load_model(TINY_GEMMA, device="cpu")
     library = Path(sysconfig.get_path("stdlib"))
     texts = [(library / name).read_text(encoding="utf-8") for name in ("textwrap.py", "json/decoder.py")]
-    return windows(texts, tokenizer, 512)[:5]
+    return windows(texts, tokenizer, 512)[:3]
 
 
 @pytest.fixture
@@ -258,11 +258,10 @@ def test_fp8_cache_of_integer_weights(quantised, capsys):
     assert generate(model, prompts, 24, **options) == expected
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_compiled_is_eager(bits):
+def test_compiled_is_eager():
     model_type, settings = CASES["gemma-mqa"]
     config = ModelConfig.from_hf(SIZES | settings | {"model_type": model_type, "num_hidden_layers": 1})
-    model = Transformer.random(config, dtype=torch.float32, head=bits == 4, bits=bits)
+    model = Transformer.random(config, dtype=torch.float32, head=True, bits=4)
     options = dict(temperature=0, stop_ids=())
     prompts = [[2, 31, 15], [2, 40, 100, 20, 21, 90], [2]]
     expected = [generate(model, [prompt], 12, **options)[0] for prompt in prompts]
