@@ -37,11 +37,14 @@ from model import ModelConfig, Transformer
 ROOT = Path(__file__).parent
 OURS = "gemma-fast"
 E4M3, GIB = torch.float8_e4m3fn, 2**30
-PRECISIONS = {  # FP8 layers, FP8 head, dtype of the KV cache
-    "bf16": (False, False, None),
-    "fp8": (True, False, None),
-    "fp8-kv": (True, False, E4M3),
-    "fp8-all": (True, True, E4M3),
+INTEGERS = {"int8": {"bits": 8}, "int4-g32": {"bits": 4, "group": 32}, "int4-g128": {"bits": 4, "group": 128}}
+PRECISIONS = {  # options of Transformer.random, dtype of the KV cache; "all": the embedding, which is the head, too
+    "bf16": ({}, None),
+    "fp8": ({"fp8": True}, None),
+    "fp8-kv": ({"fp8": True}, E4M3),
+    "fp8-all": ({"fp8": True, "head": True}, E4M3),
+    **{name: (options, None) for name, options in INTEGERS.items()},
+    **{f"{name}-all": (options | {"head": True}, None) for name, options in INTEGERS.items()},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ def prefill(
     attention, without and with --compile_prefill."""
     peaks = {}
     for precision in args.precisions:
-        peaks[precision] = matrix_rate(args.device, PRECISIONS[precision][0], matrix_size)
+        peaks[precision] = matrix_rate(args.device, "fp8" in PRECISIONS[precision][0], matrix_size)
         name = f"matrix product, {matrix_size} cubed"
         yield rounded({"name": name, "precision": precision, "tflop_per_second": peaks[precision] / 1e12})
     release()
@@ -241,7 +244,7 @@ class Protocol(NamedTuple):
 
 
 PROTOCOLS = {
-    "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), tuple(PRECISIONS)),
+    "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-kv", "fp8-all")),
     "latency": Protocol(latency, "cuda", ("gemma-2b", "gemma-7b"), ("bf16", "fp8-all")),
     "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all")),
     "stop-check": Protocol(stop_check, "cuda", ("gemma-2b",), ("bf16", "fp8-all")),
@@ -257,8 +260,8 @@ PROTOCOLS = {
 
 def random_model(name: str, precision: str, device: torch.device) -> tuple[Transformer, torch.dtype | None]:
     """A model of random weights, as `load_model` would have made it, and the dtype of its KV cache."""
-    fp8, head, kv_dtype = PRECISIONS[precision]
-    model = Transformer.random(ModelConfig.from_name(name), device, fp8=fp8, head=head)
+    options, kv_dtype = PRECISIONS[precision]
+    model = Transformer.random(ModelConfig.from_name(name), device, **options)
     model.has_kv_scales = True  # of 1.0, which does for random values
     return model, kv_dtype
 

@@ -1158,6 +1158,26 @@ def fp8_matmul(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Ten
 
 
 @jit
+def _products(weight, x_ptr, columns, mask):
+    """Of weights [rows, columns] and x, to be summed. Words of four int8 weights give the sums of their products with what
+    128 makes of them all, 1 to 255, times 2**-149 * LIFT; see _int4_dot. The kernel takes 128 times the sum of x off again."""
+    if weight.dtype == tl.int32:
+        x_ptrs = x_ptr + 4 * columns
+        x0 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) * LIFT
+        x1 = tl.load(x_ptrs + 1, mask=mask, other=0.0).to(tl.float32) * (LIFT / 256)
+        x2 = tl.load(x_ptrs + 2, mask=mask, other=0.0).to(tl.float32) * (LIFT / 65536)
+        x3 = tl.load(x_ptrs + 3, mask=mask, other=0.0).to(tl.float32) * (LIFT / 65536)
+        weight ^= -0x7F7F7F80  # 0x80 in each byte: plus 128
+        y = (weight & 0xFF).to(tl.float32, bitcast=True) * x0[None, :]
+        y += (weight & 0xFF00).to(tl.float32, bitcast=True) * x1[None, :]
+        y += (weight & 0xFF0000).to(tl.float32, bitcast=True) * x2[None, :]
+        y += ((weight >> 8) & 0xFF0000).to(tl.float32, bitcast=True) * x3[None, :]
+    else:
+        y = weight.to(tl.float32) * tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@jit
 def _gemv_kernel(
     x_ptr,
     weight_ptr,
@@ -1193,16 +1213,20 @@ def _gemv_kernel(
     _wait(PDL)
     for tile in tl.static_range(EARLY):
         k = tile * BLOCK_K
-        x = tl.load(x_ptr + k + columns, mask=k + columns < IN, other=0.0)
-        acc += early[tile].to(tl.float32) * x.to(tl.float32)[None, :]
+        acc += _products(early[tile], x_ptr, k + columns, k + columns < IN)
     for k in tl.range(EARLY * BLOCK_K, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
-        weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
-        acc += weight * tl.load(x_ptr + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0)
+        acc += _products(weight, x_ptr, k + columns, mask)
     y = tl.sum(acc, axis=1)
-    if input_scale_ptr is not None:
+    if weight_ptr.dtype.element_ty == tl.int32:
+        rest = tl.zeros([BLOCK_K], tl.float32)
+        for k in range(0, 4 * IN, BLOCK_K):
+            rest += tl.load(x_ptr + k + columns, mask=k + columns < 4 * IN, other=0.0).to(tl.float32)
+        y = (y * (2.0**149 / LIFT) - 128.0 * tl.sum(rest, axis=0)) * tl.load(weight_scale_ptr + row).to(tl.float32)
+    elif input_scale_ptr is not None:
         y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
-    elif weight_scale_ptr is not None:  # int8
+    elif weight_scale_ptr is not None:
         y *= tl.load(weight_scale_ptr + row).to(tl.float32)
     y = y.to(dtype).to(tl.float32)
     if GEGLU:
@@ -1238,15 +1262,16 @@ def gemv(
     n = weight.shape[0] // 2 if geglu else weight.shape[0]
     config = config or linear_config(m, weight.shape[0], k, weight.dtype)
     out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
+    words = 4 if weight.dtype == torch.int8 and k % 4 == 0 else 1
     _launch(
         _gemv_kernel,
         (-(-n // config.block_n),),
-        *(x, weight, input_scale, weight_scale, next_scale, out),
+        *(x, weight.view(torch.int32) if words == 4 else weight, input_scale, weight_scale, next_scale, out),
         OUT=n,
-        IN=k,
+        IN=k // words,
         GEGLU=geglu,
         BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BLOCK_K=config.block_k // words,
         STAGES=config.num_stages,
         EARLY=config.early,
         dtype=_triton_dtype(dtype),

@@ -302,7 +302,7 @@ GROUPS = pytest.mark.parametrize("group", [0, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @GROUPS
 def test_gemv_of_integers(dtype, group):
-    for n, k, early in ((11, 256, 0), (5, 1280, 1)) if group else ((11, 256, 0), (6, 100, 2)):
+    for n, k, early in ((11, 256, 0), (5, 1280, 1)) if group else ((11, 256, 0), (6, 100, 2), (6, 90, 1)):
         x, weight = normal(1, k, dtype=dtype), int_weight(n, k, group)
         config = Gemv(block_n=4, block_k=512 if k > 1000 else 128, num_warps=4, num_stages=2, early=early)
         y = kernels.linear_rows(x, weight, config=config)
@@ -322,12 +322,13 @@ def test_int_geglu(dtype, m, group):
         assert_same(y, expected)
 
 
-def assert_near(actual, expected):
-    """To a rounding of all weights to bfloat16, beside the result's."""
+def assert_near(actual, expected, factors=1):
+    """To a rounding of all weights to bfloat16, beside the result's, in each of its factors."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     actual, expected = actual.float(), expected.float()
-    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-8 * expected.abs().max().item())
-    assert (actual - expected).norm() < 0.006 * expected.norm()
+    atol = factors * 2**-7 * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=factors * 2**-7, atol=atol)
+    assert (actual - expected).norm() < 0.006 * factors * expected.norm()
 
 
 @GROUPS
@@ -515,7 +516,7 @@ def test_published_sizes_of_integers(group, m, shape):
     y, expected = kernels.linear_rows(x, weight, partials=True), kernels.int_linear_reference(x, weight)
     assert_near(y.sum(0).to(BF16) if y.dim() == 3 else y, expected)
     geglu = kernels.geglu_reference(expected, BF16)
-    assert_near(kernels.linear_geglu(x, weight, None, None, BF16), geglu)
+    assert_near(kernels.linear_geglu(x, weight, None, None, BF16), geglu, factors=2)
 
 
 @pytest.mark.cuda
