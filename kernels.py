@@ -685,7 +685,8 @@ def _prefill_rope_kernel(
         v = _output(qkv_ptr, token, rows, first + K * D + d, mask, WIDTH, PARTS, dtype)
         length = tl.load(lengths_ptr + row)
         offsets = ((row * K + head) * S + t % S) * D + d
-        kept = mask & (t < length) & (t + S >= length)  # of the tokens that share a slot, the newest
+        heads = tl.where(t < length, tl.where(t + S >= length, K, 0), 0)  # of tokens that share a slot, the newest's
+        kept = (head < heads) & (d < D)
         k = _keep(k, k_ptr, offsets, inverse_k_scale, kept, LIMIT)
         v = _keep(v, v_ptr, offsets, inverse_v_scale, kept, LIMIT)
         tl.store(out_ptr + token * WIDTH + first + d, k.to(dtype), mask=mask)
@@ -1158,22 +1159,35 @@ def fp8_matmul(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Ten
 
 
 @jit
-def _products(weight, x_ptr, columns, mask):
-    """Of weights [rows, columns] and x, to be summed. Words of four int8 weights give the sums of their products with what
-    128 makes of them all, 1 to 255, times 2**-149 * LIFT; see _int4_dot. The kernel takes 128 times the sum of x off again."""
-    if weight.dtype == tl.int32:
-        x_ptrs = x_ptr + 4 * columns
-        x0 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) * LIFT
-        x1 = tl.load(x_ptrs + 1, mask=mask, other=0.0).to(tl.float32) * (LIFT / 256)
-        x2 = tl.load(x_ptrs + 2, mask=mask, other=0.0).to(tl.float32) * (LIFT / 65536)
-        x3 = tl.load(x_ptrs + 3, mask=mask, other=0.0).to(tl.float32) * (LIFT / 65536)
-        weight ^= -0x7F7F7F80  # 0x80 in each byte: plus 128
-        y = (weight & 0xFF).to(tl.float32, bitcast=True) * x0[None, :]
-        y += (weight & 0xFF00).to(tl.float32, bitcast=True) * x1[None, :]
-        y += (weight & 0xFF0000).to(tl.float32, bitcast=True) * x2[None, :]
-        y += ((weight >> 8) & 0xFF0000).to(tl.float32, bitcast=True) * x3[None, :]
+def _as_float(weight, FAST: tl.constexpr):
+    """In float32. Of int8 a GPU makes it by way of float16, whose bits 0x6400 + u are 1024 + u; converting integers is
+    slower."""
+    if FAST and weight.dtype == tl.int8:
+        y = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 u, low, high, offset;
+            .reg .b16 h0, h1, h2, h3;
+            xor.b32 u, $4, 0x80808080;
+            mov.b32 offset, 0x64806480;
+            prmt.b32 low, u, 0x64646464, 0x4140;
+            prmt.b32 high, u, 0x64646464, 0x4342;
+            sub.f16x2 low, low, offset;
+            sub.f16x2 high, high, offset;
+            mov.b32 {h0, h1}, low;
+            mov.b32 {h2, h3}, high;
+            cvt.f32.f16 $0, h0;
+            cvt.f32.f16 $1, h1;
+            cvt.f32.f16 $2, h2;
+            cvt.f32.f16 $3, h3;
+            }""",
+            "=f,=f,=f,=f,r",
+            [weight],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=4,
+        )
     else:
-        y = weight.to(tl.float32) * tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+        y = weight.to(tl.float32)
     return y
 
 
@@ -1213,20 +1227,16 @@ def _gemv_kernel(
     _wait(PDL)
     for tile in tl.static_range(EARLY):
         k = tile * BLOCK_K
-        acc += _products(early[tile], x_ptr, k + columns, k + columns < IN)
+        x = tl.load(x_ptr + k + columns, mask=k + columns < IN, other=0.0)
+        acc += _as_float(early[tile], PDL) * x.to(tl.float32)[None, :]
     for k in tl.range(EARLY * BLOCK_K, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
         weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0)
-        acc += _products(weight, x_ptr, k + columns, mask)
+        acc += _as_float(weight, PDL) * tl.load(x_ptr + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
     y = tl.sum(acc, axis=1)
-    if weight_ptr.dtype.element_ty == tl.int32:
-        rest = tl.zeros([BLOCK_K], tl.float32)
-        for k in range(0, 4 * IN, BLOCK_K):
-            rest += tl.load(x_ptr + k + columns, mask=k + columns < 4 * IN, other=0.0).to(tl.float32)
-        y = (y * (2.0**149 / LIFT) - 128.0 * tl.sum(rest, axis=0)) * tl.load(weight_scale_ptr + row).to(tl.float32)
-    elif input_scale_ptr is not None:
+    if input_scale_ptr is not None:
         y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
-    elif weight_scale_ptr is not None:
+    elif weight_scale_ptr is not None:  # int8
         y *= tl.load(weight_scale_ptr + row).to(tl.float32)
     y = y.to(dtype).to(tl.float32)
     if GEGLU:
@@ -1262,16 +1272,15 @@ def gemv(
     n = weight.shape[0] // 2 if geglu else weight.shape[0]
     config = config or linear_config(m, weight.shape[0], k, weight.dtype)
     out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
-    words = 4 if weight.dtype == torch.int8 and k % 4 == 0 else 1
     _launch(
         _gemv_kernel,
         (-(-n // config.block_n),),
-        *(x, weight.view(torch.int32) if words == 4 else weight, input_scale, weight_scale, next_scale, out),
+        *(x, weight, input_scale, weight_scale, next_scale, out),
         OUT=n,
-        IN=k // words,
+        IN=k,
         GEGLU=geglu,
         BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k // words,
+        BLOCK_K=config.block_k,
         STAGES=config.num_stages,
         EARLY=config.early,
         dtype=_triton_dtype(dtype),
@@ -1430,7 +1439,7 @@ def linear_geglu(
     if isinstance(config, Gemv):  # half as many outputs a program, as each has two rows
         config = config._replace(block_n=max(1, config.block_n // 2))
     else:
-        config = config._replace(block_n=64, num_stages=3)
+        config = config._replace(block_n=64, num_stages=3 if len(x) > 16 else 6)  # smaller tiles of x leave room
     if in_int4:
         return int4_gemv(x, weight, True, config)
     if isinstance(weight, IntWeight):
