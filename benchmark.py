@@ -108,10 +108,11 @@ def sweep(
     context: int = 128,
     new_tokens: int = 64,
 ) -> Iterator[dict]:
-    """Batch 1 to 256, 128 prompt tokens, 64 new; with --picture also an SVG."""
+    """Batch 1 to 256, or --batches, 128 prompt tokens, 64 new; with --picture also an SVG."""
 
     def of_model(model: Transformer, kv_dtype, case: dict):
-        for batch in batches:
+        case["weights_gib"] = round(model.weight_bytes / GIB, 2)
+        for batch in args.batches or batches:
             prompts = random_prompts(batch, context, model.config.vocab_size)
             run = ours(model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)
             try:
@@ -689,6 +690,7 @@ def main(argv: list[str] | None = None) -> int:
     add("protocol", choices=PROTOCOLS)
     add("--models", nargs="+", choices=("gemma-2b", "gemma-7b"), help="(default: the protocol's)")
     add("--precisions", nargs="+", choices=PRECISIONS, help="(default: the protocol's)")
+    add("--batches", nargs="+", type=int, metavar="N", help="sweep: instead of its own")
     add("--no_peers", dest="peers", action="store_false", help="leave out transformers")
     add("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the results as JSON")
@@ -697,8 +699,10 @@ def main(argv: list[str] | None = None) -> int:
     protocol = PROTOCOLS[args.protocol]
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
-    if args.picture and args.protocol != "sweep":
-        parser.error("--picture is sweep's")
+    if (args.picture or args.batches) and args.protocol != "sweep":
+        parser.error("--picture and --batches are sweep's")
+    if min(args.batches or [1]) < 1:
+        parser.error("--batches must be at least 1")
     if protocol.device == "cuda" and not torch.cuda.is_available():
         print(f"error: protocol {args.protocol} needs a CUDA GPU", file=sys.stderr)
         return 2
