@@ -1439,7 +1439,7 @@ def linear_geglu(
     if isinstance(config, Gemv):  # half as many outputs a program, as each has two rows
         config = config._replace(block_n=max(1, config.block_n // 2))
     else:
-        config = config._replace(block_n=64, num_stages=3 if len(x) > 16 else 6)  # smaller tiles of x leave room
+        config = config._replace(block_n=64, num_stages=4 if len(x) <= 16 and weight.shape[1] > 2048 else 3)
     if in_int4:
         return int4_gemv(x, weight, True, config)
     if isinstance(weight, IntWeight):
