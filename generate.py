@@ -362,9 +362,9 @@ class Decoder:
         if self.device.type == "cuda":
             self.streams = _streams(self.device)
         # Functions, not methods of self: without a cycle, memory is free as soon as the decoder is.
-        fast = compile and self.device.type == "cuda" and kernels.available(self.device)
-        self._step = fast_step if fast else decode_step
-        self._prefill = Transformer.prefill if fast else Transformer.forward
+        self.fast = compile and self.device.type == "cuda" and kernels.available(self.device)
+        self._step = fast_step if self.fast else decode_step
+        self._prefill = Transformer.prefill if self.fast else Transformer.forward
         if self.device.type == "cpu":
             self._step = _compiled(decode_step, dynamic=False) if compile else decode_step
             self._prefill = _compiled(Transformer.forward, dynamic=None) if compile_prefill else Transformer.forward
@@ -899,6 +899,8 @@ def report(stats: Stats, load_seconds: float, model: Transformer, seed: int):
     peak = peak_memory(device)  # before the bandwidth's own buffers
     bandwidth = copy_bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name += " by the Triton kernels" if model.decoder and model.decoder.fast else " by PyTorch"
     te = f", prefill from {TE_TOKENS} tokens on by TransformerEngine {model.te_version}" if model.te_version else ""
     print(
         f"{name}, {str(model.dtype).removeprefix('torch.')}, seed {seed}{te}\n"
