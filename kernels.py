@@ -114,8 +114,9 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype) -> Gemv | Skinny |
             return Gemv(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
         if k > 8192:
             return Gemv(block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=3 if in_8 else 1)
-        if n < 4096:  # all of it early; gemma-2b's 2,560 outputs would leave GPU unused as 640 programs
-            return Gemv(block_n=2 if n == 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=-(-k // 2048))
+        if n < 4096:  # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
+            early = min(2, -(-k // 2048))
+            return Gemv(block_n=2 if n == 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=early)
         if k <= 2048 and n < 200_000:
             return Gemv(block_n=4, block_k=2048 if in_8 else 1024, num_warps=4, num_stages=4, early=1)
         return Gemv(block_n=8, block_k=512, num_warps=4, num_stages=4, early=2 if n < 32768 or k <= 2048 else 0)
@@ -123,10 +124,8 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype) -> Gemv | Skinny |
         return None
     if m > 16 and dtype == E4M3 and n <= 16384:
         return None
-    block_n, block_k = (
-        64 if m <= 16 or dtype.itemsize == 1 else 128,
-        128 // dtype.itemsize,
-    )  # a cache line of each weight row
+    block_n = 64 if m <= 16 or dtype.itemsize == 1 else 128
+    block_k = 128 // dtype.itemsize  # a cache line of each weight row
     split, wanted = 1, 1.5 * SMS if m <= 16 else 0.7 * SMS
     while -(-n // block_n) * split < wanted and split < 8 and k >= 2 * split * 4 * block_k:  # four tiles at least
         split *= 2

@@ -10,6 +10,9 @@ import torch
 
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, for the programs that tests start, too
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
