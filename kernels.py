@@ -750,30 +750,6 @@ def _share(position, S, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @jit
-def _fetch_share(
-    k_ptr,
-    v_ptr,
-    position_ptr,
-    S,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The first AHEAD slots of the share that the last known position gives: an old one does no harm here."""
-    if PDL and AHEAD > 0:
-        PIECE: tl.constexpr = 1024
-        row = tl.program_id(0).to(tl.int64) * K + tl.program_id(1)
-        start, end = _share(tl.load(position_ptr + tl.program_id(0)), S, BLOCK_S, SPLITS)
-        ITEM: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
-        count = tl.minimum(end - start, AHEAD) * (D * ITEM) // PIECE
-        _fetch(k_ptr + (row * S + start) * D, PIECE, count, PIECE, PDL)
-        _fetch(v_ptr + (row * S + start) * D, PIECE, count, PIECE, PDL)
-
-
-@jit
 def _own(
     qkv_ptr,
     rope_ptr,
@@ -794,13 +770,26 @@ def _own(
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
     LIMIT: tl.constexpr,
+    AHEAD: tl.constexpr,
     dtype: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """What an attention program of (row, key head, split) begins with: the row's slot; its share; the rotation at the row's position; and the row's new key and value, which
-    the first split writes, and which never come from the cache."""
+    """What an attention program of (row, key head, split) begins with: the row's slot; the program's share; the rotation at
+    the row's position; and the row's new key and value, which the first split writes, and which never come from the
+    cache. Before the wait, the first AHEAD slots of the share that the last known position gives: an old one does no
+    harm there."""
     WIDTH: tl.constexpr = (G + 2) * K * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     in_head = d < D
+    if PDL and AHEAD > 0:
+        PIECE: tl.constexpr = 1024
+        ITEM: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
+        start, end = _share(tl.load(position_ptr + row), S, BLOCK_S, SPLITS)
+        first = ((row * K + head) * S + start) * D
+        count = tl.minimum(end - start, AHEAD) * (D * ITEM) // PIECE
+        _fetch(k_ptr + first, PIECE, count, PIECE, PDL)
+        _fetch(v_ptr + first, PIECE, count, PIECE, PDL)
+    _wait(PDL)
     position = tl.load(position_ptr + row)
     slot = (position % S).to(tl.int32)
     start, end = _share(position, S, BLOCK_S, SPLITS)
@@ -858,8 +847,6 @@ def _attention_by_sums_kernel(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
-    _fetch_share(k_ptr, v_ptr, position_ptr, S, K, D, BLOCK_S, SPLITS, AHEAD, PDL)
-    _wait(PDL)
     slot, start, end, cos, sin, own_k, own_v = _own(
         qkv_ptr,
         rope_ptr,
@@ -880,7 +867,9 @@ def _attention_by_sums_kernel(
         SPLITS,
         PARTS,
         LIMIT,
+        AHEAD,
         dtype,
+        PDL,
     )
     q = _rotated(qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
     first = tl.program_id(2) == 0
@@ -968,8 +957,6 @@ def _attention_kernel(
     g, lane, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     q_mask = (g < G)[:, None] & in_head[None, :]
-    _fetch_share(k_ptr, v_ptr, position_ptr, S, K, D, BLOCK_S, SPLITS, AHEAD, PDL)
-    _wait(PDL)
     slot, start, end, cos, sin, own_k, own_v = _own(
         qkv_ptr,
         rope_ptr,
@@ -990,7 +977,9 @@ def _attention_kernel(
         SPLITS,
         PARTS,
         LIMIT,
+        AHEAD,
         dtype,
+        PDL,
     )
     heads = (head * G + g)[:, None] * D
     q = _rotated(
@@ -1191,6 +1180,37 @@ def _as_float(weight, FAST: tl.constexpr):
 
 
 @jit
+def _gemv_rows(OUT: tl.constexpr, BLOCK_N: tl.constexpr, GEGLU: tl.constexpr):
+    """Of the weight, for a program's BLOCK_N outputs; what is read twice is not stored."""
+    first = tl.program_id(0) * BLOCK_N
+    if GEGLU:  # gate and up in turn: rows n and n + OUT
+        i = tl.arange(0, 2 * BLOCK_N)
+        row = tl.minimum(first + i // 2, OUT - 1) + i % 2 * OUT
+    else:
+        row = tl.minimum(first + tl.arange(0, BLOCK_N), OUT - 1)
+    return row
+
+
+@jit
+def _gemv_store(
+    out_ptr,
+    y,
+    next_scale_ptr,
+    OUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GEGLU: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Sums y of `_gemv_rows`."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = y.to(dtype).to(tl.float32)
+    if GEGLU:
+        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
+        y = _geglu(gate, up, dtype)
+    _store(out_ptr + n, y, next_scale_ptr, n < OUT, dtype)
+
+
+@jit
 def _gemv_kernel(
     x_ptr,
     weight_ptr,
@@ -1209,14 +1229,9 @@ def _gemv_kernel(
     PDL: tl.constexpr,
 ):
     _start(PDL)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if GEGLU:  # gate and up in turn: rows n and n + OUT
-        i = tl.arange(0, 2 * BLOCK_N)
-        row = tl.minimum(tl.program_id(0) * BLOCK_N + i // 2, OUT - 1) + i % 2 * OUT
-        acc = tl.zeros([2 * BLOCK_N, BLOCK_K], tl.float32)
-    else:
-        row = tl.minimum(n, OUT - 1)  # what is read twice is not stored
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    ROWS: tl.constexpr = 2 * BLOCK_N if GEGLU else BLOCK_N
+    row = _gemv_rows(OUT, BLOCK_N, GEGLU)
+    acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
     columns = tl.arange(0, BLOCK_K)
     early = ()
@@ -1237,11 +1252,7 @@ def _gemv_kernel(
         y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
     elif weight_scale_ptr is not None:  # int8
         y *= tl.load(weight_scale_ptr + row).to(tl.float32)
-    y = y.to(dtype).to(tl.float32)
-    if GEGLU:
-        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
-        y = _geglu(gate, up, dtype)
-    _store(out_ptr + n, y, next_scale_ptr, n < OUT, dtype)
+    _gemv_store(out_ptr, y, next_scale_ptr, OUT, BLOCK_N, GEGLU, dtype)
 
 
 def gemv_reference(x, weight, input_scale=None, weight_scale=None, dtype=None, geglu=False, next_scale=None):
@@ -1262,8 +1273,8 @@ def gemv(
     """x @ weight.T of one row x [1, K], weight [N, K], in `dtype` (None: x's), which is not x's for E4M3.
 
     For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given; for an int8 weight only
-    weight_scale [N]. With `geglu`, weight is gate
-    [F, K] over up [F, K], and gelu(gate) * up [1, F] is returned, in E4M3 if next_scale is given.
+    weight_scale [N]. With `geglu`, weight is gate [F, K] over up [F, K], and gelu(gate) * up [1, F] is returned, in E4M3
+    if next_scale is given.
     """
     (m, k), dtype = x.shape, dtype or x.dtype
     if m > 1:
@@ -1346,6 +1357,17 @@ def _skinny_kernel(
     _store(out_ptr + offsets, acc, next_scale_ptr, mask, out_ptr.dtype.element_ty)
 
 
+def _shares(x: Tensor, n: int, config: Skinny, dtype: torch.dtype) -> tuple[int, int, Tensor]:
+    """Tiles of a program, programs that share n outputs of x [M, K], and memory for those: [M, N] in `dtype`, or float32
+    partial sums [programs, M, N]."""
+    m, k = x.shape
+    tiles = -(-k // (config.block_k * config.split))
+    split = -(-k // (config.block_k * tiles))  # without shares that would be empty
+    if split == 1:
+        return tiles, 1, torch.empty(m, n, dtype=dtype, device=x.device)
+    return tiles, split, torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+
+
 def skinny_matmul(
     x: Tensor,
     weight: Tensor,
@@ -1359,19 +1381,15 @@ def skinny_matmul(
     """`gemv` of up to 64 rows; with config.split > 1 float32 partial sums [split, M, N], and no `geglu`."""
     (m, k), n, dtype = x.shape, weight.shape[0] // (2 if geglu else 1), dtype or x.dtype
     config = config or linear_config(m, weight.shape[0], k, weight.dtype)
-    tiles = -(-k // (config.block_k * config.split))  # of a program
-    split = 1 if geglu else -(-k // (config.block_k * tiles))  # without shares that would be empty
-    if split == 1:
-        out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
-    else:
-        out = torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    config = config._replace(split=1) if geglu else config
+    tiles, split, out = _shares(x, n, config, dtype if next_scale is None else E4M3)
     _launch(
         _skinny_kernel,
         (-(-n // config.block_n), split),
         out,
         TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
-        *(input_scale, weight_scale, next_scale, m, -(-k // config.block_k) if split == 1 else tiles),
+        *(input_scale, weight_scale, next_scale, m, tiles),
         OUT=n,
         GEGLU=geglu,
         BLOCK_M=config.block_m,
@@ -1405,10 +1423,8 @@ def linear_rows(
     if isinstance(config, Skinny) and not partials:
         config = config._replace(split=1)
     if isinstance(weight, IntWeight):
-        if config is None or (
-            m > 1 and dtype == torch.float32
-        ):  # many rows: the weight in x's dtype, made in each call
-            return F.linear(x, dequantise(weight, dtype))
+        if config is None or (m > 1 and dtype == torch.float32):
+            return F.linear(x, dequantise(weight, dtype))  # made in each call
         if weight.zero is not None:
             return (int4_gemv if m == 1 else int4_skinny_matmul)(x, weight, config=config)
         weight, weight_scale = weight.packed, weight.scale
@@ -1658,12 +1674,7 @@ def _int4_gemv_kernel(
     _start(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     ROWS: tl.constexpr = 2 * BLOCK_N if GEGLU else BLOCK_N
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if GEGLU:
-        i = tl.arange(0, ROWS)
-        row = tl.minimum(tl.program_id(0) * BLOCK_N + i // 2, OUT - 1) + i % 2 * OUT
-    else:
-        row = tl.minimum(n, OUT - 1)
+    row = _gemv_rows(OUT, BLOCK_N, GEGLU)
     early = ()
     for tile in tl.static_range(EARLY):
         early = early + (_int4_tile(weight_ptr, scale_ptr, zero_ptr, row, tile, IN, GROUP, BLOCK_K),)
@@ -1675,11 +1686,7 @@ def _int4_gemv_kernel(
     for tile in tl.range(EARLY, tl.cdiv(IN, BLOCK_K), num_stages=STAGES):
         words, scale, zero = _int4_tile(weight_ptr, scale_ptr, zero_ptr, row, tile, IN, GROUP, BLOCK_K)
         acc += _int4_dot(x_ptr, words, scale, zero, tile, IN, ROWS, BLOCK_K)
-    y = tl.sum(acc, axis=1).to(dtype).to(tl.float32)
-    if GEGLU:
-        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
-        y = _geglu(gate, up, dtype)
-    tl.store(out_ptr + n, y.to(dtype), mask=n < OUT)
+    _gemv_store(out_ptr, tl.sum(acc, axis=1), None, OUT, BLOCK_N, GEGLU, dtype)
 
 
 def int4_gemv(x: Tensor, weight: IntWeight, geglu: bool = False, config: Gemv | None = None) -> Tensor:
@@ -1757,12 +1764,7 @@ def int4_skinny_matmul(x: Tensor, weight: IntWeight, config: Skinny | None = Non
     """`skinny_matmul` by 4-bit weights, in x's dtype. config.block_k is at least 128."""
     (n, k), m = weight.shape, len(x)
     config = config or linear_config(m, n, k, weight.dtype)
-    tiles = -(-k // (config.block_k * config.split))  # of a program
-    split = -(-k // (config.block_k * tiles))  # without shares that would be empty
-    if split == 1:
-        out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    else:
-        out = torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    tiles, split, out = _shares(x, n, config, x.dtype)
     _launch(
         _int4_skinny_kernel,
         (-(-n // config.block_n), split),
