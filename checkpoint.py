@@ -60,9 +60,7 @@ class Checkpoint:
     directory: Path
     config: ModelConfig
     parts: dict[str, list[StoredTensor]]
-    weight_format: (
-        str | None
-    )  # bf16, fp16, fp32, fp8 (Hugging Face's, too), int8, int4; None: Hugging Face's other files
+    weight_format: str | None  # bf16, fp16, fp32, int8, int4, fp8 (Hugging Face's, too); None: its other files
     group: int = 0  # of int4: how many neighbours in a row share a scale
 
     @property
@@ -347,7 +345,7 @@ def _check_format(file: Path, metadata: dict[str, str]):
     if metadata.get("weight_format") not in (*QUANTISED_FORMATS, *WEIGHT_FORMATS.values()):
         raise ValueError(f"{file} has weight format '{metadata.get('weight_format')}', which this program can't read")
     if metadata["weight_format"] == "int4" and metadata.get("group_size") not in map(str, GROUPS):
-        raise ValueError(f"{file} has int4 weights in groups of {metadata.get('group_size')}, not of {_one_of(GROUPS)}")
+        raise ValueError(f"{file} has int4 weights in groups of {metadata.get('group_size')}, not of {one_of(GROUPS)}")
 
 
 def _canonical_name(key: str) -> str | None:
@@ -363,7 +361,7 @@ def _canonical_name(key: str) -> str | None:
     return key
 
 
-def _one_of(values: Iterable) -> str:
+def one_of(values: Iterable) -> str:
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}"
 

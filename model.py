@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -746,26 +747,26 @@ class Transformer(nn.Module):
 
     def use_fp8(self, head: bool = False):
         """Turns linear layers, and with `head` the embedding, into FP8 ones without contents; on the meta device."""
-        for layer in self.layers:
-            for parent, names in ((layer.attention, ("wqkv", "wo")), (layer.feed_forward, ("w13", "w2"))):
-                for name in names:
-                    linear = getattr(parent, name)
-                    setattr(parent, name, FP8Linear(linear.in_features, linear.out_features))
+        self._replace_linears(FP8Linear)
         if head:
             self.embedding.weight = nn.Parameter(self.embedding.weight.to(torch.float8_e4m3fn), False)
             self.head_scales = nn.ParameterDict({k: nn.Parameter(torch.empty(()), False) for k in HEAD_SCALES})
 
     def use_int(self, group: int = 0, head: bool = False):
         """As `use_fp8`, with weights in int4, in groups of `group`, or, if that is 0, in int8; the embedding in int8."""
-        for layer in self.layers:
-            for parent, names in ((layer.attention, ("wqkv", "wo")), (layer.feed_forward, ("w13", "w2"))):
-                for name in names:
-                    linear = getattr(parent, name)
-                    setattr(parent, name, IntLinear(linear.in_features, linear.out_features, group))
+        self._replace_linears(partial(IntLinear, group=group))
         if head:
             empty = IntWeight.empty(*self.embedding.weight.shape)
             self.embedding.weight = nn.Parameter(empty.packed, False)
             self.embedding.scale = nn.Parameter(empty.scale, False)
+
+    def _replace_linears(self, new: Callable[[int, int], nn.Module]):
+        """By new(in_features, out_features)."""
+        for layer in self.layers:
+            for parent, names in ((layer.attention, ("wqkv", "wo")), (layer.feed_forward, ("w13", "w2"))):
+                for name in names:
+                    linear = getattr(parent, name)
+                    setattr(parent, name, new(linear.in_features, linear.out_features))
 
     @property
     def head_weight(self) -> Tensor | IntWeight:

@@ -32,6 +32,7 @@ from checkpoint import (
     fp8_scale_names,
     int_parts,
     load_weights,
+    one_of,
     open_checkpoint,
     read_json,
     read_scales,
@@ -431,7 +432,7 @@ def check_group(checkpoint: Checkpoint, group: int):
     inputs = {name: tensors[0].shape[1] for name, tensors in checkpoint.parts.items() if name.endswith(LINEAR)}
     fitting = [str(each) for each in GROUPS if all(k % each == 0 for k in inputs.values())]
     if group not in GROUPS:
-        raise ValueError(f"--group_size must be {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]}, not {group}")
+        raise ValueError(f"--group_size must be {one_of(GROUPS)}, not {group}")
     for name, k in inputs.items():
         if k % group:
             advice = f"use {' or '.join(fitting)}" if fitting else "use --mode int8"
