@@ -231,8 +231,7 @@ def int_parts(name: str, shape: tuple[int, int], group: int) -> dict[str, tuple[
     (n, k), module = shape, name.removesuffix("weight")
     if not group:
         return {name: ("I8", (n, k)), f"{module}scale": ("BF16", (n,))}
-    scales = (n, k // group)
-    return {name: ("I32", (n, k // 8)), f"{module}scale": ("BF16", scales), f"{module}zero": ("U8", scales)}
+    return {name: ("I32", (n, k // 8)), f"{module}scale": ("BF16", (n, k // group, 2))}
 
 
 def _says_fp8(config_file: Path, stored: dict[str, StoredTensor]) -> bool:

@@ -33,7 +33,6 @@ except ImportError:  # on a CPU nothing here runs; the definitions below still h
 E4M3 = torch.float8_e4m3fn
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # a running maximum's start; -inf would make NaN of -inf - -inf
-LIFT = tl.constexpr(2.0**100)  # see _int4_dot
 USE_PDL = True  # programmatic dependent launch, where the GPU has it
 
 
@@ -101,17 +100,19 @@ class AttentionConfig(NamedTuple):
     ahead: int = 0
 
 
-def linear_config(m: int, n: int, k: int, dtype: torch.dtype) -> Gemv | Skinny | None:
-    """How `linear_rows` multiplies m rows by a weight [n, k] of `dtype`; None for cuBLAS.
+def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) -> Gemv | Skinny | None:
+    """How `linear_rows` multiplies m rows by a weight [n, k] of `dtype`, int32 in an IntWeight's groups; None for cuBLAS.
 
     What was fastest in whole steps of gemma-7b and gemma-2b on an H200.
     """
     if dtype == torch.int32:
-        return _int4_config(m, n, k)
+        return _int4_config(m, n, k, group)
     if m == 1:
         in_8 = dtype.itemsize == 1
         if k > 8192 and n <= 2560 and not in_8:
             return Gemv(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
+        if k > 8192 and dtype == torch.int8:
+            return Gemv(block_n=4, block_k=1024, num_warps=4, num_stages=4, early=2)
         if k > 8192:
             return Gemv(block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=3 if in_8 else 1)
         if n < 4096:  # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
@@ -132,19 +133,26 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype) -> Gemv | Skinny |
     return Skinny(max(16, _power_of_2(m)), block_n, block_k, split, num_warps=4, num_stages=6)
 
 
-def _int4_config(m: int, n: int, k: int) -> Gemv | Skinny | None:
-    """`linear_config` for packed 4-bit weights. In `Gemv`, a thread is meant to have 32 columns of 8 rows: what it does to
-    x is then shared by 8 rows."""
-    if m == 1:
-        if n < 8192 or k > 8192:
-            return Gemv(block_n=4 if n < 8192 else 8, block_k=4096, num_warps=4, num_stages=1)
-        return Gemv(block_n=8, block_k=1024, num_warps=1, num_stages=1)
-    if m > 64:
+def _int4_config(m: int, n: int, k: int, group: int) -> Skinny | None:
+    """`linear_config` for packed 4-bit weights. Programs of one warp are those of `_int4_gemv_kernel`, whose registers
+    small groups and many rows fill."""
+    if m > 64 or k % 128:
         return None
-    block_n, block_k, split = 64, 256, 1
-    while -(-n // block_n) * split < 1.5 * SMS and split < 8 and k >= 2 * split * 4 * block_k:
+    split, wanted = 1, 1.5 * SMS
+    if m > 8:
+        block_m, block_n, block_k, num_warps, num_stages = max(16, _power_of_2(m)), 64 if k > 8192 else 128, 128, 4, 3
+    else:
+        block_m, block_n, block_k, num_warps, num_stages = 8, 32, 256, 1, 1
+        if m > 2 and group < 128:
+            block_n = 16
+        elif k > 8192 or (n > 16384 and group < 128):
+            block_n, block_k = 16, 512
+        elif n > 16384:
+            block_k = 512
+        wanted = 10 * SMS
+    while -(-n // block_n) * split < wanted and split < 8 and k >= 2 * split * max(block_k, 512):
         split *= 2
-    return Skinny(max(16, _power_of_2(m)), block_n, block_k, split, num_warps=4, num_stages=3)
+    return Skinny(block_m, block_n, block_k, split, num_warps, num_stages)
 
 
 def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtype) -> AttentionConfig:
@@ -1419,14 +1427,14 @@ def linear_rows(
     `decode_attention` take those.
     """
     m, dtype = len(x), dtype or x.dtype
-    config = config or linear_config(m, *weight.shape, weight.dtype)
+    config = config or linear_config(m, *weight.shape, weight.dtype, getattr(weight, "group", 0))
     if isinstance(config, Skinny) and not partials:
         config = config._replace(split=1)
     if isinstance(weight, IntWeight):
-        if config is None or (m > 1 and dtype == torch.float32):
+        if config is None or _in_steps(m, weight, dtype):
             return F.linear(x, dequantise(weight, dtype))  # made in each call
-        if weight.zero is not None:
-            return (int4_gemv if m == 1 else int4_skinny_matmul)(x, weight, config=config)
+        if weight.group:
+            return int4_matmul(x, weight, config=config)
         weight, weight_scale = weight.packed, weight.scale
     if isinstance(config, Gemv):
         return gemv(x, weight, input_scale, weight_scale, dtype, config=config)
@@ -1435,6 +1443,11 @@ def linear_rows(
     if input_scale is None:
         return F.linear(x, weight)
     return fp8_matmul(x, weight, input_scale, weight_scale, dtype)
+
+
+def _in_steps(m: int, weight: "Tensor | IntWeight", dtype: torch.dtype) -> bool:
+    """Whether m rows in `dtype` have no kernel that takes this weight as it is and does the whole."""
+    return dtype != torch.bfloat16 if weight.dtype == torch.int32 else dtype == torch.float32 and m > 1
 
 
 def linear_geglu(
@@ -1446,17 +1459,15 @@ def linear_geglu(
     next_scale: Tensor | None = None,
 ) -> Tensor:
     """`linear_rows` by gate [F, K] over up [F, K], and then `geglu`: [M, F]."""
-    config = linear_config(len(x), *weight.shape, weight.dtype)
-    in_int4 = weight.dtype == torch.int32
-    apart = config is None or (len(x) > 1 and (in_int4 or dtype == torch.float32))
-    if apart:
+    config = linear_config(len(x), *weight.shape, weight.dtype, getattr(weight, "group", 0))
+    if config is None or _in_steps(len(x), weight, dtype):
         return geglu(linear_rows(x, weight, input_scale, weight_scale, dtype, partials=True), dtype, next_scale)
     if isinstance(config, Gemv):  # half as many outputs a program, as each has two rows
         config = config._replace(block_n=max(1, config.block_n // 2))
+    elif weight.dtype == torch.int32:
+        return int4_matmul(x, weight, True, config if config.num_warps == 1 else config._replace(block_n=64))
     else:
         config = config._replace(block_n=64, num_stages=4 if len(x) <= 16 and weight.shape[1] > 2048 else 3)
-    if in_int4:
-        return int4_gemv(x, weight, True, config)
     if isinstance(weight, IntWeight):
         weight, weight_scale = weight.packed, weight.scale
     by = gemv if isinstance(config, Gemv) else skinny_matmul
@@ -1468,32 +1479,25 @@ def linear_geglu(
 
 
 class IntWeight(NamedTuple):
-    """A weight [N, K] in 8 or 4 bits. int8: packed [N, K] int8 and scale [N], real = packed * scale. int4: packed
-    [N, K / 8] int32, scale and zero [N, K / group], real = (q - zero / 16) * scale with q from 0 to 15; `group`, a multiple
-    of 32, is the number of neighbours in a row that share a scale. scale is bf16, zero uint8.
+    """A weight [N, K] in 8 or 4 bits. int8: packed [N, K] int8 and scale [N] bf16, real = packed * scale. int4: packed
+    [N, K / 8] int32 and scale [N, K / group, 2] bf16, which holds scale and zero: real = (q - zero) * scale with q from 0
+    to 15 and zero in sixteenths, which leaves q - zero exact in bf16. `group`, a multiple of 32, is the number of
+    neighbours in a row that share them.
 
-    Four words hold 32 columns. Bits 4i to 4i + 3 of word c are column 4i + c of them:
-
-        bits           0..3   4..7   8..11  ...  28..31
-        word 0           0      4      8    ...    28
-        word 1           1      5      9    ...    29        16 bytes that lie side by side meet x in
-        word 2           2      6     10    ...    30        slices of four, and nothing has to be sorted
-        word 3           3      7     11    ...    31
-
-    A zero in sixteenths costs a byte, and leaves q - zero / 16 exact in bf16.
+    W words hold 8 W columns, with W 16, or less where 128 does not divide K. Bits 4p to 4p + 3 of word w are column
+    2 W p + 2 w of them, bits 4p + 16 to 4p + 19 the next: a pair of bf16 is made of a word at once.
     """
 
     packed: Tensor
     scale: Tensor
-    zero: Tensor | None = None
 
     @classmethod
     def empty(cls, n: int, k: int, group: int = 0) -> "IntWeight":
         """int8 if group is 0; on torch's default device."""
         if not group:
             return cls(torch.empty(n, k, dtype=torch.int8), torch.empty(n, dtype=torch.bfloat16))
-        scale = torch.empty(n, k // group, dtype=torch.bfloat16)
-        return cls(torch.empty(n, k // 8, dtype=torch.int32), scale, torch.empty_like(scale, dtype=torch.uint8))
+        scale = torch.empty(n, k // group, 2, dtype=torch.bfloat16)
+        return cls(torch.empty(n, k // 8, dtype=torch.int32), scale)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -1502,34 +1506,46 @@ class IntWeight(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         n, k = self.packed.shape
-        return n, k if self.zero is None else 8 * k
+        return n, 8 * k if self.dtype == torch.int32 else k
 
     @property
     def group(self) -> int:
-        return 0 if self.zero is None else self.shape[1] // self.zero.shape[1]
+        return self.shape[1] // self.scale.shape[1] if self.dtype == torch.int32 else 0
+
+
+def _int4_words(k: int) -> int:
+    """W of IntWeight, for k columns, a multiple of 32."""
+    return min(16, (k & -k) // 8)
+
+
+def _int4_order(columns: Tensor) -> Tensor:
+    """[N, K] -> [N, K / 8, 8]: by word, and in it from the lowest bits to the highest."""
+    n, k = columns.shape
+    return columns.view(n, -1, 4, _int4_words(k), 2).permute(0, 1, 3, 4, 2).reshape(n, k // 8, 8)
 
 
 def pack_int4(q: Tensor) -> Tensor:
     """[N, K / 8] int32 of q [N, K], integers from 0 to 15, K a multiple of 32: IntWeight's layout."""
-    n, k = q.shape
-    q = q.view(n, k // 32, 8, 4).int() << torch.arange(0, 32, 4, dtype=torch.int32, device=q.device)[:, None]
-    return q.sum(2, dtype=torch.int32).view(n, k // 8)
+    return (_int4_order(q).int() << torch.arange(0, 32, 4, dtype=torch.int32, device=q.device)).sum(
+        2, dtype=torch.int32
+    )
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """[N, K] int32, from 0 to 15, of `pack_int4`'s result."""
-    n, words = packed.shape
-    q = packed.view(n, words // 4, 1, 4) >> torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)[:, None]
-    return (q & 15).view(n, 8 * words)
+    n, k = len(packed), 8 * packed.shape[1]
+    nibbles = packed[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device) & 15
+    where = _int4_order(torch.arange(k, device=packed.device)[None]).flatten()
+    return torch.empty_like(nibbles.view(n, k)).index_copy_(1, where, nibbles.view(n, k))
 
 
 def dequantise_reference(weight: IntWeight, dtype: torch.dtype) -> Tensor:
     """[N, K] in `dtype`, rounded once."""
-    packed, scale, zero = weight
-    if zero is None:
+    packed, scale = weight
+    if not weight.group:
         return packed.to(dtype) * scale.to(dtype)[:, None]
-    q = unpack_int4(packed).to(dtype).unflatten(1, (zero.shape[1], -1))
-    return ((q - zero.to(dtype)[..., None] / 16) * scale.to(dtype)[..., None]).flatten(1)
+    scale, zero = scale.to(dtype)[..., None].unbind(2)
+    return ((unpack_int4(packed).to(dtype).unflatten(1, (-1, weight.group)) - zero) * scale).flatten(1)
 
 
 def int_linear_reference(x: Tensor, weight: IntWeight) -> Tensor:
@@ -1547,10 +1563,10 @@ def int_linear(x: Tensor, weight: IntWeight) -> Tensor:
 def _dequantise_kernel(
     weight_ptr,
     scale_ptr,
-    zero_ptr,
     out_ptr,
     IN: tl.constexpr,
     GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -1559,21 +1575,20 @@ def _dequantise_kernel(
     out_ptr += row * IN
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     _wait(PDL)
-    if zero_ptr is None:
+    if GROUP == 0:
         columns = block * BLOCK + tl.arange(0, BLOCK)
         y = tl.load(weight_ptr + row * IN + columns, mask=columns < IN, other=0).to(tl.float32)
         tl.store(out_ptr + columns, (y * tl.load(scale_ptr + row).to(tl.float32)).to(dtype), mask=columns < IN)
     else:
         word = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
         mask = word < IN // 8
-        group = row * (IN // GROUP) + word // (GROUP // 8)
-        scale = tl.load(scale_ptr + group, mask=mask, other=0.0).to(tl.float32)
-        zero = tl.load(zero_ptr + group, mask=mask, other=0).to(tl.float32) * 0.0625
         words = tl.load(weight_ptr + row * (IN // 8) + word, mask=mask, other=0)
-        columns = word // 4 * 32 + word % 4
         for i in tl.static_range(8):
+            columns = word // WORDS * (8 * WORDS) + i % 4 * (2 * WORDS) + word % WORDS * 2 + i // 4
+            pair = tl.load(scale_ptr + row * (IN // GROUP) + columns // GROUP, mask=mask, other=0)
+            scale, zero = _int4_scale(pair)
             y = (((words >> (4 * i)) & 15).to(tl.float32) - zero) * scale
-            tl.store(out_ptr + columns + 4 * i, y.to(dtype), mask=mask)
+            tl.store(out_ptr + columns, y.to(dtype), mask=mask)
 
 
 def dequantise(weight: IntWeight, dtype: torch.dtype) -> Tensor:
@@ -1584,9 +1599,10 @@ def dequantise(weight: IntWeight, dtype: torch.dtype) -> Tensor:
     _launch(
         _dequantise_kernel,
         (n, -(-k // block)),
-        *(*weight, out),
+        *(weight.packed, weight.scale.view(torch.int32) if weight.group else weight.scale, out),
         IN=k,
         GROUP=weight.group,
+        WORDS=_int4_words(k),
         BLOCK=block,
         num_warps=DEQUANTISE_WARPS,
     )
@@ -1594,63 +1610,93 @@ def dequantise(weight: IntWeight, dtype: torch.dtype) -> Tensor:
 
 
 @jit
-def _nibble(words, i: tl.constexpr):
-    return (words & (15 << (4 * i))).to(tl.float32, bitcast=True)
+def _int4_scale(pair):
+    """(scale, zero) of their bits."""
+    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+
+
+@jit
+def _bf16_pairs(words):
+    """[..., 2]: the two bf16 that lie in an int32."""
+    low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
+    return tl.join(low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True))
 
 
 @jit
 def _int4_tile(
     weight_ptr,
     scale_ptr,
-    zero_ptr,
     row,
     tile,
+    end,
     IN: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PERIOD: tl.constexpr,
 ):
-    """Words [rows, BLOCK_K / 8], and the scale and zero of each 32 columns of them."""
-    word = tile * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)[None, :]
-    unit = tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)[None, :]
-    row = row.to(tl.int64)[:, None]
-    words = tl.load(weight_ptr + row * (IN // 8) + word, mask=word < IN // 8, other=0)
-    group = row * (IN // GROUP) + unit // (GROUP // 32)
-    scale = tl.load(scale_ptr + group, mask=unit < IN // 32, other=0.0)
-    return words, scale, tl.load(zero_ptr + group, mask=unit < IN // 32, other=0)
+    """CHUNKS times 128 columns of the weight's rows [R], if `tile` is before `end`: words [4, R, 4] of each, and for each
+    PERIOD units of 32 columns scale and zero [4, R, 2], where [t, r, j] are those of row r in a product's column 2t + j,
+    which has the slots of `_int4_x`; [4, R, 1] where they do not depend on j."""
+    BOTH: tl.constexpr = 2 if GROUP == 32 and SLOTS == 8 else 1
+    row = row.to(tl.int64)[None, :, None]
+    t, j, four = tl.arange(0, 4)[:, None, None], tl.arange(0, BOTH)[None, None, :], tl.arange(0, 4)[None, None, :]
+    words, pairs = (), ()
+    for c in tl.static_range(CHUNKS):
+        ptrs = weight_ptr + row * (IN // 8) + (tile * CHUNKS + c) * 16 + 4 * t + four
+        words = words + (tl.load(ptrs, mask=_before(tile, c, end, IN, CHUNKS), other=0),)
+    for first in tl.static_range(0, 4 * CHUNKS, PERIOD):
+        unit = first + (2 * t + j) // (8 // SLOTS)
+        ptrs = scale_ptr + row * (IN // GROUP) + (tile * (4 * CHUNKS) + unit) // (GROUP // 32)
+        pairs = pairs + (tl.load(ptrs, mask=_before(tile, unit // 4, end, IN, CHUNKS), other=0),)
+    return words, pairs
 
 
 @jit
-def _int4_dot(x_ptr, low, scale, zero, tile, IN: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of x and a tile of weights, a sum for each 32 columns.
+def _before(tile, chunk, end, IN: tl.constexpr, CHUNKS: tl.constexpr):
+    """Whether there is such a chunk of a tile, and the tile is before `end`."""
+    there = tile < end
+    if IN // 128 % CHUNKS:
+        there = there & (tile * CHUNKS + chunk < IN // 128)
+    return there
 
-    4.2 TB/s leave an SM 3.5 instructions a weight. So none is spent on making a number of a nibble: bits 4i to 4i + 3 of
-    a word, the rest 0, are the float32 (a denormal one) nibble * 2**(4i - 149) as they stand, for i up to 4, and x is
-    scaled up instead, once for all rows: by LIFT, which |x| < 2**27 allows, and 2**(-4i). Of each 32 columns the sum
-    of q * x is then put right with their scale and zero: scale * (sum of q * x - zero * sum of x).
-    """
-    UNITS: tl.constexpr = BLOCK_K // 32
-    word = tile * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-    mask = word < IN // 8
-    x_ptrs = x_ptr + word // 4 * 32 + word % 4
-    x0 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    x1 = tl.load(x_ptrs + 4, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptrs + 8, mask=mask, other=0.0).to(tl.float32)
-    x3 = tl.load(x_ptrs + 12, mask=mask, other=0.0).to(tl.float32)
-    x4 = tl.load(x_ptrs + 16, mask=mask, other=0.0).to(tl.float32)
-    x5 = tl.load(x_ptrs + 20, mask=mask, other=0.0).to(tl.float32)
-    x6 = tl.load(x_ptrs + 24, mask=mask, other=0.0).to(tl.float32)
-    x7 = tl.load(x_ptrs + 28, mask=mask, other=0.0).to(tl.float32)
-    x_sum = tl.sum(tl.reshape(x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7, [UNITS, 4]), axis=1)
-    high = low >> 12
-    y = _nibble(low, 0) * (x0 * LIFT)[None, :] + _nibble(low, 1) * (x1 * (LIFT / 16))[None, :]
-    y += _nibble(low, 2) * (x2 * (LIFT / 256))[None, :]
-    y += _nibble(low, 3) * (x3 * (LIFT / 4096))[None, :]
-    y += _nibble(low, 4) * (x4 * (LIFT / 65536))[None, :]
-    y += _nibble(high, 2) * (x5 * (LIFT / 256))[None, :]
-    y += _nibble(high, 3) * (x6 * (LIFT / 4096))[None, :]
-    y += _nibble(high, 4) * (x7 * (LIFT / 65536))[None, :]
-    y = tl.sum(tl.reshape(y, [ROWS, UNITS, 4]), axis=2) * (2.0**149 / LIFT)
-    return (y - zero.to(tl.float32) * 0.0625 * x_sum[None, :]) * scale.to(tl.float32)
+
+@jit
+def _int4_x(x_ptr, rows, tile, end, IN: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr):
+    """A tile of x, two numbers in an int32: [4, 8, 4] for each SLOTS units of 32 columns. A product has 8 columns: a unit
+    takes 8 / SLOTS of them, for as many rows, and SLOTS units are loaded at once."""
+    n, t, four = tl.arange(0, 8)[None, :, None], tl.arange(0, 4)[:, None, None], tl.arange(0, 4)[None, None, :]
+    slot, m = n // (8 // SLOTS), n % (8 // SLOTS)
+    xs = ()
+    for unit in tl.static_range(0, 4 * CHUNKS, SLOTS):
+        mask = (m < rows) & _before(tile, (unit + slot) // 4, end, IN, CHUNKS)
+        ptrs = x_ptr + m * (IN // 2) + (tile * (CHUNKS * 4) + unit + slot) * 16 + 4 * t + four
+        xs = xs + (tl.load(ptrs, mask=mask, other=0),)
+    return xs
+
+
+@jit
+def _int4_operands(x, unit: tl.constexpr, SLOTS: tl.constexpr, FAST: tl.constexpr):
+    """x of `unit`, multiplied as _int4_gemv_kernel says, and zero in the slots of other units, as two operands [16, 8]: for
+    words 4t and 4t + 1 of 16, and for the two after those."""
+    other = tl.arange(0, 8)[None, :, None] // (8 // SLOTS) - unit % SLOTS
+    # Twice 2**76 or 2**80 where `other` is 0. (A comparison would give the operands another layout.)
+    factor = ((other * other - 1) >> 31) & (0x65806580 if unit % 2 else 0x67806780)
+    factor = tl.broadcast_to(factor, x.shape)
+    if FAST:
+        x = tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, factor], tl.int32, True, 1)
+        x = _bf16_pairs(x)
+    else:
+        x = (_bf16_pairs(x).to(tl.float32) * _bf16_pairs(factor).to(tl.float32)).to(tl.bfloat16)
+    first, second = tl.split(tl.permute(tl.reshape(x, [4, 8, 2, 4]), [0, 1, 3, 2]))
+    return tl.reshape(tl.permute(first, [0, 2, 1]), [16, 8]), tl.reshape(tl.permute(second, [0, 2, 1]), [16, 8])
+
+
+@jit
+def _int4_operand(words):
+    """[4, R, 2] as [R, 16] in bf16."""
+    R: tl.constexpr = words.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(_bf16_pairs(words), [4, R, 4]), [1, 0, 2]), [R, 16])
 
 
 @jit
@@ -1658,60 +1704,71 @@ def _int4_gemv_kernel(
     x_ptr,
     weight_ptr,
     scale_ptr,
-    zero_ptr,
     out_ptr,
+    rows,
+    tiles,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     GROUP: tl.constexpr,
     GEGLU: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """As _gemv_kernel."""
+    """Up to 8 rows x, `tiles` times CHUNKS times 128 columns a program, which is one warp.
+
+    Nothing goes through shared memory: a thread loads what the tensor cores want of it, the next tile while this one is
+    multiplied, the first weights while the kernel before still runs. What would cost most is to make numbers of nibbles.
+    But 16 bits that are 0 except for the lowest four are the bf16 q * 2**-133 as they stand, and with bits 4 to 7
+    q * 2**-129 (denormal ones, and the binade after, whose steps are the same). So x is multiplied, by 2**80 and 2**76,
+    which |x| < 2**47 allows. The sum of (q - zero) * x is that of q * x less zero times the sum of x, which a product by
+    ones gives to all.
+    """
     _start(PDL)
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    ROWS: tl.constexpr = 2 * BLOCK_N if GEGLU else BLOCK_N
-    row = _gemv_rows(OUT, BLOCK_N, GEGLU)
-    early = ()
-    for tile in tl.static_range(EARLY):
-        early = early + (_int4_tile(weight_ptr, scale_ptr, zero_ptr, row, tile, IN, GROUP, BLOCK_K),)
+    i = tl.arange(0, BLOCK_N)
+    if GEGLU:  # eight rows of gate, and the same of up: a thread has both
+        n = tl.program_id(0) * (BLOCK_N // 2) + i // 16 * 8 + i % 8
+        row = tl.minimum(n, OUT - 1) + i // 8 % 2 * OUT
+    else:
+        n = tl.program_id(0) * BLOCK_N + i
+        row = tl.minimum(n, OUT - 1)
+    first = tl.program_id(1) * tiles
+    end = tl.minimum(first + tiles, tl.cdiv(IN, 128 * CHUNKS))
+    acc = tl.zeros([BLOCK_N, 8], tl.float32)
+    ones = tl.full([4, BLOCK_N, 2], 0x00010001, tl.int32)
+    PERIOD: tl.constexpr = max(SLOTS, min(GROUP // 32, 4 * CHUNKS))  # units whose sums are scaled at once
+    words, pairs = _int4_tile(weight_ptr, scale_ptr, row, first, end, IN, GROUP, CHUNKS, SLOTS, PERIOD)
     _wait(PDL)
-    acc = tl.zeros([ROWS, BLOCK_K // 32], tl.float32)
-    for tile in tl.static_range(EARLY):
-        words, scale, zero = early[tile]
-        acc += _int4_dot(x_ptr, words, scale, zero, tile, IN, ROWS, BLOCK_K)
-    for tile in tl.range(EARLY, tl.cdiv(IN, BLOCK_K), num_stages=STAGES):
-        words, scale, zero = _int4_tile(weight_ptr, scale_ptr, zero_ptr, row, tile, IN, GROUP, BLOCK_K)
-        acc += _int4_dot(x_ptr, words, scale, zero, tile, IN, ROWS, BLOCK_K)
-    _gemv_store(out_ptr, tl.sum(acc, axis=1), None, OUT, BLOCK_N, GEGLU, dtype)
-
-
-def int4_gemv(x: Tensor, weight: IntWeight, geglu: bool = False, config: Gemv | None = None) -> Tensor:
-    """`gemv` by 4-bit weights: [1, N], or with `geglu` [1, N / 2], in x's dtype."""
-    (n, k), m = weight.shape, len(x)
-    if m > 1:
-        raise ValueError(f"int4_gemv takes one row, not {m}")
-    config = config or linear_config(m, n, k, weight.dtype)
-    n = n // 2 if geglu else n
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    _launch(
-        _int4_gemv_kernel,
-        (-(-n // config.block_n),),
-        *(x, *weight, out),
-        OUT=n,
-        IN=k,
-        GROUP=weight.group,
-        GEGLU=geglu,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        EARLY=config.early,
-        num_warps=config.num_warps,
-    )
-    return out
+    xs = _int4_x(x_ptr, rows, first, end, IN, CHUNKS, SLOTS)
+    for tile in tl.range(first, end, num_stages=1):
+        next_words, next_pairs = _int4_tile(weight_ptr, scale_ptr, row, tile + 1, end, IN, GROUP, CHUNKS, SLOTS, PERIOD)
+        next_xs = _int4_x(x_ptr, rows, tile + 1, end, IN, CHUNKS, SLOTS)
+        for unit in tl.static_range(4 * CHUNKS):
+            x = _int4_operands(xs[unit // SLOTS], unit, SLOTS, PDL)
+            if unit % PERIOD == 0:
+                y = tl.zeros([BLOCK_N, 8], tl.float32)
+                total = tl.zeros([BLOCK_N, 8], tl.float32)
+            nibbles = (words[unit // 4] >> (unit % 4 // 2 * 8)) & (0x00F000F0 if unit % 2 else 0x000F000F)
+            halves = tl.split(tl.permute(tl.reshape(nibbles, [4, BLOCK_N, 2, 2]), [0, 1, 3, 2]))  # [4, BLOCK_N, 2]
+            for half in tl.static_range(2):
+                y = tl.dot(_int4_operand(halves[half]), x[half], y)
+                total = tl.dot(_int4_operand(ones << (unit % 2 * 4)), x[half], total)
+            if unit % PERIOD == PERIOD - 1:
+                pair = tl.permute(tl.broadcast_to(pairs[unit // PERIOD], [4, BLOCK_N, 2]), [1, 0, 2])
+                scale, zero = _int4_scale(tl.reshape(pair, [BLOCK_N, 8]))
+                acc += scale * (y - zero * total)
+        words, pairs, xs = next_words, next_pairs, next_xs
+    acc = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS, 8 // SLOTS]), axis=1) * 2.0**53  # 133 - 80
+    if GEGLU:
+        n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        acc = tl.reshape(acc.to(dtype).to(tl.float32), [BLOCK_N // 16, 2, 8, 8 // SLOTS])
+        gate, up = tl.split(tl.permute(acc, [0, 2, 3, 1]))
+        acc = tl.reshape(_geglu(gate, up, dtype), [BLOCK_N // 2, 8 // SLOTS])
+    m = tl.arange(0, 8 // SLOTS)
+    offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(n < OUT)[:, None] & (m < rows)[None, :])
 
 
 @jit
@@ -1719,65 +1776,94 @@ def _int4_skinny_kernel(
     x_ptr,
     weight_ptr,
     scale_ptr,
-    zero_ptr,
     out_ptr,
     rows,
     tiles,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     GROUP: tl.constexpr,
+    GEGLU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """As _skinny_kernel: a product for each of a word's nibbles, which become weights in x's dtype before."""
+    """As _skinny_kernel, 128 columns at a time: a product of 32 for each fourth of them, by weights in bf16."""
     _start(PDL)
-    WORDS: tl.constexpr = BLOCK_K // 8
-    UNITS: tl.constexpr = BLOCK_K // 32
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m, word = tl.arange(0, BLOCK_M), tl.arange(0, WORDS)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    row = tl.minimum(n, OUT - 1)
-    x_ptrs, in_rows = x_ptr + m[None, :] * IN, (m < rows)[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    n, m, word = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, 16)
+    row = tl.minimum(n, OUT - 1).to(tl.int64)
+    x_ptrs = x_ptr + m[None, :] * IN + tl.arange(0, 32)[:, None]
+    words_ptrs = weight_ptr + row[:, None] * (IN // 8) + word[None, :]
+    pair_ptrs = scale_ptr + row * (IN // GROUP)
     first = tl.program_id(1) * tiles
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = acc
     _wait(PDL)
-    for tile in tl.range(first, first + tiles, num_stages=STAGES):
-        words, scale, zero = _int4_tile(weight_ptr, scale_ptr, zero_ptr, row, tile, IN, GROUP, BLOCK_K)
-        scale = scale.to(tl.float32)
-        least = zero.to(tl.float32) * -0.0625 * scale
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [BLOCK_N, UNITS, 4]), [BLOCK_N, WORDS])
-        least = tl.reshape(tl.broadcast_to(least[:, :, None], [BLOCK_N, UNITS, 4]), [BLOCK_N, WORDS])
-        w = tile * WORDS + word
-        mask = in_rows & (w < IN // 8)[:, None]
-        for i in tl.static_range(8):
-            weight = (((words >> (4 * i)) & 15).to(tl.float32) * scale + least).to(dtype)
-            x = tl.load(x_ptrs + (w // 4 * 32 + w % 4 + 4 * i)[:, None], mask=mask, other=0.0)
-            acc = tl.dot(weight, x, acc, input_precision="ieee")
+    for chunk in tl.range(first, tl.minimum(first + tiles, IN // 128), num_stages=STAGES):
+        words = tl.load(words_ptrs + chunk * 16)
+        if GEGLU:
+            up_words = tl.load(words_ptrs + OUT * (IN // 8) + chunk * 16)
+        for unit in tl.static_range(4):
+            column = chunk * 128 + unit * 32
+            x = tl.load(x_ptrs + column, mask=(m < rows)[None, :], other=0.0)
+            acc = tl.dot(_int4_weights(words, tl.load(pair_ptrs + column // GROUP), unit, PDL), x, acc)
+            if GEGLU:
+                pair = tl.load(pair_ptrs + OUT * (IN // GROUP) + column // GROUP)
+                up = tl.dot(_int4_weights(up_words, pair, unit, PDL), x, up)
+    if GEGLU:
+        acc = _geglu(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
     offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(n < OUT)[:, None] & in_rows)
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(n < OUT)[:, None] & (m < rows)[None, :])
 
 
-def int4_skinny_matmul(x: Tensor, weight: IntWeight, config: Skinny | None = None) -> Tensor:
-    """`skinny_matmul` by 4-bit weights, in x's dtype. config.block_k is at least 128."""
+@jit
+def _int4_weights(words, pair, unit: tl.constexpr, FAST: tl.constexpr):
+    """A unit of words [R, 16], with scale and zero in pair [R], as weights [R, 32] in bf16."""
+    words = words >> (4 * unit)
+    if FAST:  # 0x4300 + q is 128 + q
+        y = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 y, scale, zero, offset;
+            mov.b32 offset, 0x43004300;
+            lop3.b32 y, $1, 0x000f000f, offset, 0xea;
+            prmt.b32 scale, $2, $2, 0x1010;
+            prmt.b32 zero, $2, $2, 0x3232;
+            sub.rn.bf16x2 y, y, offset;
+            sub.rn.bf16x2 y, y, zero;
+            mul.rn.bf16x2 $0, y, scale;
+            }""",
+            "=r,r,r",
+            [words, tl.broadcast_to(pair[:, None], words.shape)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        y = tl.reshape(_bf16_pairs(y), [words.shape[0], 32])
+    else:
+        scale, zero = _int4_scale(pair[:, None, None])
+        y = tl.join(words & 15, (words >> 16) & 15).to(tl.float32)
+        y = tl.reshape((y - zero) * scale, [words.shape[0], 32]).to(tl.bfloat16)
+    return y
+
+
+def int4_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny | None = None) -> Tensor:
+    """`skinny_matmul` of up to 64 rows in bf16 by 4-bit weights, K a multiple of 128."""
     (n, k), m = weight.shape, len(x)
-    config = config or linear_config(m, n, k, weight.dtype)
+    config = config or _int4_config(m, n, k, weight.group)
+    if geglu:
+        n, config = n // 2, config._replace(split=1)
     tiles, split, out = _shares(x, n, config, x.dtype)
-    _launch(
-        _int4_skinny_kernel,
-        (-(-n // config.block_n), split),
-        *(x, *weight, out, m, tiles),
-        OUT=n,
-        IN=k,
-        GROUP=weight.group,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-    )
+    operands = weight.packed, weight.scale.view(torch.int32), out, m, tiles
+    constants = {"OUT": n, "IN": k, "GROUP": weight.group, "GEGLU": geglu, "BLOCK_N": config.block_n}
+    if config.num_warps == 1:
+        chunks = config.block_k // 128
+        constants |= {"CHUNKS": chunks, "SLOTS": min(8 // _power_of_2(m), 4 * chunks), "dtype": _triton_dtype(x.dtype)}
+        grid = -(-n // (config.block_n // 2 if geglu else config.block_n)), split
+        _launch(_int4_gemv_kernel, grid, x.view(torch.int32), *operands, **constants, num_warps=1)
+    else:
+        constants |= {"BLOCK_M": config.block_m, "STAGES": config.num_stages, "num_warps": config.num_warps}
+        _launch(_int4_skinny_kernel, (-(-n // config.block_n), split), x, *operands, **constants)
     return out
 
 

@@ -413,11 +413,10 @@ class IntLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         empty = IntWeight.empty(out_features, in_features, group)
         self.weight, self.scale = nn.Parameter(empty.packed, False), nn.Parameter(empty.scale, False)
-        self.zero = nn.Parameter(empty.zero, False) if group else None
 
     @property
     def operand(self) -> IntWeight:
-        return IntWeight(self.weight, self.scale, self.zero)
+        return IntWeight(self.weight, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return int_linear(x, self.operand)
@@ -710,15 +709,16 @@ class Transformer(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         weights, weight_scale = {}, 0.1 / 448
         for name, parameter in model.named_parameters():
-            if name.endswith((".scale", ".zero")) or not parameter.is_floating_point():
+            if name.endswith(".scale") or not parameter.is_floating_point():
                 weights[name] = weight = torch.empty_like(parameter, device=device)
                 if parameter.dtype == torch.int32:
                     weight.random_(-(2**31), 2**31, generator=generator)
                 elif parameter.dtype == torch.int8:
                     weight.random_(-127, 128, generator=generator)
-                else:  # 16 codes deviate by 4.61, 255 by 73.6; 7.5 is the middle
-                    rows = name.startswith("embedding") or bits == 8
-                    weight.fill_(120 if name.endswith(".zero") else 0.02 / (73.6 if rows else 4.61))
+                elif weight.dim() == 1:  # 255 codes deviate by 73.6
+                    weight.fill_(0.02 / 73.6)
+                else:  # 16 by 4.61; 7.5 is the middle
+                    weight.copy_(torch.tensor([0.02 / 4.61, 7.5]))
                 continue
             if name.endswith("_scale"):
                 weights[name] = torch.tensor(weight_scale if name.endswith("weight_scale") else 20 / 448, device=device)

@@ -161,16 +161,18 @@ def quantise_int8(weight: Tensor) -> IntWeight:
 def quantise_int4(weight: Tensor, group: int) -> IntWeight:
     """Each group of a row's neighbours in weight [N, K] to the nearest of 16 codes, from its least value to its largest."""
     groups = weight.float().unflatten(1, (-1, group))
-    scale, zero = group_parameters(groups)
-    codes = (groups / scale.float()[..., None] + zero[..., None] / 16).round().clamp(0, 15)
-    return IntWeight(pack_int4(codes.flatten(1)), scale, zero)
+    parameters = group_parameters(groups)
+    scale, zero = parameters.float()[..., None].unbind(-2)
+    codes = (groups / scale + zero).round().clamp(0, 15)
+    return IntWeight(pack_int4(codes.flatten(1)), parameters)
 
 
-def group_parameters(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale in bf16, zero in uint8) of each group [..., group], as an IntWeight has them."""
+def group_parameters(values: Tensor) -> Tensor:
+    """[..., 2] in bf16, scale and zero of each group [..., group]."""
     least, largest = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
     scale = _scale((largest - least) / 15)
-    return scale, (-16 * least / scale.to(least.dtype)).round().clamp(0, 255).to(torch.uint8)
+    sixteenths = (-16 * least / scale.to(least.dtype)).round().clamp(0, 255)
+    return torch.stack((scale, (sixteenths / 16).bfloat16()), -1)
 
 
 def _scale(values: Tensor) -> Tensor:
@@ -222,7 +224,7 @@ def round_weight(checkpoint: Checkpoint, name: str, group: int, progress=lambda 
                 rows = stored[row : row + ROWS]
                 pieces.append(quantise_int4(rows, group) if group else quantise_int8(rows))
                 progress(rows.nbytes)
-    return IntWeight(*(None if None in parts else torch.cat(parts) for parts in zip(*pieces)))
+    return IntWeight(*(torch.cat(parts) for parts in zip(*pieces)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, act_order: bool = False, d
     except torch.linalg.LinAlgError:
         raise ValueError("the text's hessian is not positive definite: raise --damping, or use more text") from None
 
-    scale, zero = group_parameters(weight.to(hessian.dtype).unflatten(1, (-1, group)))
+    parameters = group_parameters(weight.to(hessian.dtype).unflatten(1, (-1, group)))
     columns = weight.T[order].to(hessian.dtype).contiguous()  # [K, N]: what is worked on at a time lies together
     codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
     block = max(BLOCK, group)
@@ -263,15 +265,15 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, act_order: bool = False, d
         for j, column in enumerate(order[start:stop].tolist(), start):
             g = column // group
             if not act_order and j % group == 0:
-                scale[:, g], zero[:, g] = group_parameters(columns[j : j + group].T)
-            step, middle = scale[:, g].to(columns.dtype), zero[:, g].to(columns.dtype) / 16
-            code = (columns[j] / step + middle).round_().clamp_(0, 15)
-            error = (columns[j] - (code - middle) * step) / upper[j, j]
+                parameters[:, g] = group_parameters(columns[j : j + group].T)
+            scale, zero = parameters[:, g].to(columns.dtype).unbind(-1)
+            code = (columns[j] / scale + zero).round_().clamp_(0, 15)
+            error = (columns[j] - (code - zero) * scale) / upper[j, j]
             columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
             codes[column], errors[j - start] = code, error
         columns[stop:] -= upper[start:stop, stop:].T @ errors
     codes = codes.T.contiguous()
-    return IntWeight(pack_int4(codes), scale, zero)
+    return IntWeight(pack_int4(codes), parameters)
 
 
 @torch.no_grad()

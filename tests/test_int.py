@@ -3,6 +3,7 @@
 import json
 import shutil
 import sysconfig
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -73,12 +74,13 @@ def test_packing_and_unpacking_are_inverses(shape):
     assert torch.equal(pack_int4(unpack_int4(words)), words)
 
 
-def test_layout_is_what_its_picture_says():
-    for column in range(32):
-        q = torch.zeros(1, 64, dtype=torch.long)
-        q[0, 32 + column] = 15
-        expected = torch.zeros(1, 8, dtype=torch.long)
-        expected[0, 4 + column % 4] = 15 << (4 * (column // 4))
+@pytest.mark.parametrize(("k", "words"), [(96, 4), (192, 8), (384, 16), (512, 16)])
+def test_layout_is_as_described(k, words):
+    for word, p, high in product(range(words), range(4), range(2)):
+        expected = torch.zeros(1, k // 8, dtype=torch.long)
+        expected[0, k // 8 - words + word] = 15 << (4 * p + 16 * high)
+        q = torch.zeros(1, k, dtype=torch.long)
+        q[0, k - 8 * words + 2 * words * p + 2 * word + high] = 15
         assert torch.equal(pack_int4(q).long() & 0xFFFFFFFF, expected)
 
 
@@ -91,9 +93,11 @@ def test_int4_values_are_within_half_a_step(group):
     weight[3, :group] *= 1e-3
     quantised = quantise_int4(weight, group)
     assert (quantised.shape, quantised.group) == ((7, 512), group)
-    assert [part.dtype for part in quantised] == [torch.int32, torch.bfloat16, torch.uint8]
+    assert [part.dtype for part in quantised] == [torch.int32, torch.bfloat16]
     rounded = dequantise_reference(quantised, torch.float32)
-    step = quantised.scale.float().repeat_interleave(group, 1)
+    scale, zero = quantised.scale.float().unbind(-1)
+    assert torch.equal(16 * zero, (16 * zero).round())
+    step = scale.repeat_interleave(group, 1)
     assert ((rounded - weight).abs() <= 0.57 * step).all()  # a zero's and a scale's own rounding are in it
     assert (rounded[0] == 0).all()
     torch.testing.assert_close(rounded[1:3], weight[1:3], rtol=0.005, atol=0)
@@ -103,7 +107,7 @@ def test_int8_values_are_within_half_a_step():
     weight = torch.randn(7, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight[0] = 0
     quantised = quantise_int8(weight)
-    assert [part.dtype for part in quantised if part is not None] == [torch.int8, torch.bfloat16]
+    assert [part.dtype for part in quantised] == [torch.int8, torch.bfloat16]
     rounded = dequantise_reference(quantised, torch.float32)
     inside = (quantised.packed.abs() < 127) | (weight == 0)
     assert ((rounded - weight.float()).abs() <= 0.501 * quantised.scale.float()[:, None])[inside].all()
@@ -118,7 +122,7 @@ def test_int_linear_is_its_definition(dtype, group):
     weight, x = torch.randn(20, 192), torch.randn(2, 3, 192).to(dtype)
     weight = quantise_int4(weight, group) if group else quantise_int8(weight)
     layer = IntLinear(192, 20, group)
-    layer.load_state_dict({k: v for k, v in zip(("weight", "scale", "zero"), weight) if v is not None})
+    layer.load_state_dict(dict(zip(("weight", "scale"), weight)))
     y, expected = layer(x), int_linear_reference(x, weight)
     assert y.dtype == dtype
     tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
@@ -151,9 +155,9 @@ def direct(weight, hessian, group, act_order, damping):
         g = column // group
         if not act_order and column % group == 0:
             parameters[g] = quantize.group_parameters(weight[:, column : column + group])
-        scale, zero = (parameter.double() for parameter in parameters[g])
-        codes[:, column] = (weight[:, column] / scale + zero / 16).round().clamp(0, 15)
-        error = weight[:, column] - (codes[:, column] - zero / 16) * scale
+        scale, zero = parameters[g].double().unbind(-1)
+        codes[:, column] = (weight[:, column] / scale + zero).round().clamp(0, 15)
+        error = weight[:, column] - (codes[:, column] - zero) * scale
         rest = order[i + 1 :]
         if rest:  # least squares: what moves the rest has to do for x what the error did
             weight[:, rest] += torch.outer(error, torch.linalg.solve(hessian[rest][:, rest], hessian[rest, column]))
@@ -184,7 +188,7 @@ def test_gptq_with_inputs_that_are_always_zero_and_without_text():
     hessian[5], hessian[:, 5] = 0, 0
     result = gptq(weight, hessian, 32)
     error = (dequantise_reference(result, torch.float64) - weight)[:, 5].abs()
-    assert (error <= 0.6 * result.scale[:, 0].double()).all()
+    assert (error <= 0.6 * result.scale[:, 0, 0].double()).all()
     with pytest.raises(ValueError, match="not positive definite: raise --damping"):
         gptq(weight, -torch.eye(96).double(), 32)
 
@@ -293,15 +297,19 @@ Q = "layers.0.attention.wqkv"
 @pytest.mark.parametrize(
     ("edit", "group", "message"),
     [
-        (lambda w: w.pop(f"{Q}.zero"), "32", f"lacks {Q}.zero"),
+        (lambda w: w.pop(f"{Q}.scale"), "32", f"lacks {Q}.scale"),
         (
             lambda w: w.update({f"{Q}.scale": w[f"{Q}.scale"].float()}),
             "32",
             f"{Q}.scale is stored as F32, int4 has BF16",
         ),
-        (lambda w: w.update({f"{Q}.zero": w[f"{Q}.zero"][:, :-1].clone()}), "32", rf"{Q}.zero has shape \[768, 7\]"),
-        (lambda w: w.update({"layers.9.zero": torch.zeros(3)}), "32", "no place for: layers.9.zero"),
-        (lambda w: None, "64", r"scale has shape \[768, 8\], config.json asks for \[768, 4\]"),
+        (
+            lambda w: w.update({f"{Q}.scale": w[f"{Q}.scale"][:, :-1].clone()}),
+            "32",
+            rf"{Q}.scale has shape \[768, 7, 2\]",
+        ),
+        (lambda w: w.update({"layers.9.scale": torch.zeros(3)}), "32", "no place for: layers.9.scale"),
+        (lambda w: None, "64", r"scale has shape \[768, 8, 2\], config.json asks for \[768, 4, 2\]"),
         (lambda w: None, "48", "in groups of 48, not of 32, 64, 128 or 256"),
     ],
 )
@@ -358,8 +366,7 @@ def test_layout_in_a_file_is_one_for_all_devices(quantised):
     tensors, _ = read_header(quantised / "gemma-int4-g32.safetensors")
     kinds = {name.split(".", 2)[-1]: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     assert kinds["attention.wqkv.weight"] == ("I32", (768, 32))
-    assert kinds["attention.wqkv.scale"] == ("BF16", (768, 8))
-    assert kinds["attention.wqkv.zero"] == ("U8", (768, 8))
+    assert kinds["attention.wqkv.scale"] == ("BF16", (768, 8, 2))
     assert tensors["embedding.weight"].dtype == "I8"
     assert tensors["embedding.scale"].shape == (4096,)
     assert isinstance(load(quantised / "gemma-int4-g32.safetensors").head_weight, IntWeight)
