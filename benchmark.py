@@ -31,7 +31,18 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import FP8_DTYPE, fp8_scale_names, sources, tensor_bytes, write_atomically, write_safetensors
-from generate import DEFAULT_CHECKPOINT, Sampling, Stats, _now, copy_bandwidth, decoder_for, generate, load_model
+from generate import (
+    DEFAULT_CHECKPOINT,
+    Parser,
+    Sampling,
+    Stats,
+    _now,
+    copy_bandwidth,
+    decoder_for,
+    generate,
+    load_model,
+    run_program,
+)
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent
@@ -681,11 +692,10 @@ def write_text(file: Path, text: str):
     write_atomically(file, lambda out: out.write(text.encode()))
 
 
-def main(argv: list[str] | None = None) -> int:
+def program_parser() -> argparse.ArgumentParser:
     protocols = "\n\n".join(f"{name}: {' '.join(p.rows.__doc__.split())}" for name, p in PROTOCOLS.items())
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\n{protocols}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    description, layout = f"{__doc__}\n{protocols}", argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="benchmark.py", description=description, formatter_class=layout)
     add = parser.add_argument
     add("protocol", choices=PROTOCOLS)
     add("--models", nargs="+", choices=("gemma-2b", "gemma-7b"), help="(default: the protocol's)")
@@ -695,17 +705,19 @@ def main(argv: list[str] | None = None) -> int:
     add("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the results as JSON")
     add("--picture", type=Path, metavar="FILE.svg", help="sweep: draw the results")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(args: argparse.Namespace):
     protocol = PROTOCOLS[args.protocol]
     if args.repeats < 1:
-        parser.error("--repeats must be at least 1")
+        raise ValueError("--repeats must be at least 1")
     if (args.picture or args.batches) and args.protocol != "sweep":
-        parser.error("--picture and --batches are sweep's")
+        raise ValueError("--picture and --batches are sweep's")
     if min(args.batches or [1]) < 1:
-        parser.error("--batches must be at least 1")
+        raise ValueError("--batches must be at least 1")
     if protocol.device == "cuda" and not torch.cuda.is_available():
-        print(f"error: protocol {args.protocol} needs a CUDA GPU", file=sys.stderr)
-        return 2
+        raise ValueError(f"protocol {args.protocol} needs a CUDA GPU")
     args.device = torch.device(protocol.device)
     args.models, args.precisions = args.models or protocol.models, args.precisions or protocol.precisions
     result = {"protocol": args.protocol, **environment(args.device)}
@@ -723,7 +735,10 @@ def main(argv: list[str] | None = None) -> int:
             write_text(args.output, json.dumps(result, indent=1) + "\n")
         if args.picture and rows:
             write_text(args.picture, sweep_picture(rows, f"{result['device']}, {result['date']}"))
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(run, program_parser(), argv)
 
 
 if __name__ == "__main__":
