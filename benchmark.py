@@ -10,6 +10,7 @@ import argparse
 import datetime
 import gc
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,21 +31,51 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import FP8_DTYPE, fp8_scale_names, sources, tensor_bytes, write_atomically, write_safetensors
-from generate import DEFAULT_CHECKPOINT, Sampling, Stats, _now, copy_bandwidth, decoder_for, generate, load_model
+import calibrate
+import eval as evaluation
+import quantize
+from checkpoint import (
+    CONVERTED_NAME,
+    FP8_DTYPE,
+    Checkpoint,
+    convert,
+    fp8_scale_names,
+    open_checkpoint,
+    sources,
+    tensor_bytes,
+    write_atomically,
+    write_safetensors,
+)
+from generate import (
+    DEFAULT_CHECKPOINT,
+    Parser,
+    Sampling,
+    Stats,
+    _now,
+    copy_bandwidth,
+    decoder_for,
+    generate,
+    load_model,
+    pick_device,
+    run_program,
+)
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent
 OURS = "gemma-fast"
 E4M3, GIB = torch.float8_e4m3fn, 2**30
-INTEGERS = {"int8": {"bits": 8}, "int4-g32": {"bits": 4, "group": 32}, "int4-g128": {"bits": 4, "group": 128}}
+INTEGERS = {"int8": {"bits": 8}}
+INTEGERS |= {f"{mode}-g{group}": {"bits": 4, "group": group} for mode in ("int4", "int4-gptq") for group in (32, 128)}
 PRECISIONS = {  # options of Transformer.random, dtype of the KV cache; "all": the embedding, which is the head, too
     "bf16": ({}, None),
     "fp8": ({"fp8": True}, None),
     "fp8-kv": ({"fp8": True}, E4M3),
     "fp8-all": ({"fp8": True, "head": True}, E4M3),
-    **{name: (options, None) for name, options in INTEGERS.items()},
-    **{f"{name}-all": (options | {"head": True}, None) for name, options in INTEGERS.items()},
+    **{
+        name + end: (options | head, None)
+        for name, options in INTEGERS.items()
+        for end, head in (("", {}), ("-all", {"head": True}))
+    },
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,23 +139,42 @@ def sweep(
     context: int = 128,
     new_tokens: int = 64,
 ) -> Iterator[dict]:
-    """Batch 1 to 256, or --batches, 128 prompt tokens, 64 new; with --picture also an SVG."""
+    """Batch 1 to 256, or --batches, 128 prompt tokens, 64 new; with --picture also an SVG. gpu_gib is the most that was
+    allocated."""
 
     def of_model(model: Transformer, kv_dtype, case: dict):
         case["weights_gib"] = round(model.weight_bytes / GIB, 2)
         for batch in args.batches or batches:
             prompts = random_prompts(batch, context, model.config.vocab_size)
             run = ours(model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)
+            shape = {"batch": batch, "context": context, "new_tokens": new_tokens}
+            torch.cuda.reset_peak_memory_stats()
             try:
-                yield from measure(
-                    args, {OURS: run}, case | {"batch": batch, "context": context, "new_tokens": new_tokens}
-                )
+                (row,) = measure(args, {OURS: run}, case | shape)
+                yield row | {"gpu_gib": round(torch.cuda.max_memory_allocated() / GIB, 2)}
             except ValueError as error:
                 if "memory" not in str(error):
                     raise
                 print(f"{case['model']} {case['precision']}, batch {batch} is left out: {error}", flush=True)
 
     yield from each_model(args, of_model)
+
+
+def weights(args: argparse.Namespace) -> Iterator[dict]:
+    """What to choose weights by. Quality: of each trained --checkpoint_path, calibrate.py and quantize.py make each format
+    with --calibration_text (GPTQ with 32,768 tokens of it) in a temporary directory (TMPDIR), and eval.py compares it with
+    BF16 on --text; disk_mb is the file's. Sizes and speeds, on a GPU: disk_gib of the file, and what `sweep` measures at
+    batch 1, 8 and 64; GPTQ's weights have int4's layout, which is measured once for both."""
+    for checkpoint in [open_checkpoint(path) for path in args.checkpoint_path or ()]:  # each is looked at first
+        yield from quality(args, checkpoint)
+    if args.device.type != "cuda":
+        print("speeds are left out: they need a CUDA GPU", flush=True)
+        return
+    layouts = {precision: precision.replace("-gptq", "") for precision in args.precisions}
+    args = argparse.Namespace(**vars(args) | {"precisions": list(dict.fromkeys(layouts.values()))})
+    for row in sweep(args, batches=(1, 8, 64)):
+        row["disk_gib"] = row.pop("weights_gib")
+        yield from (row | {"precision": name} for name, layout in layouts.items() if layout == row["precision"])
 
 
 def stop_check(
@@ -248,6 +298,7 @@ PROTOCOLS = {
     "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-kv", "fp8-all")),
     "latency": Protocol(latency, "cuda", ("gemma-2b", "gemma-7b"), ("bf16", "fp8-all")),
     "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all")),
+    "weights": Protocol(weights, "cuda", ("gemma-7b",), tuple(PRECISIONS)),
     "stop-check": Protocol(stop_check, "cuda", ("gemma-2b",), ("bf16", "fp8-all")),
     "startup": Protocol(startup, "cuda", ("gemma-7b",)),
     "prefill": Protocol(prefill, "cuda", ("gemma-7b",), ("bf16", "fp8")),
@@ -362,6 +413,56 @@ def write_checkpoint(directory: Path, config: ModelConfig, device: torch.device)
     write_safetensors(directory / FP8_NAME, entries, {"weight_format": "fp8"})
     (directory / "config.json").write_text(json.dumps(hf_config(config)))
     shutil.copy(DEFAULT_CHECKPOINT / "tokenizer.model", directory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trained checkpoints
+
+
+def quality(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[dict]:
+    """BF16's row, which the others are compared with, and one for each of args.precisions."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory, bf16 = Path(temporary), None
+        convert(checkpoint, directory / CONVERTED_NAME)
+        for name in ("config.json", "generation_config.json", "tokenizer.model"):
+            if (checkpoint.directory / name).exists():
+                shutil.copy(checkpoint.directory / name, directory)
+        if any("fp8" in precision for precision in args.precisions):
+            output_of(calibrate, "--checkpoint_path", directory, "--text", args.calibration_text)
+        for precision in dict.fromkeys(("bf16", *args.precisions)):
+            file, options = directory / CONVERTED_NAME, ["--text", args.text]
+            if precision != "bf16":
+                output_of(quantize, "--checkpoint_path", directory, *quantize_options(precision, args.calibration_text))
+                file = directory / f"gemma-{re.sub('-(kv|all)$', '', precision)}.safetensors"
+                options += ["--against", directory / CONVERTED_NAME]
+            if PRECISIONS[precision][1] is not None:
+                options += ["--kv_cache_dtype", "fp8_e4m3"]
+            figures = json.loads(output_of(evaluation, "--json", "--checkpoint_path", file, *options))
+            bf16 = bf16 or figures["perplexity"]
+            row = {"checkpoint": checkpoint.directory.resolve().name, "precision": precision}
+            row |= {"disk_mb": file.stat().st_size / 1e6, **figures}
+            yield row | {"change_percent": 100 * (figures["perplexity"] / bf16 - 1)}
+            if precision != "bf16":
+                file.unlink()
+            release()
+
+
+def quantize_options(precision: str, text: Path) -> list:
+    """What makes quantize.py write the file of a precision."""
+    options, gptq = PRECISIONS[precision][0], "gptq" in precision
+    mode, head = ("fp8", "--fp8_head") if "fp8" in options else (f"int{options['bits']}", "--quantize_embedding")
+    arguments = ["--mode", mode + "-gptq" * gptq]
+    arguments += ["--group_size", options["group"]] if "group" in options else []
+    arguments += ["--text", text, "--max_tokens", 32768] if gptq else []
+    return arguments + [head] * ("head" in options)
+
+
+def output_of(program, *arguments) -> str:
+    """What calibrate.py, quantize.py or eval.py prints on stdout; its failure, which it has told, ends this program."""
+    with redirect_stdout(io.StringIO()) as output:
+        if status := program.main([str(argument) for argument in arguments]):
+            raise SystemExit(status)
+    return output.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -615,6 +716,41 @@ def table(rows: Iterable[dict]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 
+def weights_tables(rows: list[dict]) -> str:
+    """`weights`' rows in Markdown: a table of each random model's sizes and speeds and each checkpoint's quality."""
+
+    def values(key: str) -> list:
+        return list(dict.fromkeys(row[key] for row in rows if key in row))
+
+    out, names = [], [name for name in PRECISIONS if name in values("precision")]
+    for model, checkpoint in product(values("model") or [None], values("checkpoint") or [None]) if rows else ():
+        heads, lines = {"weights": "weights"}, {name: {"weights": name} for name in names}
+        for row in sorted(rows, key=lambda row: "checkpoint" in row):
+            if (row.get("model", model), row.get("checkpoint", checkpoint)) == (model, checkpoint):
+                lines[row["precision"]] |= (cells := weights_cells(row))
+                heads |= dict(zip(cells, cells))
+        titles = (model and f"{model}: sizes and tokens/s", checkpoint and f"{checkpoint}: quality")
+        out += ["; ".join(filter(None, titles)), ""]
+        for line in (heads, dict.fromkeys(heads, "---"), *lines.values()):
+            out.append(f"| {' | '.join(line.get(head, '') for head in heads)} |")
+        out.append("")
+    return "\n".join(out)
+
+
+def weights_cells(row: dict) -> dict[str, str]:
+    if "model" in row:
+        rate = f"{row['decode_tokens_per_second']:,.0f}"
+        if row["batch"] > 1:
+            return {f"batch {row['batch']}": rate}
+        sizes = {"disk, GiB": f"{row['disk_gib']:.2f}", "GPU, GiB": f"{row['gpu_gib']:.2f}"}
+        return sizes | {"batch 1": f"{rate} ({100 * row['share_of_copy_bandwidth']:.0f} %)"}
+    cells = {"MB": f"{row['disk_mb']:.1f}", "perplexity": f"{row['perplexity']:.3f}"}
+    if "kl" in row:
+        cells["perplexity"] += f" ({row['change_percent']:+.2f} %)"
+        cells |= {"KL": f"{row['kl']:.4f}", "same top token": f"{100 * row['top1_agreement']:.1f} %"}
+    return cells
+
+
 COLOURS = ("#1f5fa8", "#c2501b", "#2e7d4f", "#7a4fa0", "#8a6d1a", "#a8325e")
 
 
@@ -681,32 +817,43 @@ def write_text(file: Path, text: str):
     write_atomically(file, lambda out: out.write(text.encode()))
 
 
-def main(argv: list[str] | None = None) -> int:
+def program_parser() -> argparse.ArgumentParser:
     protocols = "\n\n".join(f"{name}: {' '.join(p.rows.__doc__.split())}" for name, p in PROTOCOLS.items())
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\n{protocols}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    description, layout = f"{__doc__}\n{protocols}", argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="benchmark.py", description=description, formatter_class=layout)
     add = parser.add_argument
     add("protocol", choices=PROTOCOLS)
     add("--models", nargs="+", choices=("gemma-2b", "gemma-7b"), help="(default: the protocol's)")
     add("--precisions", nargs="+", choices=PRECISIONS, help="(default: the protocol's)")
     add("--batches", nargs="+", type=int, metavar="N", help="sweep: instead of its own")
+    add("--checkpoint_path", nargs="+", type=Path, metavar="DIR", help="weights: trained checkpoints in BF16")
+    add("--text", type=Path, metavar="FILE", help="weights: to evaluate them on, as eval.py's")
+    add("--calibration_text", type=Path, metavar="FILE", help="weights: for calibrate.py and GPTQ, as theirs")
     add("--no_peers", dest="peers", action="store_false", help="leave out transformers")
     add("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the results as JSON")
     add("--picture", type=Path, metavar="FILE.svg", help="sweep: draw the results")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(args: argparse.Namespace):
     protocol = PROTOCOLS[args.protocol]
     if args.repeats < 1:
-        parser.error("--repeats must be at least 1")
+        raise ValueError("--repeats must be at least 1")
     if (args.picture or args.batches) and args.protocol != "sweep":
-        parser.error("--picture and --batches are sweep's")
+        raise ValueError("--picture and --batches are sweep's")
     if min(args.batches or [1]) < 1:
-        parser.error("--batches must be at least 1")
-    if protocol.device == "cuda" and not torch.cuda.is_available():
-        print(f"error: protocol {args.protocol} needs a CUDA GPU", file=sys.stderr)
-        return 2
-    args.device = torch.device(protocol.device)
+        raise ValueError("--batches must be at least 1")
+    files = {f"--{name}": getattr(args, name) for name in ("checkpoint_path", "text", "calibration_text")}
+    if any(files.values()):
+        if args.protocol != "weights":
+            raise ValueError(f"{', '.join(files)} are weights'")
+        for name, value in files.items():
+            if not value:
+                raise ValueError(f"{', '.join(files)} need one another: {name} is missing")
+    elif protocol.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"protocol {args.protocol} needs a CUDA GPU")
+    args.device = pick_device(None if args.checkpoint_path else protocol.device)
     args.models, args.precisions = args.models or protocol.models, args.precisions or protocol.precisions
     result = {"protocol": args.protocol, **environment(args.device)}
     args.bandwidth = 1e9 * result["copy_bandwidth_gb_per_second"]
@@ -718,12 +865,15 @@ def main(argv: list[str] | None = None) -> int:
             print("  ".join(f"{key} {cell(value)}" for key, value in row.items()), flush=True)
             rows.append(row)
     finally:  # what was measured before a failure is kept
-        print(f"\n{table(rows)}", flush=True)
+        print(f"\n{weights_tables(rows) if args.protocol == 'weights' else table(rows)}", flush=True)
         if args.output:
             write_text(args.output, json.dumps(result, indent=1) + "\n")
         if args.picture and rows:
             write_text(args.picture, sweep_picture(rows, f"{result['device']}, {result['date']}"))
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(run, program_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ import xml.dom.minidom
 
 import pytest
 import torch
+from conftest import ROOT, copy_tiny_gemma
+from safetensors.torch import load_file, save_file
 
 import benchmark
-from checkpoint import open_checkpoint
+import calibrate
+import eval as evaluation
+import quantize
+from checkpoint import open_checkpoint, read_config, read_header
 from generate import Stats, generate, load_model
-from model import NAMED_CONFIGS
+from model import NAMED_CONFIGS, Transformer
 
 CPU = torch.device("cpu")
 CUDA_PROTOCOLS = [name for name, protocol in benchmark.PROTOCOLS.items() if protocol.device == "cuda"]
@@ -26,6 +31,18 @@ def tiny(monkeypatch):
     )
 
 
+@pytest.fixture
+def trained(tmp_path):
+    """tiny-gemma, cut to its first layer."""
+    directory = copy_tiny_gemma(tmp_path / "one-layer")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    weights = load_file(directory / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if ".layers." not in name or ".layers.0." in name}
+    save_file(kept, directory / "model.safetensors")
+    return directory
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("protocol", CUDA_PROTOCOLS)
 def test_no_gpu(protocol, capsys):
@@ -33,16 +50,41 @@ def test_no_gpu(protocol, capsys):
     assert capsys.readouterr().err == f"error: protocol {protocol} needs a CUDA GPU\n"
 
 
-def test_help_names_every_protocol_and_others_are_refused(capsys):
+def test_help_names_every_protocol(capsys):
     with pytest.raises(SystemExit) as help_asked:
         benchmark.main(["--help"])
     assert help_asked.value.code == 0
     out = capsys.readouterr().out
     assert all(f"\n{name}: " in out for name in benchmark.PROTOCOLS)
-    for mistake in (["nonsense"], ["latency", "--picture", "a.svg"], ["cpu", "--repeats", "0"]):
-        with pytest.raises(SystemExit) as refused:
-            benchmark.main(mistake)
-        assert refused.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nonsense", "invalid choice: 'nonsense'"),
+        ("latency --picture a.svg", "--picture and --batches are sweep's"),
+        ("cpu --repeats 0", "--repeats must be at least 1"),
+        ("sweep --text a.txt", "--checkpoint_path, --text, --calibration_text are weights'"),
+        ("weights --text a.txt --calibration_text b.txt", "need one another: --checkpoint_path is missing"),
+        ("weights --checkpoint_path a --calibration_text b.txt", "need one another: --text is missing"),
+        ("weights --checkpoint_path a --text a.txt", "need one another: --calibration_text is missing"),
+        ("weights --checkpoint_path nowhere --text a.txt --calibration_text b.txt", "no checkpoint at nowhere"),
+        ("weights --checkpoint_path DIR DIR/nowhere --text a.txt --calibration_text b.txt", "nowhere"),
+        ("weights --checkpoint_path DIR --text nowhere.txt --calibration_text b.txt --precisions int8", "nowhere.txt"),
+        ("weights --checkpoint_path DIR --text a.txt --calibration_text nowhere.txt --precisions fp8", "nowhere.txt"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments, message, trained, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "environment", lambda device: {"copy_bandwidth_gb_per_second": 1.0})
+    try:
+        status = benchmark.main(arguments.replace("DIR", str(trained)).split())
+    except SystemExit as ended:  # by the program that told
+        status = ended.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert message in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "|" not in out
 
 
 def test_tutorial_prompts():
@@ -132,6 +174,92 @@ def test_picture():
         texts
     )
     assert benchmark.sweep_picture(rows[:1], "")
+
+
+def test_quality_of_weights_is_what_eval_says_of_their_files(trained, tmp_path, monkeypatch, capsys):
+    def output(program, *arguments, path=trained) -> str:
+        assert program.main([*map(str, arguments), "--checkpoint_path", str(path)]) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(benchmark, "pick_device", lambda device: CPU)
+    text, other, result = (tmp_path / name for name in ("text.txt", "other.txt", "result.json"))
+    text.write_text((ROOT / "tokenizer.py").read_text()[:1500])
+    other.write_text((ROOT / "calibrate.py").read_text()[:2000])
+    gptq = ("int4-gptq", "--group_size", 128, "--text", other, "--max_tokens", 32768)
+    cases = {  # precision: arguments of quantize.py, of eval.py
+        "fp8-kv": (("fp8",), ("--kv_cache_dtype", "fp8_e4m3")),
+        "int8-all": (("int8", "--quantize_embedding"), ()),
+        "int4-gptq-g128": (gptq, ()),
+    }
+    before = sorted(trained.iterdir())
+    texts = ("--text", text, "--calibration_text", other)
+    out = output(benchmark, "weights", *texts, "--precisions", *cases, "--output", result)
+    assert sorted(trained.iterdir()) == before
+    assert "\nspeeds are left out: they need a CUDA GPU\n" in out
+    assert "\none-layer: quality\n\n| weights | MB | perplexity | KL | same top token |\n" in out
+    bf16, *rows = json.loads(result.read_text())["results"]
+    assert [row["precision"] for row in rows] == list(cases)
+    perplexity = json.loads(output(evaluation, "--json", "--text", text))["perplexity"]
+    assert (bf16["precision"], bf16["perplexity"]) == ("bf16", perplexity)
+
+    output(calibrate, "--text", other)
+    for row, (mode, options) in zip(rows, cases.values()):
+        output(quantize, "--mode", *mode)
+        (file,) = trained.glob("gemma-*.safetensors")
+        figures = json.loads(output(evaluation, "--json", "--text", text, "--against", trained, *options, path=file))
+        change = 100 * (figures["perplexity"] / perplexity - 1)
+        figures |= {"disk_mb": file.stat().st_size / 1e6, "change_percent": change, "checkpoint": "one-layer"}
+        assert row.items() >= figures.items()
+        stored = read_header(file)[0].values()
+        size = sum(tensor.size for tensor in stored if not tensor.key.endswith((".k_scale", ".v_scale")))
+        made, _ = benchmark.PRECISIONS[row["precision"]]
+        assert Transformer.random(read_config(trained), **made).weight_bytes == size  # what disk_gib is
+        file.unlink()
+
+
+def test_speeds_of_weights(tiny, monkeypatch):
+    """GPTQ's are int4's, measured once."""
+    tiny.checkpoint_path, tiny.device = None, torch.device("cuda")
+    tiny.precisions = ["bf16", "int4-g32", "int4-gptq-g32"]
+
+    def sweep(args, batches):
+        assert args.precisions == ["bf16", "int4-g32"]
+        for precision in args.precisions:
+            for batch in batches:
+                yield {"model": "tiny", "precision": precision, "batch": batch, "weights_gib": 1.5}
+
+    monkeypatch.setattr(benchmark, "sweep", sweep)
+    rows = list(benchmark.weights(tiny))
+    assert [row["batch"] for row in rows if row["precision"] == "int4-gptq-g32"] == [1, 8, 64]
+    assert len(rows) == 9
+    assert all(row["disk_gib"] == 1.5 for row in rows)
+
+
+def test_table_of_weights():
+    speeds = [
+        {"model": "gemma-7b", "precision": precision, "batch": batch, "disk_gib": 5.0, "gpu_gib": 5.254}
+        | {"decode_tokens_per_second": 432.1 * batch, "share_of_copy_bandwidth": 0.876}
+        for precision in ("bf16", "int8")
+        for batch in (1, 8, 64)
+    ]
+    quality = [
+        {"checkpoint": name, "precision": "bf16", "disk_mb": 44.06, "perplexity": 3.83, "change_percent": 0.0}
+        for name in ("one", "two")
+    ]
+    quality.append(quality[0] | {"precision": "int8", "change_percent": 0.016, "kl": 0.00031, "top1_agreement": 0.9931})
+    assert benchmark.weights_tables(quality + speeds).splitlines()[:6] == [
+        "gemma-7b: sizes and tokens/s; one: quality",
+        "",
+        "| weights | disk, GiB | GPU, GiB | batch 1 | batch 8 | batch 64 | MB | perplexity | KL | same top token |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| bf16 | 5.00 | 5.25 | 432 (88 %) | 3,457 | 27,654 | 44.1 | 3.830 |  |  |",
+        "| int8 | 5.00 | 5.25 | 432 (88 %) | 3,457 | 27,654 | 44.1 | 3.830 (+0.02 %) | 0.0003 | 99.3 % |",
+    ]
+    assert benchmark.weights_tables(speeds).splitlines()[2] == (
+        "| weights | disk, GiB | GPU, GiB | batch 1 | batch 8 | batch 64 |"
+    )
+    assert benchmark.weights_tables(quality).count(": quality\n") == 2
+    assert benchmark.weights_tables([]) == ""
 
 
 def test_synthetic_checkpoint_loads_and_runs(tiny):
