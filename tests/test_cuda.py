@@ -7,6 +7,7 @@ from conftest import GREEDY, TEXTS, TINY_GEMMA, copy_tiny_gemma
 import calibrate
 import generate as program
 import model as model_file
+import quantize
 from checkpoint import SCALES_NAME, read_config, read_scales
 from generate import Stats, generate, load_model
 from model import FP8Linear
@@ -191,17 +192,34 @@ def test_prefill_on_transformer_engine_is_pytorchs(calibrated, tiny, fp8, monkey
         assert te_error <= 1.5 * error + 1e-3
 
 
+@pytest.fixture(scope="module")
+def weights(calibrated):
+    """tiny-gemma's BF16, FP8 (rounded on loading), int8 and int4: what to load, and how."""
+    for mode in ("int8", "int4"):
+        assert quantize.main(["--checkpoint_path", str(calibrated), "--mode", mode, "--quantize_embedding"]) == 0
+    files = {"int8": "gemma-int8.safetensors", "int4": "gemma-int4-g32.safetensors"}
+    return {name: calibrated / files.get(name, "") for name in ("bf16", "fp8", "int8", "int4")}
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    ("fp8", "kv_dtype", "rounding"), [(False, None, 0.15), (True, None, 0.6), (True, torch.float8_e4m3fn, 0.6)]
+    ("name", "kv_dtype", "rounding"),
+    [
+        ("bf16", None, 0.15),
+        ("fp8", None, 0.6),
+        ("fp8", torch.float8_e4m3fn, 0.6),
+        ("int8", None, 0.2),
+        ("int4", None, 0.2),
+    ],
 )
-def test_fast_steps_choose_the_tokens_of_plain_steps(calibrated, prompts, device, fp8, kv_dtype, rounding):
-    """The kernels' steps behind the same tokens as the modules' on either device, in bfloat16 and FP8: another token
-    only where the plain step's two largest logits lie within rounding of each other. Logits of 8 to 16 are 1 / 16 apart
-    in bfloat16; what FP8 makes of a sum's last bit, the tests above say."""
-    plain, _ = load_model(calibrated, device=device, precision="bf16", fp8=fp8)
-    fast, _ = load_model(calibrated, device="cuda", precision="bf16", fp8=fp8)
+def test_fast_steps_choose_the_tokens_of_plain_steps(weights, prompts, device, name, kv_dtype, rounding):
+    """The kernels' steps behind the same tokens as the modules' on either device, in each format: another token only
+    where the plain step's two largest logits lie within rounding of each other. Logits of 8 to 16 are 1 / 16 apart in
+    bfloat16; the CPU rounds what it makes of integers to bfloat16, too; what FP8 makes of a sum's last bit, the tests
+    above say."""
+    plain, _ = load_model(weights[name], device=device, precision="bf16", fp8=name == "fp8")
+    fast, _ = load_model(weights[name], device="cuda", precision="bf16", fp8=name == "fp8")
     others, steps = [], 0
     for prompt, tokens in zip(prompts, generate(plain, prompts, 64, kv_cache_dtype=kv_dtype, **GREEDY)):
         for model in (plain, fast):
@@ -215,7 +233,7 @@ def test_fast_steps_choose_the_tokens_of_plain_steps(calibrated, prompts, device
             if actual.argmax() != expected.argmax():
                 first, second = expected.topk(2).values.tolist()
                 others.append(first - second)
-    print(f"fp8 {fp8}, cache {kv_dtype}, against {device}: {len(others)} of {steps} tokens differ, gaps {others}")
+    print(f"{name}, cache {kv_dtype}, against {device}: {len(others)} of {steps} tokens differ, gaps {others}")
     assert max(others, default=0) <= rounding
     assert len(others) <= 0.04 * steps
 
