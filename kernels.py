@@ -138,21 +138,20 @@ def _int4_config(m: int, n: int, k: int, group: int) -> Skinny | None:
     small groups and many rows fill."""
     if m > 64 or k % 128:
         return None
-    split, wanted = 1, 1.5 * SMS
     if m > 8:
-        block_m, block_n, block_k, num_warps, num_stages = max(16, _power_of_2(m)), 64 if k > 8192 else 128, 128, 4, 3
+        block_m, block_n = max(16, _power_of_2(m)), 64 if k > 8192 else 128
+        config, wanted = Skinny(block_m, block_n, block_k=128, split=1, num_warps=4, num_stages=3), 1.5 * SMS
     else:
-        block_m, block_n, block_k, num_warps, num_stages = 8, 32, 256, 1, 1
+        config, wanted = Skinny(8, block_n=32, block_k=256, split=1, num_warps=1, num_stages=1), 10 * SMS
         if m > 2 and group < 128:
-            block_n = 16
+            config = config._replace(block_n=16)
         elif k > 8192 or (n > 16384 and group < 128):
-            block_n, block_k = 16, 512
+            config = config._replace(block_n=16, block_k=512)
         elif n > 16384:
-            block_k = 512
-        wanted = 10 * SMS
-    while -(-n // block_n) * split < wanted and split < 8 and k >= 2 * split * max(block_k, 512):
-        split *= 2
-    return Skinny(block_m, block_n, block_k, split, num_warps, num_stages)
+            config = config._replace(block_k=512)
+    while -(-n // config.block_n) * config.split < wanted and config.split < 8 and k >= 2 * config.split * 512:
+        config = config._replace(split=2 * config.split)
+    return config
 
 
 def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtype) -> AttentionConfig:
@@ -1518,25 +1517,21 @@ def _int4_words(k: int) -> int:
     return min(16, (k & -k) // 8)
 
 
-def _int4_order(columns: Tensor) -> Tensor:
-    """[N, K] -> [N, K / 8, 8]: by word, and in it from the lowest bits to the highest."""
-    n, k = columns.shape
-    return columns.view(n, -1, 4, _int4_words(k), 2).permute(0, 1, 3, 4, 2).reshape(n, k // 8, 8)
+def _int4_shifts(device: torch.device) -> Tensor:
+    """[4, 1, 2] int32: of each p, and of the first and second of two columns."""
+    return torch.arange(8, dtype=torch.int32, device=device).view(2, 1, 4).permute(2, 1, 0) * 4
 
 
 def pack_int4(q: Tensor) -> Tensor:
     """[N, K / 8] int32 of q [N, K], integers from 0 to 15, K a multiple of 32: IntWeight's layout."""
-    return (_int4_order(q).int() << torch.arange(0, 32, 4, dtype=torch.int32, device=q.device)).sum(
-        2, dtype=torch.int32
-    )
+    q = q.unflatten(1, (-1, 4, _int4_words(q.shape[1]), 2)).int()
+    return (q << _int4_shifts(q.device)).sum((2, 4), dtype=torch.int32).flatten(1)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """[N, K] int32, from 0 to 15, of `pack_int4`'s result."""
-    n, k = len(packed), 8 * packed.shape[1]
-    nibbles = packed[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device) & 15
-    where = _int4_order(torch.arange(k, device=packed.device)[None]).flatten()
-    return torch.empty_like(nibbles.view(n, k)).index_copy_(1, where, nibbles.view(n, k))
+    words = packed.unflatten(1, (-1, 1, _int4_words(8 * packed.shape[1]), 1))
+    return (words >> _int4_shifts(packed.device) & 15).flatten(1)
 
 
 def dequantise_reference(weight: IntWeight, dtype: torch.dtype) -> Tensor:
