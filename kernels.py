@@ -1639,7 +1639,7 @@ def _int4_tile(
     words, pairs = (), ()
     for c in tl.static_range(CHUNKS):
         ptrs = weight_ptr + row * (IN // 8) + (tile * CHUNKS + c) * 16 + 4 * t + four
-        words = words + (tl.load(ptrs, mask=_before(tile, c, end, IN, CHUNKS), other=0),)
+        words = words + (tl.load(ptrs, mask=_before(tile, c + 0 * four, end, IN, CHUNKS), other=0),)
     for first in tl.static_range(0, 4 * CHUNKS, PERIOD):
         unit = first + (2 * t + j) // (8 // SLOTS)
         ptrs = scale_ptr + row * (IN // GROUP) + (tile * (4 * CHUNKS) + unit) // (GROUP // 32)
@@ -1649,11 +1649,10 @@ def _int4_tile(
 
 @jit
 def _before(tile, chunk, end, IN: tl.constexpr, CHUNKS: tl.constexpr):
-    """Whether there is such a chunk of a tile, and the tile is before `end`."""
-    there = tile < end
-    if IN // 128 % CHUNKS:
-        there = there & (tile * CHUNKS + chunk < IN // 128)
-    return there
+    """Whether a tile is before `end`, and has such chunks, a tensor."""
+    if IN // 128 % CHUNKS == 0:  # it has all
+        chunk = 0 * chunk
+    return tile * CHUNKS + chunk < tl.where(tile < end, IN // 128, 0)
 
 
 @jit
@@ -1664,7 +1663,7 @@ def _int4_x(x_ptr, rows, tile, end, IN: tl.constexpr, CHUNKS: tl.constexpr, SLOT
     slot, m = n // (8 // SLOTS), n % (8 // SLOTS)
     xs = ()
     for unit in tl.static_range(0, 4 * CHUNKS, SLOTS):
-        mask = (m < rows) & _before(tile, (unit + slot) // 4, end, IN, CHUNKS)
+        mask = m < tl.where(_before(tile, (unit + slot) // 4, end, IN, CHUNKS), rows, 0)
         ptrs = x_ptr + m * (IN // 2) + (tile * (CHUNKS * 4) + unit + slot) * 16 + 4 * t + four
         xs = xs + (tl.load(ptrs, mask=mask, other=0),)
     return xs
