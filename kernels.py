@@ -1187,37 +1187,6 @@ def _as_float(weight, FAST: tl.constexpr):
 
 
 @jit
-def _gemv_rows(OUT: tl.constexpr, BLOCK_N: tl.constexpr, GEGLU: tl.constexpr):
-    """Of the weight, for a program's BLOCK_N outputs; what is read twice is not stored."""
-    first = tl.program_id(0) * BLOCK_N
-    if GEGLU:  # gate and up in turn: rows n and n + OUT
-        i = tl.arange(0, 2 * BLOCK_N)
-        row = tl.minimum(first + i // 2, OUT - 1) + i % 2 * OUT
-    else:
-        row = tl.minimum(first + tl.arange(0, BLOCK_N), OUT - 1)
-    return row
-
-
-@jit
-def _gemv_store(
-    out_ptr,
-    y,
-    next_scale_ptr,
-    OUT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GEGLU: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """Sums y of `_gemv_rows`."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = y.to(dtype).to(tl.float32)
-    if GEGLU:
-        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
-        y = _geglu(gate, up, dtype)
-    _store(out_ptr + n, y, next_scale_ptr, n < OUT, dtype)
-
-
-@jit
 def _gemv_kernel(
     x_ptr,
     weight_ptr,
@@ -1236,9 +1205,13 @@ def _gemv_kernel(
     PDL: tl.constexpr,
 ):
     _start(PDL)
-    ROWS: tl.constexpr = 2 * BLOCK_N if GEGLU else BLOCK_N
-    row = _gemv_rows(OUT, BLOCK_N, GEGLU)
-    acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    first = tl.program_id(0) * BLOCK_N
+    if GEGLU:  # gate and up in turn: rows n and n + OUT; what is read twice is not stored
+        i = tl.arange(0, 2 * BLOCK_N)
+        row = tl.minimum(first + i // 2, OUT - 1) + i % 2 * OUT
+    else:
+        row = tl.minimum(first + tl.arange(0, BLOCK_N), OUT - 1)
+    acc = tl.zeros([row.shape[0], BLOCK_K], tl.float32)
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
     columns = tl.arange(0, BLOCK_K)
     early = ()
@@ -1259,7 +1232,12 @@ def _gemv_kernel(
         y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
     elif weight_scale_ptr is not None:  # int8
         y *= tl.load(weight_scale_ptr + row).to(tl.float32)
-    _gemv_store(out_ptr, y, next_scale_ptr, OUT, BLOCK_N, GEGLU, dtype)
+    y = y.to(dtype).to(tl.float32)
+    if GEGLU:
+        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
+        y = _geglu(gate, up, dtype)
+    n = first + tl.arange(0, BLOCK_N)
+    _store(out_ptr + n, y, next_scale_ptr, n < OUT, dtype)
 
 
 def gemv_reference(x, weight, input_scale=None, weight_scale=None, dtype=None, geglu=False, next_scale=None):
@@ -1304,6 +1282,13 @@ def gemv(
         num_warps=config.num_warps,
     )
     return out
+
+
+@jit
+def _store_share(out_ptr, y, scale_ptr, n, m, rows, OUT: tl.constexpr):
+    """y [outputs n, rows m] of a program's share of the columns."""
+    offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
+    _store(out_ptr + offsets, y, scale_ptr, (n < OUT)[:, None] & (m < rows)[None, :], out_ptr.dtype.element_ty)
 
 
 @jit
@@ -1359,9 +1344,7 @@ def _skinny_kernel(
             up *= tl.load(weight_scale_ptr + n + OUT, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
     if GEGLU:
         acc = _geglu(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
-    offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
-    mask = (n < OUT)[:, None] & (m < rows)[None, :]
-    _store(out_ptr + offsets, acc, next_scale_ptr, mask, out_ptr.dtype.element_ty)
+    _store_share(out_ptr, acc, next_scale_ptr, n, m, rows, OUT)
 
 
 def _shares(x: Tensor, n: int, config: Skinny, dtype: torch.dtype) -> tuple[int, int, Tensor]:
@@ -1708,10 +1691,9 @@ def _int4_gemv_kernel(
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
     SLOTS: tl.constexpr,
-    dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Up to 8 rows x, `tiles` times CHUNKS times 128 columns a program, which is one warp.
+    """Up to 8 rows x in bf16, `tiles` times CHUNKS times 128 columns a program, which is one warp.
 
     Nothing goes through shared memory: a thread loads what the tensor cores want of it, the next tile while this one is
     multiplied, the first weights while the kernel before still runs. What would cost most is to make numbers of nibbles.
@@ -1757,12 +1739,11 @@ def _int4_gemv_kernel(
     acc = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS, 8 // SLOTS]), axis=1) * 2.0**53  # 133 - 80
     if GEGLU:
         n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        acc = tl.reshape(acc.to(dtype).to(tl.float32), [BLOCK_N // 16, 2, 8, 8 // SLOTS])
+        acc = tl.reshape(acc.to(tl.bfloat16).to(tl.float32), [BLOCK_N // 16, 2, 8, 8 // SLOTS])
         gate, up = tl.split(tl.permute(acc, [0, 2, 3, 1]))
-        acc = tl.reshape(_geglu(gate, up, dtype), [BLOCK_N // 2, 8 // SLOTS])
+        acc = tl.reshape(_geglu(gate, up, tl.bfloat16), [BLOCK_N // 2, 8 // SLOTS])
     m = tl.arange(0, 8 // SLOTS)
-    offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(n < OUT)[:, None] & (m < rows)[None, :])
+    _store_share(out_ptr, acc, None, n, m, rows, OUT)
 
 
 @jit
@@ -1807,8 +1788,7 @@ def _int4_skinny_kernel(
                 up = tl.dot(_int4_weights(up_words, pair, unit, PDL), x, up)
     if GEGLU:
         acc = _geglu(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
-    offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(n < OUT)[:, None] & (m < rows)[None, :])
+    _store_share(out_ptr, acc, None, n, m, rows, OUT)
 
 
 @jit
@@ -1852,7 +1832,7 @@ def int4_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinn
     constants = {"OUT": n, "IN": k, "GROUP": weight.group, "GEGLU": geglu, "BLOCK_N": config.block_n}
     if config.num_warps == 1:
         chunks = config.block_k // 128
-        constants |= {"CHUNKS": chunks, "SLOTS": min(8 // _power_of_2(m), 4 * chunks), "dtype": _triton_dtype(x.dtype)}
+        constants |= {"CHUNKS": chunks, "SLOTS": min(8 // _power_of_2(m), 4 * chunks)}
         grid = -(-n // (config.block_n // 2 if geglu else config.block_n)), split
         _launch(_int4_gemv_kernel, grid, x.view(torch.int32), *operands, **constants, num_warps=1)
     else:
