@@ -107,12 +107,12 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
     """
     if dtype == torch.int32:
         return _int4_config(m, n, k, group)
-    if m == 1:
+    if dtype == torch.int8 and m <= 8 and k % 64 == 0:
+        return _int8_config(m, n, k)
+    if m == 1 and dtype != torch.int8:
         in_8 = dtype.itemsize == 1
         if k > 8192 and n <= 2560 and not in_8:
             return Gemv(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
-        if k > 8192 and dtype == torch.int8:
-            return Gemv(block_n=4, block_k=1024, num_warps=4, num_stages=4, early=2)
         if k > 8192:
             return Gemv(block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=3 if in_8 else 1)
         if n < 4096:  # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
@@ -133,8 +133,16 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
     return Skinny(max(16, _power_of_2(m)), block_n, block_k, split, num_warps=4, num_stages=6)
 
 
+def _int8_config(m: int, n: int, k: int) -> Skinny:
+    """`linear_config` for `_int_gemv_kernel`."""
+    config = Skinny(8, block_n=32, block_k=128, split=1, num_warps=1, num_stages=1)
+    while -(-n // config.block_n) * config.split < 10 * SMS and config.split < 8 and k >= 2 * config.split * 512:
+        config = config._replace(split=2 * config.split)
+    return config
+
+
 def _int4_config(m: int, n: int, k: int, group: int) -> Skinny | None:
-    """`linear_config` for packed 4-bit weights. Programs of one warp are those of `_int4_gemv_kernel`, whose registers
+    """`linear_config` for packed 4-bit weights. Programs of one warp are those of `_int_gemv_kernel`, whose registers
     small groups and many rows fill."""
     if m > 64 or k % 128:
         return None
@@ -239,24 +247,34 @@ def _inverse_rms(x, N, eps):
 
 
 @jit
-def _normed(x, inverse_rms, weight_ptr, columns, mask, dtype: tl.constexpr):
+def _normed(x, inverse_rms, weight, dtype: tl.constexpr):
     x = x * inverse_rms
-    x = x + x * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    x = x + x * weight.to(tl.float32)
     return x.to(dtype).to(tl.float32)
 
 
 @jit
-def _quantised(x, scale_ptr):
+def _constant(ptr):
+    """What ptr points to, if it is not None. Kernels load constants before their wait: at its end a program would wait for
+    memory once more."""
+    value = None
+    if ptr is not None:
+        value = tl.load(ptr)
+    return value
+
+
+@jit
+def _quantised(x, scale):
     # div_rn: a plain division is not correctly rounded, and PyTorch's is
-    x = x * tl.div_rn(1.0, tl.load(scale_ptr))
+    x = x * tl.div_rn(1.0, scale)
     return tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 @jit
-def _store(ptrs, y, scale_ptr, mask, dtype: tl.constexpr):
+def _store(ptrs, y, scale, mask, dtype: tl.constexpr):
     """In `dtype` or, with a scale, in E4M3."""
-    if scale_ptr is not None:
-        tl.store(ptrs, _quantised(y, scale_ptr), mask=mask)
+    if scale is not None:
+        tl.store(ptrs, _quantised(y, scale), mask=mask)
     else:
         tl.store(ptrs, y.to(dtype), mask=mask)
 
@@ -389,17 +407,22 @@ def _add_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
+    scale = _constant(scale_ptr)
+    if post_ptr is not None:
+        post = tl.load(post_ptr + columns, mask=mask, other=0.0)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
     _wait(PDL)
     x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
     if y_ptr is not None:
         y = _output(y_ptr, row, rows, columns, mask, N, PARTS, dtype)
         if post_ptr is not None:
-            y = _normed(y, _inverse_rms(y, N, eps), post_ptr, columns, mask, dtype)
+            y = _normed(y, _inverse_rms(y, N, eps), post, dtype)
         x = (x + y).to(dtype).to(tl.float32)
         tl.store(x_new_ptr + row * N + columns, x.to(dtype), mask=mask)
     if weight_ptr is not None:
-        h = _normed(x, _inverse_rms(x, N, eps), weight_ptr, columns, mask, dtype)
-        _store(h_ptr + row * N + columns, h, scale_ptr, mask, dtype)
+        h = _normed(x, _inverse_rms(x, N, eps), weight, dtype)
+        _store(h_ptr + row * N + columns, h, scale, mask, dtype)
 
 
 def add_norm(
@@ -456,10 +479,11 @@ def _geglu_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < F
+    scale = _constant(scale_ptr)
     _wait(PDL)
     gate = _output(y_ptr, row, rows, columns, mask, 2 * F, PARTS, dtype)
     up = _output(y_ptr, row, rows, columns + F, mask, 2 * F, PARTS, dtype)
-    _store(h_ptr + row * F + columns, _geglu(gate, up, dtype), scale_ptr, mask, dtype)
+    _store(h_ptr + row * F + columns, _geglu(gate, up, dtype), scale, mask, dtype)
 
 
 def geglu(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> Tensor:
@@ -498,9 +522,10 @@ def _rescale_kernel(x_ptr, scale_ptr, y_ptr, factor, N, BLOCK: tl.constexpr, PDL
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < N
+    scale = _constant(scale_ptr)
     _wait(PDL)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    _store(y_ptr + offsets, (x * factor).to(dtype).to(tl.float32), scale_ptr, mask, dtype)
+    _store(y_ptr + offsets, (x * factor).to(dtype).to(tl.float32), scale, mask, dtype)
 
 
 def rescale(x: Tensor, factor: float, input_scale: Tensor | None = None) -> Tensor:
@@ -627,8 +652,8 @@ def _rotated(
     y = _output(qkv_ptr, row, rows, first + partner, mask, WIDTH, PARTS, dtype)
     if norm_ptr is not None:
         inverse_rms = tl.rsqrt(tl.sum(x * x, axis=AXIS, keep_dims=True) / D + eps)
-        x = _normed(x, inverse_rms, norm_ptr, d, d < D, dtype)
-        y = _normed(y, inverse_rms, norm_ptr, partner, d < D, dtype)
+        x = _normed(x, inverse_rms, tl.load(norm_ptr + d, mask=d < D, other=0.0), dtype)
+        y = _normed(y, inverse_rms, tl.load(norm_ptr + partner, mask=d < D, other=0.0), dtype)
     return (x * cos + y * sin).to(dtype).to(tl.float32)
 
 
@@ -854,6 +879,7 @@ def _attention_by_sums_kernel(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
+    output_scale = _constant(scale_ptr)
     slot, start, end, cos, sin, own_k, own_v = _own(
         qkv_ptr,
         rope_ptr,
@@ -907,7 +933,7 @@ def _attention_by_sums_kernel(
         _store(
             out_ptr + (row * K + head) * D + d,
             (y / l_all * v_scale).to(dtype).to(tl.float32),
-            scale_ptr,
+            output_scale,
             in_head,
             dtype,
         )
@@ -964,6 +990,7 @@ def _attention_kernel(
     g, lane, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     q_mask = (g < G)[:, None] & in_head[None, :]
+    output_scale = _constant(scale_ptr)
     slot, start, end, cos, sin, own_k, own_v = _own(
         qkv_ptr,
         rope_ptr,
@@ -1028,7 +1055,7 @@ def _attention_kernel(
         m = m_new
     if SPLITS == 1:
         offsets = heads + row * G * K * D + d[None, :]
-        _store(out_ptr + offsets, (acc / l[:, None] * v_scale).to(dtype).to(tl.float32), scale_ptr, q_mask, dtype)
+        _store(out_ptr + offsets, (acc / l[:, None] * v_scale).to(dtype).to(tl.float32), output_scale, q_mask, dtype)
     else:
         entry = ((tl.program_id(2) * rows + row) * K + head) * G + g
         tl.store(stats_ptr + entry * 2, m, mask=g < G)
@@ -1055,6 +1082,7 @@ def _combine_kernel(
     row_head = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     entry = tl.arange(0, SPLITS) * entries + row_head
+    scale = _constant(scale_ptr)
     _wait(PDL)
     m = tl.load(stats_ptr + entry * 2)
     l = tl.load(stats_ptr + entry * 2 + 1)
@@ -1062,7 +1090,7 @@ def _combine_kernel(
     # a share without slots has written no sums
     acc = tl.load(acc_ptr + entry[:, None] * D + d[None, :], mask=(l > 0)[:, None] & (d < D)[None, :], other=0.0)
     y = tl.sum(acc * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
-    _store(out_ptr + row_head * D + d, (y * v_scale).to(dtype).to(tl.float32), scale_ptr, d < D, dtype)
+    _store(out_ptr + row_head * D + d, (y * v_scale).to(dtype).to(tl.float32), scale, d < D, dtype)
 
 
 def decode_attention(
@@ -1154,39 +1182,6 @@ def fp8_matmul(x: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Ten
 
 
 @jit
-def _as_float(weight, FAST: tl.constexpr):
-    """In float32. Of int8 a GPU makes it by way of float16, whose bits 0x6400 + u are 1024 + u; converting integers is
-    slower."""
-    if FAST and weight.dtype == tl.int8:
-        y = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 u, low, high, offset;
-            .reg .b16 h0, h1, h2, h3;
-            xor.b32 u, $4, 0x80808080;
-            mov.b32 offset, 0x64806480;
-            prmt.b32 low, u, 0x64646464, 0x4140;
-            prmt.b32 high, u, 0x64646464, 0x4342;
-            sub.f16x2 low, low, offset;
-            sub.f16x2 high, high, offset;
-            mov.b32 {h0, h1}, low;
-            mov.b32 {h2, h3}, high;
-            cvt.f32.f16 $0, h0;
-            cvt.f32.f16 $1, h1;
-            cvt.f32.f16 $2, h2;
-            cvt.f32.f16 $3, h3;
-            }""",
-            "=f,=f,=f,=f,r",
-            [weight],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        y = weight.to(tl.float32)
-    return y
-
-
-@jit
 def _gemv_kernel(
     x_ptr,
     weight_ptr,
@@ -1218,26 +1213,28 @@ def _gemv_kernel(
     for k in tl.static_range(0, EARLY * BLOCK_K, BLOCK_K):
         mask = k + columns < IN
         early = early + (tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0),)
+    input_scale = _constant(input_scale_ptr)
+    weight_scale = _constant(weight_scale_ptr)
+    next_scale = _constant(next_scale_ptr)
     _wait(PDL)
     for tile in tl.static_range(EARLY):
         k = tile * BLOCK_K
         x = tl.load(x_ptr + k + columns, mask=k + columns < IN, other=0.0)
-        acc += _as_float(early[tile], PDL) * x.to(tl.float32)[None, :]
+        acc += early[tile].to(tl.float32) * x.to(tl.float32)[None, :]
     for k in tl.range(EARLY * BLOCK_K, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
         weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0)
-        acc += _as_float(weight, PDL) * tl.load(x_ptr + k + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+        x = tl.load(x_ptr + k + columns, mask=mask, other=0.0)
+        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
     y = tl.sum(acc, axis=1)
-    if input_scale_ptr is not None:
-        y *= tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
-    elif weight_scale_ptr is not None:  # int8
-        y *= tl.load(weight_scale_ptr + row).to(tl.float32)
+    if input_scale is not None:
+        y *= input_scale * weight_scale
     y = y.to(dtype).to(tl.float32)
     if GEGLU:
         gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
         y = _geglu(gate, up, dtype)
     n = first + tl.arange(0, BLOCK_N)
-    _store(out_ptr + n, y, next_scale_ptr, n < OUT, dtype)
+    _store(out_ptr + n, y, next_scale, n < OUT, dtype)
 
 
 def gemv_reference(x, weight, input_scale=None, weight_scale=None, dtype=None, geglu=False, next_scale=None):
@@ -1257,8 +1254,7 @@ def gemv(
 ) -> Tensor:
     """x @ weight.T of one row x [1, K], weight [N, K], in `dtype` (None: x's), which is not x's for E4M3.
 
-    For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given; for an int8 weight only
-    weight_scale [N]. With `geglu`, weight is gate [F, K] over up [F, K], and gelu(gate) * up [1, F] is returned, in E4M3
+    For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given. With `geglu`, weight is gate [F, K] over up [F, K], and gelu(gate) * up [1, F] is returned, in E4M3
     if next_scale is given.
     """
     (m, k), dtype = x.shape, dtype or x.dtype
@@ -1285,10 +1281,10 @@ def gemv(
 
 
 @jit
-def _store_share(out_ptr, y, scale_ptr, n, m, rows, OUT: tl.constexpr):
+def _store_share(out_ptr, y, scale, n, m, rows, OUT: tl.constexpr):
     """y [outputs n, rows m] of a program's share of the columns."""
     offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
-    _store(out_ptr + offsets, y, scale_ptr, (n < OUT)[:, None] & (m < rows)[None, :], out_ptr.dtype.element_ty)
+    _store(out_ptr + offsets, y, scale, (n < OUT)[:, None] & (m < rows)[None, :], out_ptr.dtype.element_ty)
 
 
 @jit
@@ -1319,6 +1315,15 @@ def _skinny_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if GEGLU:
         up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    n = first_row + tl.arange(0, BLOCK_N)
+    input_scale = _constant(input_scale_ptr)
+    next_scale = _constant(next_scale_ptr)
+    if input_scale_ptr is not None:
+        weight_scale = tl.load(weight_scale_ptr)
+    elif weight_scale_ptr is not None:  # int8
+        weight_scale = tl.load(weight_scale_ptr + n, mask=n < OUT, other=0.0)
+        if GEGLU:
+            up_scale = tl.load(weight_scale_ptr + n + OUT, mask=n < OUT, other=0.0)
     _wait(PDL)
     for tile in tl.range(first_tile, first_tile + tiles, num_stages=STAGES):
         x = x_tiles.load([0, tile * BLOCK_K]).T
@@ -1331,20 +1336,19 @@ def _skinny_kernel(
             weight = weight_tiles.load([first_row + OUT, tile * BLOCK_K])
             weight = weight.to(x.dtype)
             up = tl.dot(weight, x, up, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
-    n = first_row + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     if input_scale_ptr is not None:
-        scale = tl.load(input_scale_ptr) * tl.load(weight_scale_ptr)
+        scale = input_scale * weight_scale
         acc *= scale
         if GEGLU:
             up *= scale
     elif weight_scale_ptr is not None:
-        acc *= tl.load(weight_scale_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
+        acc *= weight_scale.to(tl.float32)[:, None]
         if GEGLU:
-            up *= tl.load(weight_scale_ptr + n + OUT, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
+            up *= up_scale.to(tl.float32)[:, None]
     if GEGLU:
         acc = _geglu(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
-    _store_share(out_ptr, acc, next_scale_ptr, n, m, rows, OUT)
+    _store_share(out_ptr, acc, next_scale, n, m, rows, OUT)
 
 
 def _shares(x: Tensor, n: int, config: Skinny, dtype: torch.dtype) -> tuple[int, int, Tensor]:
@@ -1413,10 +1417,10 @@ def linear_rows(
     if isinstance(config, Skinny) and not partials:
         config = config._replace(split=1)
     if isinstance(weight, IntWeight):
-        if config is None or _in_steps(m, weight, dtype):
+        if config is None or dtype != torch.bfloat16:
             return F.linear(x, dequantise(weight, dtype))  # made in each call
-        if weight.group:
-            return int4_matmul(x, weight, config=config)
+        if weight.group or config.num_warps == 1:
+            return int_matmul(x, weight, config=config)
         weight, weight_scale = weight.packed, weight.scale
     if isinstance(config, Gemv):
         return gemv(x, weight, input_scale, weight_scale, dtype, config=config)
@@ -1425,11 +1429,6 @@ def linear_rows(
     if input_scale is None:
         return F.linear(x, weight)
     return fp8_matmul(x, weight, input_scale, weight_scale, dtype)
-
-
-def _in_steps(m: int, weight: "Tensor | IntWeight", dtype: torch.dtype) -> bool:
-    """Whether m rows in `dtype` have no kernel that takes this weight as it is and does the whole."""
-    return dtype != torch.bfloat16 if weight.dtype == torch.int32 else dtype == torch.float32 and m > 1
 
 
 def linear_geglu(
@@ -1442,12 +1441,12 @@ def linear_geglu(
 ) -> Tensor:
     """`linear_rows` by gate [F, K] over up [F, K], and then `geglu`: [M, F]."""
     config = linear_config(len(x), *weight.shape, weight.dtype, getattr(weight, "group", 0))
-    if config is None or _in_steps(len(x), weight, dtype):
+    if config is None or (isinstance(weight, IntWeight) and dtype != torch.bfloat16):
         return geglu(linear_rows(x, weight, input_scale, weight_scale, dtype, partials=True), dtype, next_scale)
     if isinstance(config, Gemv):  # half as many outputs a program, as each has two rows
         config = config._replace(block_n=max(1, config.block_n // 2))
-    elif weight.dtype == torch.int32:
-        return int4_matmul(x, weight, True, config if config.num_warps == 1 else config._replace(block_n=64))
+    elif weight.dtype == torch.int32 or config.num_warps == 1:
+        return int_matmul(x, weight, True, config if config.num_warps == 1 else config._replace(block_n=64))
     else:
         config = config._replace(block_n=64, num_stages=4 if len(x) <= 16 and weight.shape[1] > 2048 else 3)
     if isinstance(weight, IntWeight):
@@ -1601,7 +1600,7 @@ def _bf16_pairs(words):
 
 
 @jit
-def _int4_tile(
+def _int_tile(
     weight_ptr,
     scale_ptr,
     row,
@@ -1613,52 +1612,66 @@ def _int4_tile(
     SLOTS: tl.constexpr,
     PERIOD: tl.constexpr,
 ):
-    """CHUNKS times 128 columns of the weight's rows [R], if `tile` is before `end`: words [4, R, 4] of each, and for each
-    PERIOD units of 32 columns scale and zero [4, R, 2], where [t, r, j] are those of row r in a product's column 2t + j,
-    which has the slots of `_int4_x`; [4, R, 1] where they do not depend on j."""
+    """CHUNKS times 16 words of the weight's rows [R], if `tile` is before `end`: words [4, R, 4] of each. Of int4, for each
+    PERIOD units of 32 columns scale and zero [4, R, 2], too, where [t, r, j] are those of row r in a product's column
+    2t + j, which has the slots of `_int_x`; [4, R, 1] where they do not depend on j."""
     BOTH: tl.constexpr = 2 if GROUP == 32 and SLOTS == 8 else 1
+    COUNT: tl.constexpr = IN // (128 if GROUP else 64)
     row = row.to(tl.int64)[None, :, None]
     t, j, four = tl.arange(0, 4)[:, None, None], tl.arange(0, BOTH)[None, None, :], tl.arange(0, 4)[None, None, :]
     words, pairs = (), ()
     for c in tl.static_range(CHUNKS):
-        ptrs = weight_ptr + row * (IN // 8) + (tile * CHUNKS + c) * 16 + 4 * t + four
-        words = words + (tl.load(ptrs, mask=_before(tile, c + 0 * four, end, IN, CHUNKS), other=0),)
-    for first in tl.static_range(0, 4 * CHUNKS, PERIOD):
+        ptrs = weight_ptr + row * (COUNT * 16) + (tile * CHUNKS + c) * 16 + 4 * t + four
+        words = words + (tl.load(ptrs, mask=_before(tile, c + 0 * four, end, COUNT, CHUNKS), other=0),)
+    for first in tl.static_range(0, 4 * CHUNKS if GROUP else 0, PERIOD):
         unit = first + (2 * t + j) // (8 // SLOTS)
         ptrs = scale_ptr + row * (IN // GROUP) + (tile * (4 * CHUNKS) + unit) // (GROUP // 32)
-        pairs = pairs + (tl.load(ptrs, mask=_before(tile, unit // 4, end, IN, CHUNKS), other=0),)
+        pairs = pairs + (tl.load(ptrs, mask=_before(tile, unit // 4, end, COUNT, CHUNKS), other=0),)
     return words, pairs
 
 
 @jit
-def _before(tile, chunk, end, IN: tl.constexpr, CHUNKS: tl.constexpr):
-    """Whether a tile is before `end`, and has such chunks, a tensor."""
-    if IN // 128 % CHUNKS == 0:  # it has all
+def _before(tile, chunk, end, COUNT: tl.constexpr, CHUNKS: tl.constexpr):
+    """Whether a tile is before `end`, and has such chunks, a tensor, of COUNT in all."""
+    if COUNT % CHUNKS == 0:  # it has all
         chunk = 0 * chunk
-    return tile * CHUNKS + chunk < tl.where(tile < end, IN // 128, 0)
+    return tile * CHUNKS + chunk < tl.where(tile < end, COUNT, 0)
 
 
 @jit
-def _int4_x(x_ptr, rows, tile, end, IN: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr):
+def _int_x(x_ptr, rows, tile, end, IN: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr):
     """A tile of x, two numbers in an int32: [4, 8, 4] for each SLOTS units of 32 columns. A product has 8 columns: a unit
-    takes 8 / SLOTS of them, for as many rows, and SLOTS units are loaded at once."""
+    takes 8 / SLOTS of them, for as many rows, and SLOTS units are loaded at once. Of the four, the first two are for its
+    first product."""
+    UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
+    COUNT: tl.constexpr = IN // (32 * UNITS)
     n, t, four = tl.arange(0, 8)[None, :, None], tl.arange(0, 4)[:, None, None], tl.arange(0, 4)[None, None, :]
     slot, m = n // (8 // SLOTS), n % (8 // SLOTS)
     xs = ()
-    for unit in tl.static_range(0, 4 * CHUNKS, SLOTS):
-        mask = m < tl.where(_before(tile, (unit + slot) // 4, end, IN, CHUNKS), rows, 0)
-        ptrs = x_ptr + m * (IN // 2) + (tile * (CHUNKS * 4) + unit + slot) * 16 + 4 * t + four
-        xs = xs + (tl.load(ptrs, mask=mask, other=0),)
+    for first in tl.static_range(0, UNITS * CHUNKS, SLOTS):
+        unit = first + slot
+        mask = m < tl.where(_before(tile, unit // UNITS, end, COUNT, CHUNKS), rows, 0)
+        unit = tile * (CHUNKS * UNITS) + unit
+        if GROUP:
+            offsets = unit * 16 + 4 * t
+        else:
+            offsets = unit // 2 * 32 + unit % 2 * 4 + 8 * t
+        x = tl.load(x_ptr + m * (IN // 2) + offsets + four, mask=mask, other=0)
+        if not GROUP:  # columns 0 and 2, 1 and 3, as a word's bytes make pairs
+            low, high = tl.split(tl.reshape(x, [4, 8, 2, 2]))
+            x = tl.join((low & 65535) | (high << 16), ((low >> 16) & 65535) | (high & -65536))
+            x = tl.reshape(x, [4, 8, 4])
+        xs = xs + (x,)
     return xs
 
 
 @jit
-def _int4_operands(x, unit: tl.constexpr, SLOTS: tl.constexpr, FAST: tl.constexpr):
-    """x of `unit`, multiplied as _int4_gemv_kernel says, and zero in the slots of other units, as two operands [16, 8]: for
-    words 4t and 4t + 1 of 16, and for the two after those."""
+def _int_operands(x, unit: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constexpr):
+    """x of `unit`, multiplied as _int_gemv_kernel says, and zero in the slots of other units, as the operands [16, 8] of its
+    two products."""
     other = tl.arange(0, 8)[None, :, None] // (8 // SLOTS) - unit % SLOTS
     # Twice 2**76 or 2**80 where `other` is 0. (A comparison would give the operands another layout.)
-    factor = ((other * other - 1) >> 31) & (0x65806580 if unit % 2 else 0x67806780)
+    factor = ((other * other - 1) >> 31) & (0x65806580 if GROUP and unit % 2 else 0x67806780)
     factor = tl.broadcast_to(factor, x.shape)
     if FAST:
         x = tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, factor], tl.int32, True, 1)
@@ -1670,14 +1683,45 @@ def _int4_operands(x, unit: tl.constexpr, SLOTS: tl.constexpr, FAST: tl.constexp
 
 
 @jit
-def _int4_operand(words):
+def _int_halves(words, unit: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constexpr):
+    """A unit of a chunk's words [4, R, 4], for its two products: the bits [4, R, 2] of four numbers each."""
+    R: tl.constexpr = words.shape[1]
+    if GROUP:  # of two words the same nibbles
+        words = (words >> (unit % 4 // 2 * 8)) & (0x00F000F0 if unit % 2 else 0x000F000F)
+        first, second = tl.split(tl.permute(tl.reshape(words, [4, R, 2, 2]), [0, 1, 3, 2]))
+    else:  # of one word even and odd bytes, which are q + 128
+        units = tl.split(tl.permute(tl.reshape(words, [4, R, 2, 2]), [0, 1, 3, 2]))
+        words = units[unit % 2]
+        if FAST:  # two instructions instead of four
+            even, odd = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 sign, high;
+                mov.b32 sign, 0x00800080;
+                shr.u32 high, $2, 8;
+                lop3.b32 $0, $2, 0x00ff00ff, sign, 0x6a;
+                lop3.b32 $1, high, 0x00ff00ff, sign, 0x6a;
+                }""",
+                "=&r,=r,r",
+                [words],
+                dtype=(tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            even, odd = (words & 0x00FF00FF) ^ 0x00800080, ((words >> 8) & 0x00FF00FF) ^ 0x00800080
+        first, second = tl.split(tl.permute(tl.join(even, odd), [0, 1, 3, 2]))
+    return first, second
+
+
+@jit
+def _int_operand(words):
     """[4, R, 2] as [R, 16] in bf16."""
     R: tl.constexpr = words.shape[1]
     return tl.reshape(tl.permute(tl.reshape(_bf16_pairs(words), [4, R, 4]), [1, 0, 2]), [R, 16])
 
 
 @jit
-def _int4_gemv_kernel(
+def _int_gemv_kernel(
     x_ptr,
     weight_ptr,
     scale_ptr,
@@ -1693,16 +1737,17 @@ def _int4_gemv_kernel(
     SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Up to 8 rows x in bf16, `tiles` times CHUNKS times 128 columns a program, which is one warp.
+    """Up to 8 rows x in bf16, `tiles` times CHUNKS times 16 words of the weight's rows a program, which is one warp.
 
     Nothing goes through shared memory: a thread loads what the tensor cores want of it, the next tile while this one is
-    multiplied, the first weights while the kernel before still runs. What would cost most is to make numbers of nibbles.
-    But 16 bits that are 0 except for the lowest four are the bf16 q * 2**-133 as they stand, and with bits 4 to 7
-    q * 2**-129 (denormal ones, and the binade after, whose steps are the same). So x is multiplied, by 2**80 and 2**76,
-    which |x| < 2**47 allows. The sum of (q - zero) * x is that of q * x less zero times the sum of x, which a product by
-    ones gives to all.
+    multiplied, the first weights while the kernel before still runs. What would cost most is to make numbers of integers.
+    But 16 bits that are 0 except for the lowest eight are the bf16 u * 2**-133 as they stand (denormal ones, and the
+    binade after, whose steps are the same). So x is multiplied, by 2**80, which |x| < 2**47 allows, and by 2**76 for
+    nibbles in bits 4 to 7. The sum of (q - zero) * x is that of q * x less zero times the sum of x, which a product by
+    ones gives to all; int8's zero is 128, and that product is by -128.
     """
     _start(PDL)
+    UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
     i = tl.arange(0, BLOCK_N)
     if GEGLU:  # eight rows of gate, and the same of up: a thread has both
         n = tl.program_id(0) * (BLOCK_N // 2) + i // 16 * 8 + i % 8
@@ -1711,32 +1756,41 @@ def _int4_gemv_kernel(
         n = tl.program_id(0) * BLOCK_N + i
         row = tl.minimum(n, OUT - 1)
     first = tl.program_id(1) * tiles
-    end = tl.minimum(first + tiles, tl.cdiv(IN, 128 * CHUNKS))
+    end = tl.minimum(first + tiles, tl.cdiv(IN, 32 * UNITS * CHUNKS))
     acc = tl.zeros([BLOCK_N, 8], tl.float32)
-    ones = tl.full([4, BLOCK_N, 2], 0x00010001, tl.int32)
+    offset = tl.zeros([BLOCK_N, 8], tl.float32)
+    ones = tl.full([4, BLOCK_N, 2], 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)
     PERIOD: tl.constexpr = max(SLOTS, min(GROUP // 32, 4 * CHUNKS))  # units whose sums are scaled at once
-    words, pairs = _int4_tile(weight_ptr, scale_ptr, row, first, end, IN, GROUP, CHUNKS, SLOTS, PERIOD)
+    words, pairs = _int_tile(weight_ptr, scale_ptr, row, first, end, IN, GROUP, CHUNKS, SLOTS, PERIOD)
+    if not GROUP:
+        scale = tl.load(scale_ptr + row)
     _wait(PDL)
-    xs = _int4_x(x_ptr, rows, first, end, IN, CHUNKS, SLOTS)
+    xs = _int_x(x_ptr, rows, first, end, IN, GROUP, CHUNKS, SLOTS)
     for tile in tl.range(first, end, num_stages=1):
-        next_words, next_pairs = _int4_tile(weight_ptr, scale_ptr, row, tile + 1, end, IN, GROUP, CHUNKS, SLOTS, PERIOD)
-        next_xs = _int4_x(x_ptr, rows, tile + 1, end, IN, CHUNKS, SLOTS)
-        for unit in tl.static_range(4 * CHUNKS):
-            x = _int4_operands(xs[unit // SLOTS], unit, SLOTS, PDL)
-            if unit % PERIOD == 0:
-                y = tl.zeros([BLOCK_N, 8], tl.float32)
-                total = tl.zeros([BLOCK_N, 8], tl.float32)
-            nibbles = (words[unit // 4] >> (unit % 4 // 2 * 8)) & (0x00F000F0 if unit % 2 else 0x000F000F)
-            halves = tl.split(tl.permute(tl.reshape(nibbles, [4, BLOCK_N, 2, 2]), [0, 1, 3, 2]))  # [4, BLOCK_N, 2]
-            for half in tl.static_range(2):
-                y = tl.dot(_int4_operand(halves[half]), x[half], y)
-                total = tl.dot(_int4_operand(ones << (unit % 2 * 4)), x[half], total)
-            if unit % PERIOD == PERIOD - 1:
-                pair = tl.permute(tl.broadcast_to(pairs[unit // PERIOD], [4, BLOCK_N, 2]), [1, 0, 2])
-                scale, zero = _int4_scale(tl.reshape(pair, [BLOCK_N, 8]))
-                acc += scale * (y - zero * total)
+        next_words, next_pairs = _int_tile(weight_ptr, scale_ptr, row, tile + 1, end, IN, GROUP, CHUNKS, SLOTS, PERIOD)
+        next_xs = _int_x(x_ptr, rows, tile + 1, end, IN, GROUP, CHUNKS, SLOTS)
+        for unit in tl.static_range(UNITS * CHUNKS):
+            x = _int_operands(xs[unit // SLOTS], unit, SLOTS, GROUP, PDL)
+            halves = _int_halves(words[unit // UNITS], unit, GROUP, PDL)
+            if GROUP:
+                if unit % PERIOD == 0:
+                    y = tl.zeros([BLOCK_N, 8], tl.float32)
+                    total = tl.zeros([BLOCK_N, 8], tl.float32)
+                for half in tl.static_range(2):
+                    y = tl.dot(_int_operand(halves[half]), x[half], y)
+                    total = tl.dot(_int_operand(ones << (unit % 2 * 4)), x[half], total)
+                if unit % PERIOD == PERIOD - 1:
+                    pair = tl.permute(tl.broadcast_to(pairs[unit // PERIOD], [4, BLOCK_N, 2]), [1, 0, 2])
+                    scale, zero = _int4_scale(tl.reshape(pair, [BLOCK_N, 8]))
+                    acc += scale * (y - zero * total)
+            else:
+                for half in tl.static_range(2):
+                    acc = tl.dot(_int_operand(halves[half]), x[half], acc)
+                    offset = tl.dot(_int_operand(ones), x[half], offset)
         words, pairs, xs = next_words, next_pairs, next_xs
-    acc = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS, 8 // SLOTS]), axis=1) * 2.0**53  # 133 - 80
+    acc = tl.sum(tl.reshape(acc + offset, [BLOCK_N, SLOTS, 8 // SLOTS]), axis=1) * 2.0**53  # 133 - 80
+    if not GROUP:
+        acc *= scale.to(tl.float32)[:, None]
     if GEGLU:
         n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         acc = tl.reshape(acc.to(tl.bfloat16).to(tl.float32), [BLOCK_N // 16, 2, 8, 8 // SLOTS])
@@ -1821,20 +1875,21 @@ def _int4_weights(words, pair, unit: tl.constexpr, FAST: tl.constexpr):
     return y
 
 
-def int4_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny | None = None) -> Tensor:
-    """`skinny_matmul` of up to 64 rows in bf16 by 4-bit weights, K a multiple of 128."""
-    (n, k), m = weight.shape, len(x)
-    config = config or _int4_config(m, n, k, weight.group)
+def int_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny | None = None) -> Tensor:
+    """`skinny_matmul` in bf16 by integers: up to 8 rows, of 4 bits up to 64, K a multiple of 64, of 4 bits 128."""
+    (n, k), m, group = weight.shape, len(x), weight.group
+    config = config or linear_config(m, n, k, weight.dtype, group)
     if geglu:
         n, config = n // 2, config._replace(split=1)
     tiles, split, out = _shares(x, n, config, x.dtype)
-    operands = weight.packed, weight.scale.view(torch.int32), out, m, tiles
-    constants = {"OUT": n, "IN": k, "GROUP": weight.group, "GEGLU": geglu, "BLOCK_N": config.block_n}
+    scale = weight.scale.view(torch.int32) if group else weight.scale
+    operands = weight.packed.view(torch.int32), scale, out, m, tiles
+    constants = {"OUT": n, "IN": k, "GROUP": group, "GEGLU": geglu, "BLOCK_N": config.block_n}
     if config.num_warps == 1:
-        chunks = config.block_k // 128
-        constants |= {"CHUNKS": chunks, "SLOTS": min(8 // _power_of_2(m), 4 * chunks)}
+        units = config.block_k // 32
+        constants |= {"CHUNKS": units // (4 if group else 2), "SLOTS": min(8 // _power_of_2(m), units)}
         grid = -(-n // (config.block_n // 2 if geglu else config.block_n)), split
-        _launch(_int4_gemv_kernel, grid, x.view(torch.int32), *operands, **constants, num_warps=1)
+        _launch(_int_gemv_kernel, grid, x.view(torch.int32), *operands, **constants, num_warps=1)
     else:
         constants |= {"BLOCK_M": config.block_m, "STAGES": config.num_stages, "num_warps": config.num_warps}
         _launch(_int4_skinny_kernel, (-(-n // config.block_n), split), x, *operands, **constants)
