@@ -89,6 +89,15 @@ class Skinny(NamedTuple):
     num_stages: int
 
 
+class IntGemv(NamedTuple):
+    """A program owns block_n outputs of up to 8 rows, and each of its warps adds up a share of the columns, block_k of them
+    at a time."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
 class AttentionConfig(NamedTuple):
     """block_s slots at a time; by_sums: float32 sums instead of tensor cores, where each key head has one query. The
     first `ahead` slots go to L2 while the kernel before still runs."""
@@ -100,15 +109,15 @@ class AttentionConfig(NamedTuple):
     ahead: int = 0
 
 
-def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) -> Gemv | Skinny | None:
+def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) -> Gemv | Skinny | IntGemv | None:
     """How `linear_rows` multiplies m rows by a weight [n, k] of `dtype`, int32 in an IntWeight's groups; None for cuBLAS.
 
     What was fastest in whole steps of gemma-7b and gemma-2b on an H200.
     """
     if dtype == torch.int32:
-        return _int4_config(m, n, k, group)
+        return None if m > 64 or k % 128 else _int_config(m, n, k, group)
     if dtype == torch.int8 and m <= 8 and k % 64 == 0:
-        return _int8_config(m, n, k)
+        return _int_config(m, n, k, group)
     if m == 1 and dtype != torch.int8:
         in_8 = dtype.itemsize == 1
         if k > 8192 and n <= 2560 and not in_8:
@@ -133,33 +142,28 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
     return Skinny(max(16, _power_of_2(m)), block_n, block_k, split, num_warps=4, num_stages=6)
 
 
-def _int8_config(m: int, n: int, k: int) -> Skinny:
-    """`linear_config` for `_int_gemv_kernel`."""
-    config = Skinny(8, block_n=32, block_k=128, split=1, num_warps=1, num_stages=1)
-    while -(-n // config.block_n) * config.split < 10 * SMS and config.split < 8 and k >= 2 * config.split * 512:
-        config = config._replace(split=2 * config.split)
-    return config
-
-
-def _int4_config(m: int, n: int, k: int, group: int) -> Skinny | None:
-    """`linear_config` for packed 4-bit weights. Programs of one warp are those of `_int_gemv_kernel`, whose registers
-    small groups and many rows fill."""
-    if m > 64 or k % 128:
-        return None
+def _int_config(m: int, n: int, k: int, group: int) -> Skinny | IntGemv:
+    """`linear_config` for an IntWeight whose K is a multiple of 64, or in groups of 128. Small groups and many rows fill
+    registers."""
     if m > 8:
         block_m, block_n = max(16, _power_of_2(m)), 64 if k > 8192 else 128
         config, wanted = Skinny(block_m, block_n, block_k=128, split=1, num_warps=4, num_stages=3), 1.5 * SMS
-    else:
-        config, wanted = Skinny(8, block_n=32, block_k=256, split=1, num_warps=1, num_stages=1), 10 * SMS
-        if m > 2 and group < 128:
-            config = config._replace(block_n=16)
-        elif k > 8192 or (n > 16384 and group < 128):
-            config = config._replace(block_n=16, block_k=512)
-        elif n > 16384:
-            config = config._replace(block_k=512)
-    while -(-n // config.block_n) * config.split < wanted and config.split < 8 and k >= 2 * config.split * 512:
-        config = config._replace(split=2 * config.split)
-    return config
+        while -(-n // config.block_n) * config.split < wanted and config.split < 8 and k >= 2 * config.split * 512:
+            config = config._replace(split=2 * config.split)
+        return config
+    config = IntGemv(block_n=32, block_k=256, num_warps=1)
+    if not group:
+        config = config._replace(block_n=16 if n < 16384 else 32)
+    elif m > 2 and group < 128:
+        config = config._replace(block_n=16)
+    elif k > 8192 or (n > 16384 and group < 128):
+        config = config._replace(block_n=16, block_k=512)
+    elif n > 16384:
+        config = config._replace(block_k=512)
+    warps = 1
+    while -(-n // config.block_n) * warps < 10 * SMS and warps < 8 and k >= 2 * warps * 512:
+        warps *= 2
+    return config._replace(num_warps=warps)
 
 
 def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtype) -> AttentionConfig:
@@ -1419,7 +1423,7 @@ def linear_rows(
     if isinstance(weight, IntWeight):
         if config is None or dtype != torch.bfloat16:
             return F.linear(x, dequantise(weight, dtype))  # made in each call
-        if weight.group or config.num_warps == 1:
+        if weight.group or isinstance(config, IntGemv):
             return int_matmul(x, weight, config=config)
         weight, weight_scale = weight.packed, weight.scale
     if isinstance(config, Gemv):
@@ -1445,8 +1449,10 @@ def linear_geglu(
         return geglu(linear_rows(x, weight, input_scale, weight_scale, dtype, partials=True), dtype, next_scale)
     if isinstance(config, Gemv):  # half as many outputs a program, as each has two rows
         config = config._replace(block_n=max(1, config.block_n // 2))
-    elif weight.dtype == torch.int32 or config.num_warps == 1:
-        return int_matmul(x, weight, True, config if config.num_warps == 1 else config._replace(block_n=64))
+    elif isinstance(config, IntGemv):
+        return int_matmul(x, weight, True, config)
+    elif weight.dtype == torch.int32:
+        return int_matmul(x, weight, True, config._replace(block_n=64))
     else:
         config = config._replace(block_n=64, num_stages=4 if len(x) <= 16 and weight.shape[1] > 2048 else 3)
     if isinstance(weight, IntWeight):
@@ -1600,29 +1606,45 @@ def _bf16_pairs(words):
 
 
 @jit
+def _int_rows(block, g, OUT: tl.constexpr, GEGLU: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row g of the program's block of eight; with GEGLU eight rows of gate, and then the same of up: a thread has both."""
+    if GEGLU:
+        n = tl.program_id(0) * (BLOCK_N // 2) + block // 2 * 8 + g
+        row = tl.minimum(n, OUT - 1) + block % 2 * OUT
+    else:
+        row = tl.minimum(tl.program_id(0) * BLOCK_N + block * 8 + g, OUT - 1)
+    return row
+
+
+@jit
 def _int_tile(
     weight_ptr,
     scale_ptr,
-    row,
     tile,
     end,
+    OUT: tl.constexpr,
     IN: tl.constexpr,
     GROUP: tl.constexpr,
+    GEGLU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
     SLOTS: tl.constexpr,
     PERIOD: tl.constexpr,
 ):
-    """CHUNKS times 16 words of the weight's rows [R], if `tile` is before `end`: words [4, R, 4] of each. Of int4, for each
-    PERIOD units of 32 columns scale and zero [4, R, 2], too, where [t, r, j] are those of row r in a product's column
-    2t + j, which has the slots of `_int_x`; [4, R, 1] where they do not depend on j."""
+    """CHUNKS times 16 words of the weight's rows, if the warps' tiles [W, 1, 1] are before `end`: words [4, 8, W, B, 4] of
+    each, of `_int_rows` b and g at [:, g, :, b]. Of int4, for each PERIOD units of 32 columns scale and zero
+    [4, 8, W, B, 2], too, where [t, ..., j] is what a product's column 2t + j needs, which has the slots of `_int_x`; [..., 1]
+    where they do not depend on j. The order of dimensions is that of threads, warps and registers."""
     BOTH: tl.constexpr = 2 if GROUP == 32 and SLOTS == 8 else 1
     COUNT: tl.constexpr = IN // (128 if GROUP else 64)
-    row = row.to(tl.int64)[None, :, None]
-    t, j, four = tl.arange(0, 4)[:, None, None], tl.arange(0, BOTH)[None, None, :], tl.arange(0, 4)[None, None, :]
+    t, g = tl.arange(0, 4)[:, None, None, None, None], tl.arange(0, 8)[None, :, None, None, None]
+    block = tl.arange(0, BLOCK_N // 8)[:, None]
+    j, four = tl.arange(0, BOTH), tl.arange(0, 4)
+    row = _int_rows(block, g, OUT, GEGLU, BLOCK_N).to(tl.int64)
     words, pairs = (), ()
     for c in tl.static_range(CHUNKS):
         ptrs = weight_ptr + row * (COUNT * 16) + (tile * CHUNKS + c) * 16 + 4 * t + four
-        words = words + (tl.load(ptrs, mask=_before(tile, c + 0 * four, end, COUNT, CHUNKS), other=0),)
+        words = words + (tl.load(ptrs, mask=_before(tile, c, end, COUNT, CHUNKS), other=0),)
     for first in tl.static_range(0, 4 * CHUNKS if GROUP else 0, PERIOD):
         unit = first + (2 * t + j) // (8 // SLOTS)
         ptrs = scale_ptr + row * (IN // GROUP) + (tile * (4 * CHUNKS) + unit) // (GROUP // 32)
@@ -1632,21 +1654,21 @@ def _int_tile(
 
 @jit
 def _before(tile, chunk, end, COUNT: tl.constexpr, CHUNKS: tl.constexpr):
-    """Whether a tile is before `end`, and has such chunks, a tensor, of COUNT in all."""
-    if COUNT % CHUNKS == 0:  # it has all
+    """Whether tiles are before `end`, and have such chunks, of COUNT in all."""
+    if COUNT % CHUNKS == 0:  # they have all
         chunk = 0 * chunk
     return tile * CHUNKS + chunk < tl.where(tile < end, COUNT, 0)
 
 
 @jit
 def _int_x(x_ptr, rows, tile, end, IN: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr):
-    """A tile of x, two numbers in an int32: [4, 8, 4] for each SLOTS units of 32 columns. A product has 8 columns: a unit
-    takes 8 / SLOTS of them, for as many rows, and SLOTS units are loaded at once. Of the four, the first two are for its
-    first product."""
+    """The warps' tiles of x, two numbers in an int32: [4, 8, W, 1, 4] for each SLOTS units of 32 columns. A product has 8
+    columns: a unit takes 8 / SLOTS of them, for as many rows, and SLOTS units are loaded at once. Of the four, the first two
+    are for its first product."""
     UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
     COUNT: tl.constexpr = IN // (32 * UNITS)
-    n, t, four = tl.arange(0, 8)[None, :, None], tl.arange(0, 4)[:, None, None], tl.arange(0, 4)[None, None, :]
-    slot, m = n // (8 // SLOTS), n % (8 // SLOTS)
+    t, n = tl.arange(0, 4)[:, None, None, None, None], tl.arange(0, 8)[:, None, None, None]
+    slot, m, four = n // (8 // SLOTS), n % (8 // SLOTS), tl.arange(0, 4)
     xs = ()
     for first in tl.static_range(0, UNITS * CHUNKS, SLOTS):
         unit = first + slot
@@ -1658,18 +1680,19 @@ def _int_x(x_ptr, rows, tile, end, IN: tl.constexpr, GROUP: tl.constexpr, CHUNKS
             offsets = unit // 2 * 32 + unit % 2 * 4 + 8 * t
         x = tl.load(x_ptr + m * (IN // 2) + offsets + four, mask=mask, other=0)
         if not GROUP:  # columns 0 and 2, 1 and 3, as a word's bytes make pairs
-            low, high = tl.split(tl.reshape(x, [4, 8, 2, 2]))
-            x = tl.join((low & 65535) | (high << 16), ((low >> 16) & 65535) | (high & -65536))
-            x = tl.reshape(x, [4, 8, 4])
+            low, high = tl.split(tl.reshape(x, x.shape[:4] + [2, 2]))
+            pairs = tl.join((low & 65535) | (high << 16), ((low >> 16) & 65535) | (high & -65536))
+            x = tl.reshape(pairs, x.shape)
         xs = xs + (x,)
     return xs
 
 
 @jit
 def _int_operands(x, unit: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constexpr):
-    """x of `unit`, multiplied as _int_gemv_kernel says, and zero in the slots of other units, as the operands [16, 8] of its
-    two products."""
-    other = tl.arange(0, 8)[None, :, None] // (8 // SLOTS) - unit % SLOTS
+    """x of `unit`, multiplied as _int_gemv_kernel says, and zero in the slots of other units, as the operands [W, 16, 8] of
+    its two products."""
+    WARPS: tl.constexpr = x.shape[2]
+    other = tl.arange(0, 8)[None, :, None, None, None] // (8 // SLOTS) - unit % SLOTS
     # Twice 2**76 or 2**80 where `other` is 0. (A comparison would give the operands another layout.)
     factor = ((other * other - 1) >> 31) & (0x65806580 if GROUP and unit % 2 else 0x67806780)
     factor = tl.broadcast_to(factor, x.shape)
@@ -1678,19 +1701,20 @@ def _int_operands(x, unit: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexp
         x = _bf16_pairs(x)
     else:
         x = (_bf16_pairs(x).to(tl.float32) * _bf16_pairs(factor).to(tl.float32)).to(tl.bfloat16)
-    first, second = tl.split(tl.permute(tl.reshape(x, [4, 8, 2, 4]), [0, 1, 3, 2]))
-    return tl.reshape(tl.permute(first, [0, 2, 1]), [16, 8]), tl.reshape(tl.permute(second, [0, 2, 1]), [16, 8])
+    first, second = tl.split(tl.permute(tl.reshape(x, [4, 8, WARPS, 2, 4]), [0, 1, 2, 4, 3]))
+    first = tl.reshape(tl.permute(first, [2, 0, 3, 1]), [WARPS, 16, 8])
+    return first, tl.reshape(tl.permute(second, [2, 0, 3, 1]), [WARPS, 16, 8])
 
 
 @jit
 def _int_halves(words, unit: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constexpr):
-    """A unit of a chunk's words [4, R, 4], for its two products: the bits [4, R, 2] of four numbers each."""
-    R: tl.constexpr = words.shape[1]
+    """A unit of a chunk's words [4, 8, W, B, 4], for its two products: the bits [4, 8, W, B, 2] of four numbers each."""
+    SHAPE: tl.constexpr = words.shape[:4] + [2, 2]
     if GROUP:  # of two words the same nibbles
         words = (words >> (unit % 4 // 2 * 8)) & (0x00F000F0 if unit % 2 else 0x000F000F)
-        first, second = tl.split(tl.permute(tl.reshape(words, [4, R, 2, 2]), [0, 1, 3, 2]))
+        first, second = tl.split(tl.permute(tl.reshape(words, SHAPE), [0, 1, 2, 3, 5, 4]))
     else:  # of one word even and odd bytes, which are q + 128
-        units = tl.split(tl.permute(tl.reshape(words, [4, R, 2, 2]), [0, 1, 3, 2]))
+        units = tl.split(tl.permute(tl.reshape(words, SHAPE), [0, 1, 2, 3, 5, 4]))
         words = units[unit % 2]
         if FAST:  # two instructions instead of four
             even, odd = tl.inline_asm_elementwise(
@@ -1709,15 +1733,22 @@ def _int_halves(words, unit: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constex
             )
         else:
             even, odd = (words & 0x00FF00FF) ^ 0x00800080, ((words >> 8) & 0x00FF00FF) ^ 0x00800080
-        first, second = tl.split(tl.permute(tl.join(even, odd), [0, 1, 3, 2]))
+        first, second = tl.split(tl.permute(tl.join(even, odd), [0, 1, 2, 3, 5, 4]))
     return first, second
 
 
 @jit
+def _by_rows(x):
+    """[4, 8, W, B, C] as [W, 8 B, 4 C]."""
+    SHAPE: tl.constexpr = [x.shape[2], 8 * x.shape[3], 4 * x.shape[4]]
+    return tl.reshape(tl.permute(x, [2, 3, 1, 0, 4]), SHAPE)
+
+
+@jit
 def _int_operand(words):
-    """[4, R, 2] as [R, 16] in bf16."""
-    R: tl.constexpr = words.shape[1]
-    return tl.reshape(tl.permute(tl.reshape(_bf16_pairs(words), [4, R, 4]), [1, 0, 2]), [R, 16])
+    """[4, 8, W, B, 2] as [W, 8 B, 16] in bf16."""
+    SHAPE: tl.constexpr = words.shape[:4] + [4]
+    return _by_rows(tl.reshape(_bf16_pairs(words), SHAPE))
 
 
 @jit
@@ -1735,67 +1766,67 @@ def _int_gemv_kernel(
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
     SLOTS: tl.constexpr,
+    WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Up to 8 rows x in bf16, `tiles` times CHUNKS times 16 words of the weight's rows a program, which is one warp.
+    """Up to 8 rows x in bf16, `tiles` times CHUNKS times 16 words of the weight's rows a warp.
 
-    Nothing goes through shared memory: a thread loads what the tensor cores want of it, the next tile while this one is
-    multiplied, the first weights while the kernel before still runs. What would cost most is to make numbers of integers.
-    But 16 bits that are 0 except for the lowest eight are the bf16 u * 2**-133 as they stand (denormal ones, and the
-    binade after, whose steps are the same). So x is multiplied, by 2**80, which |x| < 2**47 allows, and by 2**76 for
-    nibbles in bits 4 to 7. The sum of (q - zero) * x is that of q * x less zero times the sum of x, which a product by
-    ones gives to all; int8's zero is 128, and that product is by -128.
+    Nothing goes through shared memory before the warps' sums do: a thread loads what the tensor cores want of it, the next
+    tile while this one is multiplied, the first weights while the kernel before still runs. What would cost most is to make
+    numbers of integers. But 16 bits that are 0 except for the lowest eight are the bf16 u * 2**-133 as they stand (denormal
+    ones, and the binade after, whose steps are the same). So x is multiplied, by 2**80, which |x| < 2**47 allows, and by
+    2**76 for nibbles in bits 4 to 7. The sum of (q - zero) * x is that of q * x less zero times the sum of x, which a
+    product by ones gives to all; int8's zero is 128, and that product is by -128.
     """
     _start(PDL)
     UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
-    i = tl.arange(0, BLOCK_N)
-    if GEGLU:  # eight rows of gate, and the same of up: a thread has both
-        n = tl.program_id(0) * (BLOCK_N // 2) + i // 16 * 8 + i % 8
-        row = tl.minimum(n, OUT - 1) + i // 8 % 2 * OUT
-    else:
-        n = tl.program_id(0) * BLOCK_N + i
-        row = tl.minimum(n, OUT - 1)
-    first = tl.program_id(1) * tiles
+    first = tl.arange(0, WARPS)[:, None, None] * tiles
     end = tl.minimum(first + tiles, tl.cdiv(IN, 32 * UNITS * CHUNKS))
-    acc = tl.zeros([BLOCK_N, 8], tl.float32)
-    offset = tl.zeros([BLOCK_N, 8], tl.float32)
-    ones = tl.full([4, BLOCK_N, 2], 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)
+    acc = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
+    offset = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
+    ones = tl.full([4, 8, WARPS, BLOCK_N // 8, 2], 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)
     PERIOD: tl.constexpr = max(SLOTS, min(GROUP // 32, 4 * CHUNKS))  # units whose sums are scaled at once
-    words, pairs = _int_tile(weight_ptr, scale_ptr, row, first, end, IN, GROUP, CHUNKS, SLOTS, PERIOD)
+    words, pairs = _int_tile(weight_ptr, scale_ptr, first, end, OUT, IN, GROUP, GEGLU, BLOCK_N, CHUNKS, SLOTS, PERIOD)
+    i = tl.arange(0, BLOCK_N)
     if not GROUP:
-        scale = tl.load(scale_ptr + row)
+        scale = tl.load(scale_ptr + _int_rows(i // 8, i % 8, OUT, GEGLU, BLOCK_N))
     _wait(PDL)
     xs = _int_x(x_ptr, rows, first, end, IN, GROUP, CHUNKS, SLOTS)
-    for tile in tl.range(first, end, num_stages=1):
-        next_words, next_pairs = _int_tile(weight_ptr, scale_ptr, row, tile + 1, end, IN, GROUP, CHUNKS, SLOTS, PERIOD)
-        next_xs = _int_x(x_ptr, rows, tile + 1, end, IN, GROUP, CHUNKS, SLOTS)
+    for count in tl.range(tiles, num_stages=1):
+        tile = first + count + 1
+        next_words, next_pairs = _int_tile(
+            weight_ptr, scale_ptr, tile, end, OUT, IN, GROUP, GEGLU, BLOCK_N, CHUNKS, SLOTS, PERIOD
+        )
+        next_xs = _int_x(x_ptr, rows, tile, end, IN, GROUP, CHUNKS, SLOTS)
         for unit in tl.static_range(UNITS * CHUNKS):
             x = _int_operands(xs[unit // SLOTS], unit, SLOTS, GROUP, PDL)
             halves = _int_halves(words[unit // UNITS], unit, GROUP, PDL)
             if GROUP:
                 if unit % PERIOD == 0:
-                    y = tl.zeros([BLOCK_N, 8], tl.float32)
-                    total = tl.zeros([BLOCK_N, 8], tl.float32)
+                    y = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
+                    total = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
                 for half in tl.static_range(2):
                     y = tl.dot(_int_operand(halves[half]), x[half], y)
                     total = tl.dot(_int_operand(ones << (unit % 2 * 4)), x[half], total)
                 if unit % PERIOD == PERIOD - 1:
-                    pair = tl.permute(tl.broadcast_to(pairs[unit // PERIOD], [4, BLOCK_N, 2]), [1, 0, 2])
-                    scale, zero = _int4_scale(tl.reshape(pair, [BLOCK_N, 8]))
+                    pair = tl.broadcast_to(pairs[unit // PERIOD], [4, 8, WARPS, BLOCK_N // 8, 2])
+                    scale, zero = _int4_scale(_by_rows(pair))
                     acc += scale * (y - zero * total)
             else:
                 for half in tl.static_range(2):
                     acc = tl.dot(_int_operand(halves[half]), x[half], acc)
                     offset = tl.dot(_int_operand(ones), x[half], offset)
         words, pairs, xs = next_words, next_pairs, next_xs
-    acc = tl.sum(tl.reshape(acc + offset, [BLOCK_N, SLOTS, 8 // SLOTS]), axis=1) * 2.0**53  # 133 - 80
+    acc = tl.sum(acc + offset, axis=0)
+    acc = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS, 8 // SLOTS]), axis=1) * 2.0**53  # 133 - 80
     if not GROUP:
         acc *= scale.to(tl.float32)[:, None]
     if GEGLU:
-        n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        i = tl.arange(0, BLOCK_N // 2)
         acc = tl.reshape(acc.to(tl.bfloat16).to(tl.float32), [BLOCK_N // 16, 2, 8, 8 // SLOTS])
         gate, up = tl.split(tl.permute(acc, [0, 2, 3, 1]))
         acc = tl.reshape(_geglu(gate, up, tl.bfloat16), [BLOCK_N // 2, 8 // SLOTS])
+    n = tl.program_id(0) * i.shape[0] + i
     m = tl.arange(0, 8 // SLOTS)
     _store_share(out_ptr, acc, None, n, m, rows, OUT)
 
@@ -1875,24 +1906,38 @@ def _int4_weights(words, pair, unit: tl.constexpr, FAST: tl.constexpr):
     return y
 
 
-def int_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny | None = None) -> Tensor:
+def int_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny | IntGemv | None = None) -> Tensor:
     """`skinny_matmul` in bf16 by integers: up to 8 rows, of 4 bits up to 64, K a multiple of 64, of 4 bits 128."""
     (n, k), m, group = weight.shape, len(x), weight.group
     config = config or linear_config(m, n, k, weight.dtype, group)
-    if geglu:
-        n, config = n // 2, config._replace(split=1)
-    tiles, split, out = _shares(x, n, config, x.dtype)
+    n = n // 2 if geglu else n
     scale = weight.scale.view(torch.int32) if group else weight.scale
-    operands = weight.packed.view(torch.int32), scale, out, m, tiles
+    operands = weight.packed.view(torch.int32), scale
     constants = {"OUT": n, "IN": k, "GROUP": group, "GEGLU": geglu, "BLOCK_N": config.block_n}
-    if config.num_warps == 1:
+    if isinstance(config, IntGemv):
         units = config.block_k // 32
-        constants |= {"CHUNKS": units // (4 if group else 2), "SLOTS": min(8 // _power_of_2(m), units)}
-        grid = -(-n // (config.block_n // 2 if geglu else config.block_n)), split
-        _launch(_int_gemv_kernel, grid, x.view(torch.int32), *operands, **constants, num_warps=1)
-    else:
-        constants |= {"BLOCK_M": config.block_m, "STAGES": config.num_stages, "num_warps": config.num_warps}
-        _launch(_int4_skinny_kernel, (-(-n // config.block_n), split), x, *operands, **constants)
+        out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+        _launch(
+            _int_gemv_kernel,
+            (-(-n // (config.block_n // 2 if geglu else config.block_n)),),
+            *(x.view(torch.int32), *operands, out, m, -(-k // (config.block_k * config.num_warps))),
+            **constants,
+            CHUNKS=units // (4 if group else 2),
+            SLOTS=min(8 // _power_of_2(m), units),
+            WARPS=config.num_warps,
+            num_warps=config.num_warps,
+        )
+        return out
+    tiles, split, out = _shares(x, n, config._replace(split=1) if geglu else config, x.dtype)
+    _launch(
+        _int4_skinny_kernel,
+        (-(-n // config.block_n), split),
+        *(x, *operands, out, m, tiles),
+        **constants,
+        BLOCK_M=config.block_m,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
     return out
 
 

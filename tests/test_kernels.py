@@ -6,7 +6,7 @@ from conftest import CASES, SIZES
 
 import kernels
 from generate import State
-from kernels import E4M3, AttentionConfig, Gemv, IntWeight, Skinny
+from kernels import E4M3, AttentionConfig, Gemv, IntGemv, IntWeight, Skinny
 from model import ModelConfig, Transformer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -353,7 +353,11 @@ def test_int_matmul(group, m, n, k, split, block_k):
     elif k % group:
         k = 512
     x, weight = normal(m, k, dtype=BF16), int_weight(n, k, group)
-    config = kernels.linear_config(m, n, k, weight.dtype, group)._replace(block_n=32, block_k=block_k, split=split)
+    config = kernels.linear_config(m, n, k, weight.dtype, group)
+    if m <= 8:
+        config, split = IntGemv(block_n=32, block_k=block_k, num_warps=split), 1
+    else:
+        config = config._replace(block_n=32, block_k=block_k, split=split)
     y = kernels.linear_rows(x, weight, partials=True, config=config)
     assert_sum(y, split, x, weight, assert_near if m > 8 else assert_same)  # up to 8 rows no weight is rounded
 
@@ -421,8 +425,10 @@ def tiny_model(case, dtype, bits, monkeypatch):
     if DEVICE.type == "cpu":  # fewer programs for the interpreter
 
         def config_of(m, n, k, dtype, group=0):
+            if dtype in (torch.int8, torch.int32) and m <= 8:
+                return None if k % (128 if dtype == torch.int32 else 64) else IntGemv(32, 128, 1)
             if dtype == torch.int32:
-                return None if k % 128 else Skinny(64, 32, 128, 1, 1 if m <= 8 else 4, 1)
+                return None if k % 128 else Skinny(64, 32, 128, 1, 4, 1)
             return Gemv(64, 64, 4, 1) if m == 1 else None if dtype == F32 else Skinny(64, 64, 128, 1, 4, 1)
 
         monkeypatch.setattr(kernels, "linear_config", config_of)
