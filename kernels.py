@@ -90,12 +90,13 @@ class Skinny(NamedTuple):
 
 
 class IntGemv(NamedTuple):
-    """A program owns block_n outputs of up to 8 rows, and each of its warps adds up a share of the columns, block_k of them
-    at a time."""
+    """A program owns block_n outputs of up to 8 rows. Each of its warps, and of those of the `split` programs that own the
+    same, adds up a share of the columns, block_k of them at a time."""
 
     block_n: int
     block_k: int
     num_warps: int
+    split: int = 1
 
 
 class AttentionConfig(NamedTuple):
@@ -1355,12 +1356,13 @@ def _skinny_kernel(
     _store_share(out_ptr, acc, next_scale, n, m, rows, OUT)
 
 
-def _shares(x: Tensor, n: int, config: Skinny, dtype: torch.dtype) -> tuple[int, int, Tensor]:
-    """Tiles of a program, programs that share n outputs of x [M, K], and memory for those: [M, N] in `dtype`, or float32
-    partial sums [programs, M, N]."""
+def _shares(x: Tensor, n: int, config: Skinny | IntGemv, dtype: torch.dtype) -> tuple[int, int, Tensor]:
+    """Tiles of a program, in an IntGemv of each warp, programs that share n outputs of x [M, K], and memory for those:
+    [M, N] in `dtype`, or float32 partial sums [programs, M, N]."""
     m, k = x.shape
-    tiles = -(-k // (config.block_k * config.split))
-    split = -(-k // (config.block_k * tiles))  # without shares that would be empty
+    block_k = config.block_k * (config.num_warps if isinstance(config, IntGemv) else 1)
+    tiles = -(-k // (block_k * config.split))
+    split = -(-k // (block_k * tiles))  # without shares that would be empty
     if split == 1:
         return tiles, 1, torch.empty(m, n, dtype=dtype, device=x.device)
     return tiles, split, torch.empty(split, m, n, dtype=torch.float32, device=x.device)
@@ -1418,7 +1420,7 @@ def linear_rows(
     """
     m, dtype = len(x), dtype or x.dtype
     config = config or linear_config(m, *weight.shape, weight.dtype, getattr(weight, "group", 0))
-    if isinstance(config, Skinny) and not partials:
+    if not partials and not isinstance(config, Gemv | None):
         config = config._replace(split=1)
     if isinstance(weight, IntWeight):
         if config is None or dtype != torch.bfloat16:
@@ -1780,7 +1782,7 @@ def _int_gemv_kernel(
     """
     _start(PDL)
     UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
-    first = tl.arange(0, WARPS)[:, None, None] * tiles
+    first = (tl.program_id(1) * WARPS + tl.arange(0, WARPS)[:, None, None]) * tiles
     end = tl.minimum(first + tiles, tl.cdiv(IN, 32 * UNITS * CHUNKS))
     acc = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
     offset = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
@@ -1913,14 +1915,15 @@ def int_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny
     n = n // 2 if geglu else n
     scale = weight.scale.view(torch.int32) if group else weight.scale
     operands = weight.packed.view(torch.int32), scale
+    config = config._replace(split=1) if geglu else config
+    tiles, split, out = _shares(x, n, config, x.dtype)
     constants = {"OUT": n, "IN": k, "GROUP": group, "GEGLU": geglu, "BLOCK_N": config.block_n}
     if isinstance(config, IntGemv):
         units = config.block_k // 32
-        out = torch.empty(m, n, dtype=x.dtype, device=x.device)
         _launch(
             _int_gemv_kernel,
-            (-(-n // (config.block_n // 2 if geglu else config.block_n)),),
-            *(x.view(torch.int32), *operands, out, m, -(-k // (config.block_k * config.num_warps))),
+            (-(-n // (config.block_n // 2 if geglu else config.block_n)), split),
+            *(x.view(torch.int32), *operands, out, m, tiles),
             **constants,
             CHUNKS=units // (4 if group else 2),
             SLOTS=min(8 // _power_of_2(m), units),
@@ -1928,7 +1931,6 @@ def int_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny
             num_warps=config.num_warps,
         )
         return out
-    tiles, split, out = _shares(x, n, config._replace(split=1) if geglu else config, x.dtype)
     _launch(
         _int4_skinny_kernel,
         (-(-n // config.block_n), split),
