@@ -6,7 +6,8 @@ F intermediate size, V vocabulary. Every tensor is contiguous. Results are round
 that the two differ by the order of summation only. FP8 is E4M3 with real = fp8 * scale, as round_fp8 makes it.
 
 A kernel may start while the one before still runs (programmatic dependent launch), and waits before it touches what others
-write. All of them wait, so that whatever ran earlier has finished, too.
+write. All of them wait, so that whatever ran earlier has finished, too. `rope`, a step's first, starts no earlier than that:
+weights, positions and older keys and values may be read without waiting.
 """
 
 import functools
@@ -46,9 +47,9 @@ def _has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _launch(kernel, grid: tuple[int, ...], *args, **constants):
+def _launch(kernel, grid: tuple[int, ...], *args, early: bool = True, **constants):
     pdl = USE_PDL and _has_pdl(args[0].device)
-    options = {"launch_pdl": True} if pdl else {}
+    options = {"launch_pdl": True} if pdl and early else {}
     kernel[grid](*args, PDL=pdl, **constants, **options)
 
 
@@ -586,7 +587,13 @@ def rope(position: Tensor, *frequencies: Tensor) -> Tensor:
     out = torch.empty(len(frequencies), 2, m, d, device=position.device)
     grid = (m, len(frequencies))
     _launch(
-        _rope_kernel, grid, position, frequencies[0], frequencies[-1], out, m, D=d, BLOCK=_power_of_2(d), num_warps=4
+        _rope_kernel,
+        grid,
+        *(position, frequencies[0], frequencies[-1], out, m),
+        D=d,
+        BLOCK=_power_of_2(d),
+        num_warps=4,
+        early=False,
     )
     return out
 
@@ -787,59 +794,81 @@ def _share(position, S, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @jit
+def _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and which of them are in use, the token's own not."""
+    used = (s + lane < end) & (s + lane != slot)
+    mask = used[:, None] & (d < D)[None, :] if D < BLOCK_D else used[:, None]
+    offsets = base + s * D + lane[:, None] * D + d[None, :]
+    return tl.load(k_ptr + offsets, mask=mask, other=0.0), tl.load(v_ptr + offsets, mask=mask, other=0.0), used
+
+
+@jit
+def _place(position_ptr, S, K: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr):
+    """Of an attention program of (row, key head, split): the row's slot, where the head begins in the caches, and the
+    program's share."""
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(position_ptr + row)
+    start, end = _share(position, S, BLOCK_S, SPLITS)
+    return (position % S).to(tl.int32), (row * K + tl.program_id(1)) * S * D, start, end
+
+
+@jit
+def _fetch_slots(k_ptr, v_ptr, base, start, end, D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):
+    """AHEAD slots on their way to L2."""
+    if PDL and AHEAD > 0:
+        PIECE: tl.constexpr = 1024
+        ITEM: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
+        first = base + start * D
+        count = tl.minimum(end - start, AHEAD) * (D * ITEM) // PIECE
+        _fetch(k_ptr + first, PIECE, count, PIECE, PDL)
+        _fetch(v_ptr + first, PIECE, count, PIECE, PDL)
+
+
+@jit
 def _own(
     qkv_ptr,
     rope_ptr,
     k_norm_ptr,
     k_ptr,
     v_ptr,
-    position_ptr,
+    own,
     inverse_k_scale,
     inverse_v_scale,
     eps,
     rows,
-    S,
     d,
     K: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
     LIMIT: tl.constexpr,
-    AHEAD: tl.constexpr,
     dtype: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """What an attention program of (row, key head, split) begins with: the row's slot; the program's share; the rotation at
-    the row's position; and the row's new key and value, which the first split writes, and which never come from the
-    cache. Before the wait, the first AHEAD slots of the share that the last known position gives: an old one does no
-    harm there."""
+    """The rotation at the row's position, and the row's new key and value, which the first split writes behind `own`, and
+    which never come from the cache."""
     WIDTH: tl.constexpr = (G + 2) * K * D
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     in_head = d < D
-    if PDL and AHEAD > 0:
-        PIECE: tl.constexpr = 1024
-        ITEM: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
-        start, end = _share(tl.load(position_ptr + row), S, BLOCK_S, SPLITS)
-        first = ((row * K + head) * S + start) * D
-        count = tl.minimum(end - start, AHEAD) * (D * ITEM) // PIECE
-        _fetch(k_ptr + first, PIECE, count, PIECE, PDL)
-        _fetch(v_ptr + first, PIECE, count, PIECE, PDL)
-    _wait(PDL)
-    position = tl.load(position_ptr + row)
-    slot = (position % S).to(tl.int32)
-    start, end = _share(position, S, BLOCK_S, SPLITS)
     cos = tl.load(rope_ptr + row * D + d, mask=in_head, other=0.0)
     sin = tl.load(rope_ptr + (rows + row) * D + d, mask=in_head, other=0.0)
-    k_head = (G * K + head) * D
-    k = _rotated(qkv_ptr, row, rows, k_head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
-    v = _output(qkv_ptr, row, rows, k_head + K * D + d, in_head, WIDTH, PARTS, dtype)
-    offsets = ((row * K + head) * S + slot) * D + d
+    head = (G * K + tl.program_id(1)) * D
+    k = _rotated(qkv_ptr, row, rows, head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
+    v = _output(qkv_ptr, row, rows, head + K * D + d, in_head, WIDTH, PARTS, dtype)
     mask = d < tl.where(tl.program_id(2) == 0, D, 0)
-    k = _keep(k, k_ptr, offsets, inverse_k_scale, mask, LIMIT)
-    v = _keep(v, v_ptr, offsets, inverse_v_scale, mask, LIMIT)
-    return slot, start, end, cos, sin, k, v
+    k = _keep(k, k_ptr, own + d, inverse_k_scale, mask, LIMIT)
+    v = _keep(v, v_ptr, own + d, inverse_v_scale, mask, LIMIT)
+    return cos, sin, k, v
+
+
+@jit
+def _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap):
+    """One more block for a softmax of each lane: its maximum m, sum l and acc, to which another block is added."""
+    scores = _log2_scores(tl.sum(q[None, :] * k.to(tl.float32), axis=1), scale, softcap)
+    scores = tl.where(used, scores, float("-inf"))
+    m_new = tl.maximum(m, scores)
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(scores - m_new)
+    return m_new, l * alpha + p, acc * alpha[:, None] + p[:, None] * v.to(tl.float32)
 
 
 @jit
@@ -878,58 +907,45 @@ def _attention_by_sums_kernel(
     PDL: tl.constexpr,
 ):
     """One query on each key head. Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the
-    loop exchanges nothing between warps; they are joined at the end."""
+    loop exchanges nothing between warps; they are joined at the end. The first block is loaded before the wait."""
     _start(PDL)
     WIDTH: tl.constexpr = 3 * K * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     output_scale = _constant(scale_ptr)
-    slot, start, end, cos, sin, own_k, own_v = _own(
+    slot, base, start, end = _place(position_ptr, S, K, D, BLOCK_S, SPLITS)
+    k, v, used = _block(k_ptr, v_ptr, base, start, end, slot, lane, d, D, BLOCK_D)
+    _fetch_slots(k_ptr, v_ptr, base, start + BLOCK_S, end, D, AHEAD, PDL)
+    _wait(PDL)
+    cos, sin, own_k, own_v = _own(
         qkv_ptr,
         rope_ptr,
         k_norm_ptr,
         k_ptr,
         v_ptr,
-        position_ptr,
+        base + slot * D,
         inverse_k_scale,
         inverse_v_scale,
         eps,
         rows,
-        S,
         d,
         K,
         G,
         D,
-        BLOCK_S,
-        SPLITS,
         PARTS,
         LIMIT,
-        AHEAD,
         dtype,
-        PDL,
     )
     q = _rotated(qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
-    first = tl.program_id(2) == 0
-    base = (row * K + head) * S * D
-    own = (lane == 0) & first
+    own = (lane == 0) & (tl.program_id(2) == 0)
     m = tl.where(own, _log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
     l = tl.where(own, 1.0, 0.0)
     acc = tl.where(own[:, None], own_v[None, :], 0.0)
-    offsets = base + lane[:, None] * D + d[None, :]
-    for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
-        used = (s + lane < end) & (s + lane != slot)
-        mask = used[:, None] & in_head[None, :] if D < BLOCK_D else used[:, None]
-        k = tl.load(k_ptr + offsets + s * D, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + offsets + s * D, mask=mask, other=0.0).to(tl.float32)
-        scores = _log2_scores(tl.sum(q[None, :] * k, axis=1), scale, softcap)
-        scores = tl.where(used, scores, float("-inf"))
-        m_new = tl.maximum(m, scores)
-        alpha = tl.exp2(m - m_new)
-        p = tl.exp2(scores - m_new)
-        l = l * alpha + p
-        acc = acc * alpha[:, None] + p[:, None] * v
-        m = m_new
+    m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
+    for s in tl.range(start + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
+        k, v, used = _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D, BLOCK_D)
+        m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     m_all = tl.max(m, axis=0)
     weight = tl.exp2(m - m_all)
     l_all = tl.sum(l * weight, axis=0)
@@ -996,29 +1012,27 @@ def _attention_kernel(
     in_head = d < D
     q_mask = (g < G)[:, None] & in_head[None, :]
     output_scale = _constant(scale_ptr)
-    slot, start, end, cos, sin, own_k, own_v = _own(
+    slot, base, start, end = _place(position_ptr, S, K, D, BLOCK_S, SPLITS)
+    _fetch_slots(k_ptr, v_ptr, base, start, end, D, AHEAD, PDL)
+    _wait(PDL)
+    cos, sin, own_k, own_v = _own(
         qkv_ptr,
         rope_ptr,
         k_norm_ptr,
         k_ptr,
         v_ptr,
-        position_ptr,
+        base + slot * D,
         inverse_k_scale,
         inverse_v_scale,
         eps,
         rows,
-        S,
         d,
         K,
         G,
         D,
-        BLOCK_S,
-        SPLITS,
         PARTS,
         LIMIT,
-        AHEAD,
         dtype,
-        PDL,
     )
     heads = (head * G + g)[:, None] * D
     q = _rotated(
@@ -1039,24 +1053,19 @@ def _attention_kernel(
         dtype,
     )
     first = tl.program_id(2) == 0
-    base = (row * K + head) * S * D
     m = tl.where(first, _log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
     l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)
     acc = tl.where(first, own_v[None, :], 0.0) + tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     query = q.to(factor)
-    offsets = base + lane[:, None] * D + d[None, :]
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
-        used = (s + lane < end) & (s + lane != slot)
-        mask = used[:, None] & in_head[None, :] if D < BLOCK_D else used[:, None]
-        k = tl.load(k_ptr + offsets + s * D, mask=mask, other=0.0).to(factor)
-        scores = _log2_scores(tl.dot(query, tl.trans(k), input_precision="ieee"), scale, softcap)
+        k, v, used = _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D, BLOCK_D)
+        scores = _log2_scores(tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee"), scale, softcap)
         scores = tl.where(used[None, :], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(scores - m_new[:, None])
         l = l * alpha + tl.sum(p, axis=1)
-        v = tl.load(v_ptr + offsets + s * D, mask=mask, other=0.0).to(factor)
-        acc = tl.dot(p.to(factor), v, acc * alpha[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(factor), v.to(factor), acc * alpha[:, None], input_precision="ieee")
         m = m_new
     if SPLITS == 1:
         offsets = heads + row * G * K * D + d[None, :]
