@@ -11,6 +11,7 @@ weights, positions and older keys and values may be read without waiting.
 """
 
 import functools
+from math import gcd
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -92,12 +93,14 @@ class Skinny(NamedTuple):
 
 class IntGemv(NamedTuple):
     """A program owns block_n outputs of up to 8 rows. Each of its warps, and of those of the `split` programs that own the
-    same, adds up a share of the columns, block_k of them at a time."""
+    same, adds up a share of the columns, block_k of them at a time. With `ahead` the next ones are loaded before these are
+    multiplied; without it the compiler puts loads behind products, which takes fewer registers."""
 
     block_n: int
     block_k: int
     num_warps: int
     split: int = 1
+    ahead: bool = False
 
 
 class AttentionConfig(NamedTuple):
@@ -829,11 +832,6 @@ def _own(
     qkv_ptr,
     rope_ptr,
     k_norm_ptr,
-    k_ptr,
-    v_ptr,
-    own,
-    inverse_k_scale,
-    inverse_v_scale,
     eps,
     rows,
     d,
@@ -841,11 +839,9 @@ def _own(
     G: tl.constexpr,
     D: tl.constexpr,
     PARTS: tl.constexpr,
-    LIMIT: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """The rotation at the row's position, and the row's new key and value, which the first split writes behind `own`, and
-    which never come from the cache."""
+    """The rotation at the row's position, and the row's new key and value."""
     WIDTH: tl.constexpr = (G + 2) * K * D
     row = tl.program_id(0).to(tl.int64)
     in_head = d < D
@@ -854,10 +850,17 @@ def _own(
     head = (G * K + tl.program_id(1)) * D
     k = _rotated(qkv_ptr, row, rows, head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
     v = _output(qkv_ptr, row, rows, head + K * D + d, in_head, WIDTH, PARTS, dtype)
+    return cos, sin, k, v
+
+
+@jit
+def _keep_own(k, v, k_ptr, v_ptr, own, inverse_k_scale, inverse_v_scale, d, D: tl.constexpr, LIMIT: tl.constexpr):
+    """The new key and value as the caches keep them, which the first split writes behind `own`, and which never come from
+    there. What is loaded after this would wait for it: a load may be of what was stored."""
     mask = d < tl.where(tl.program_id(2) == 0, D, 0)
     k = _keep(k, k_ptr, own + d, inverse_k_scale, mask, LIMIT)
     v = _keep(v, v_ptr, own + d, inverse_v_scale, mask, LIMIT)
-    return cos, sin, k, v
+    return k, v
 
 
 @jit
@@ -918,26 +921,9 @@ def _attention_by_sums_kernel(
     k, v, used = _block(k_ptr, v_ptr, base, start, end, slot, lane, d, D, BLOCK_D)
     _fetch_slots(k_ptr, v_ptr, base, start + BLOCK_S, end, D, AHEAD, PDL)
     _wait(PDL)
-    cos, sin, own_k, own_v = _own(
-        qkv_ptr,
-        rope_ptr,
-        k_norm_ptr,
-        k_ptr,
-        v_ptr,
-        base + slot * D,
-        inverse_k_scale,
-        inverse_v_scale,
-        eps,
-        rows,
-        d,
-        K,
-        G,
-        D,
-        PARTS,
-        LIMIT,
-        dtype,
-    )
+    cos, sin, own_k, own_v = _own(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, K, G, D, PARTS, dtype)
     q = _rotated(qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, PARTS, dtype)
+    own_k, own_v = _keep_own(own_k, own_v, k_ptr, v_ptr, base + slot * D, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
     own = (lane == 0) & (tl.program_id(2) == 0)
     m = tl.where(own, _log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
     l = tl.where(own, 1.0, 0.0)
@@ -1015,25 +1001,7 @@ def _attention_kernel(
     slot, base, start, end = _place(position_ptr, S, K, D, BLOCK_S, SPLITS)
     _fetch_slots(k_ptr, v_ptr, base, start, end, D, AHEAD, PDL)
     _wait(PDL)
-    cos, sin, own_k, own_v = _own(
-        qkv_ptr,
-        rope_ptr,
-        k_norm_ptr,
-        k_ptr,
-        v_ptr,
-        base + slot * D,
-        inverse_k_scale,
-        inverse_v_scale,
-        eps,
-        rows,
-        d,
-        K,
-        G,
-        D,
-        PARTS,
-        LIMIT,
-        dtype,
-    )
+    cos, sin, own_k, own_v = _own(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, K, G, D, PARTS, dtype)
     heads = (head * G + g)[:, None] * D
     q = _rotated(
         qkv_ptr,
@@ -1052,6 +1020,7 @@ def _attention_kernel(
         PARTS,
         dtype,
     )
+    own_k, own_v = _keep_own(own_k, own_v, k_ptr, v_ptr, base + slot * D, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
     first = tl.program_id(2) == 0
     m = tl.where(first, _log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
     l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)
@@ -1100,9 +1069,9 @@ def _combine_kernel(
     _wait(PDL)
     m = tl.load(stats_ptr + entry * 2)
     l = tl.load(stats_ptr + entry * 2 + 1)
+    acc = tl.load(acc_ptr + entry[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
     weight = tl.exp2(m - tl.max(m, axis=0))
-    # a share without slots has written no sums
-    acc = tl.load(acc_ptr + entry[:, None] * D + d[None, :], mask=(l > 0)[:, None] & (d < D)[None, :], other=0.0)
+    acc = tl.where((l > 0)[:, None], acc, 0.0)  # a share without slots has written no sums
     y = tl.sum(acc * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
     _store(out_ptr + row_head * D + d, (y * v_scale).to(dtype).to(tl.float32), scale, d < D, dtype)
 
@@ -1778,6 +1747,7 @@ def _int_gemv_kernel(
     CHUNKS: tl.constexpr,
     SLOTS: tl.constexpr,
     WARPS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Up to 8 rows x in bf16, `tiles` times CHUNKS times 16 words of the weight's rows a warp.
@@ -1805,10 +1775,13 @@ def _int_gemv_kernel(
     xs = _int_x(x_ptr, rows, first, end, IN, GROUP, CHUNKS, SLOTS)
     for count in tl.range(tiles, num_stages=1):
         tile = first + count + 1
-        next_words, next_pairs = _int_tile(
-            weight_ptr, scale_ptr, tile, end, OUT, IN, GROUP, GEGLU, BLOCK_N, CHUNKS, SLOTS, PERIOD
-        )
-        next_xs = _int_x(x_ptr, rows, tile, end, IN, GROUP, CHUNKS, SLOTS)
+        if not AHEAD or count + 1 < tiles:  # a branch is what keeps loads in front
+            next_words, next_pairs = _int_tile(
+                weight_ptr, scale_ptr, tile, end, OUT, IN, GROUP, GEGLU, BLOCK_N, CHUNKS, SLOTS, PERIOD
+            )
+            next_xs = _int_x(x_ptr, rows, tile, end, IN, GROUP, CHUNKS, SLOTS)
+        else:
+            next_words, next_pairs, next_xs = words, pairs, xs
         for unit in tl.static_range(UNITS * CHUNKS):
             x = _int_operands(xs[unit // SLOTS], unit, SLOTS, GROUP, PDL)
             halves = _int_halves(words[unit // UNITS], unit, GROUP, PDL)
@@ -1935,8 +1908,9 @@ def int_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny
             *(x.view(torch.int32), *operands, out, m, tiles),
             **constants,
             CHUNKS=units // (4 if group else 2),
-            SLOTS=min(8 // _power_of_2(m), units),
+            SLOTS=gcd(8 // _power_of_2(m), units),
             WARPS=config.num_warps,
+            AHEAD=config.ahead,
             num_warps=config.num_warps,
         )
         return out
