@@ -1634,10 +1634,14 @@ def _int_tile(
 
 @jit
 def _before(tile, chunk, end, COUNT: tl.constexpr, CHUNKS: tl.constexpr):
-    """Whether tiles are before `end`, and have such chunks, of COUNT in all."""
-    if COUNT % CHUNKS == 0:  # they have all
-        chunk = 0 * chunk
-    return tile * CHUNKS + chunk < tl.where(tile < end, COUNT, 0)
+    """Whether tiles are before `end`, if that is not None, and have such chunks, of COUNT in all."""
+    if end is None:
+        before = tile + chunk == tile + chunk
+    else:
+        if COUNT % CHUNKS == 0:  # they have all
+            chunk = 0 * chunk
+        before = tile * CHUNKS + chunk < tl.where(tile < end, COUNT, 0)
+    return before
 
 
 @jit
@@ -1748,6 +1752,7 @@ def _int_gemv_kernel(
     SLOTS: tl.constexpr,
     WARPS: tl.constexpr,
     AHEAD: tl.constexpr,
+    EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Up to 8 rows x in bf16, `tiles` times CHUNKS times 16 words of the weight's rows a warp.
@@ -1762,9 +1767,11 @@ def _int_gemv_kernel(
     _start(PDL)
     UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
     first = (tl.program_id(1) * WARPS + tl.arange(0, WARPS)[:, None, None]) * tiles
-    end = tl.minimum(first + tiles, tl.cdiv(IN, 32 * UNITS * CHUNKS))
+    end = None
+    if not EVEN:
+        end = tl.minimum(first + tiles, tl.cdiv(IN, 32 * UNITS * CHUNKS))
     acc = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
-    offset = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
+    y, total = acc, acc
     ones = tl.full([4, 8, WARPS, BLOCK_N // 8, 2], 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)
     PERIOD: tl.constexpr = max(SLOTS, min(GROUP // 32, 4 * CHUNKS))  # units whose sums are scaled at once
     words, pairs = _int_tile(weight_ptr, scale_ptr, first, end, OUT, IN, GROUP, GEGLU, BLOCK_N, CHUNKS, SLOTS, PERIOD)
@@ -1785,23 +1792,23 @@ def _int_gemv_kernel(
         for unit in tl.static_range(UNITS * CHUNKS):
             x = _int_operands(xs[unit // SLOTS], unit, SLOTS, GROUP, PDL)
             halves = _int_halves(words[unit // UNITS], unit, GROUP, PDL)
-            if GROUP:
-                if unit % PERIOD == 0:
-                    y = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
-                    total = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
+            if GROUP and unit % PERIOD == 0:
+                y = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
+                total = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
+            for half in tl.static_range(2):
+                y = tl.dot(_int_operand(halves[half]), x[half], y)
+            if unit % SLOTS == 0:  # of all slots at once
+                x = _int_operands(xs[unit // SLOTS], unit, 1, GROUP, PDL)
                 for half in tl.static_range(2):
-                    y = tl.dot(_int_operand(halves[half]), x[half], y)
-                    total = tl.dot(_int_operand(ones << (unit % 2 * 4)), x[half], total)
-                if unit % PERIOD == PERIOD - 1:
-                    pair = tl.broadcast_to(pairs[unit // PERIOD], [4, 8, WARPS, BLOCK_N // 8, 2])
-                    scale, zero = _int4_scale(_by_rows(pair))
-                    acc += scale * (y - zero * total)
-            else:
-                for half in tl.static_range(2):
-                    acc = tl.dot(_int_operand(halves[half]), x[half], acc)
-                    offset = tl.dot(_int_operand(ones), x[half], offset)
+                    total = tl.dot(_int_operand(ones << (unit % 2 * 4 if GROUP else 0)), x[half], total)
+            if GROUP and unit % PERIOD == PERIOD - 1:
+                pair = tl.broadcast_to(pairs[unit // PERIOD], [4, 8, WARPS, BLOCK_N // 8, 2])
+                scale, zero = _int4_scale(_by_rows(pair))
+                acc += scale * (y - zero * total)
         words, pairs, xs = next_words, next_pairs, next_xs
-    acc = tl.sum(acc + offset, axis=0)
+    if not GROUP:
+        acc = y + total
+    acc = tl.sum(acc, axis=0)
     acc = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS, 8 // SLOTS]), axis=1) * 2.0**53  # 133 - 80
     if not GROUP:
         acc *= scale.to(tl.float32)[:, None]
@@ -1911,6 +1918,7 @@ def int_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny
             SLOTS=gcd(8 // _power_of_2(m), units),
             WARPS=config.num_warps,
             AHEAD=config.ahead,
+            EVEN=config.ahead and k == tiles * split * config.num_warps * config.block_k,
             num_warps=config.num_warps,
         )
         return out
