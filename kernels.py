@@ -148,27 +148,28 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
 
 
 def _int_config(m: int, n: int, k: int, group: int) -> Skinny | IntGemv:
-    """`linear_config` for an IntWeight whose K is a multiple of 64, or in groups of 128. Small groups and many rows fill
-    registers."""
+    """`linear_config` for an IntWeight whose K is a multiple of 64, or in groups of 128."""
     if m > 8:
         block_m, block_n = max(16, _power_of_2(m)), 64 if k > 8192 else 128
         config, wanted = Skinny(block_m, block_n, block_k=128, split=1, num_warps=4, num_stages=3), 1.5 * SMS
         while -(-n // config.block_n) * config.split < wanted and config.split < 8 and k >= 2 * config.split * 512:
             config = config._replace(split=2 * config.split)
         return config
-    config = IntGemv(block_n=32, block_k=256, num_warps=1)
-    if not group:
-        config = config._replace(block_n=16 if n < 16384 else 32)
-    elif m > 2 and group < 128:
-        config = config._replace(block_n=16)
-    elif k > 8192 or (n > 16384 and group < 128):
-        config = config._replace(block_n=16, block_k=512)
-    elif n > 16384:
-        config = config._replace(block_k=512)
-    warps = 1
-    while -(-n // config.block_n) * warps < 10 * SMS and warps < 8 and k >= 2 * warps * 512:
-        warps *= 2
-    return config._replace(num_warps=warps)
+    if n > 16384:
+        if m > 1:
+            return IntGemv(block_n=32, block_k=256, num_warps=1 if group >= 128 or n > 100_000 else 2)
+        if not group:
+            return IntGemv(16, 256, 1) if n > 100_000 else IntGemv(16, 512, 2)
+        return IntGemv(32, 256, 1, ahead=True) if group >= 128 else IntGemv(16, 512, 1, ahead=True)
+    if k > 8192 and m == 1:
+        return IntGemv(block_n=16, block_k=512 if group else 256, num_warps=4, split=2, ahead=True)
+    if k > 8192 and group >= 128:
+        return IntGemv(block_n=32, block_k=256, num_warps=4, split=4)
+    if k <= 8192 <= n:
+        return IntGemv(block_n=32 if group or m > 1 else 16, block_k=256, num_warps=4, ahead=m == 1 and group > 0)
+    if m == 1 and not group:
+        return IntGemv(block_n=16, block_k=512, num_warps=4, ahead=True)
+    return IntGemv(block_n=16, block_k=256, num_warps=4, split=2, ahead=m == 1)
 
 
 def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtype) -> AttentionConfig:
@@ -181,18 +182,20 @@ def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtyp
         return AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
     if slots > 2048:
         return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=True)
-    return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
+    return AttentionConfig(block_s=8, num_warps=1, num_stages=2, by_sums=True, ahead=64)
 
 
-def attention_splits(pairs: int, slots: int, block_s: int) -> int:
+def attention_splits(pairs: int, slots: int, block_s: int, num_warps: int = 4) -> int:
     """Programs that share one row and key head, of which there are `pairs`: enough of them to fill the GPU."""
-    return min(_power_of_2(-(-SMS // pairs)), _power_of_2(-(-slots // (2 * block_s))), 64)
+    programs = SMS * (4 // num_warps) if pairs < SMS else SMS
+    return min(_power_of_2(-(-programs // pairs)), _power_of_2(-(-slots // (2 * block_s))), 64)
 
 
 def _row_warps(n: int) -> int:
     return 1 if n <= 256 else 4 if n <= 2048 else 8
 
 
+COMBINE_BLOCK = 64
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
 DEQUANTISE_BLOCK, DEQUANTISE_WARPS = 4096, 4
 ARGMAX_BLOCK, ARGMAX_WARPS = 2048, 4
@@ -1056,14 +1059,14 @@ def _combine_kernel(
     v_scale,
     entries,
     D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
     _start(PDL)
     row_head = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     entry = tl.arange(0, SPLITS) * entries + row_head
     scale = _constant(scale_ptr)
     _wait(PDL)
@@ -1108,7 +1111,7 @@ def decode_attention(
     m, kv_heads, slots, d = k_cache.shape
     group = n_heads // kv_heads
     config = config or attention_config(m * kv_heads, group, slots, k_cache.dtype)
-    splits = splits or attention_splits(m * kv_heads, slots, config.block_s)
+    splits = splits or attention_splits(m * kv_heads, slots, config.block_s, config.num_warps)
     out = torch.empty(m, n_heads * d, dtype=dtype if input_scale is None else E4M3, device=qkv.device)
     acc = stats = None
     if splits > 1:
@@ -1137,13 +1140,13 @@ def decode_attention(
     if splits > 1:
         _launch(
             _combine_kernel,
-            (m * n_heads,),
+            (m * n_heads, -(-d // COMBINE_BLOCK)),
             *(acc, stats, input_scale, out, v_scale, m * n_heads),
             D=d,
-            BLOCK_D=block_d,
+            BLOCK=COMBINE_BLOCK,
             SPLITS=splits,
             dtype=_triton_dtype(dtype),
-            num_warps=_row_warps(splits * d),
+            num_warps=_row_warps(splits * COMBINE_BLOCK),
         )
     return out
 
@@ -1634,14 +1637,10 @@ def _int_tile(
 
 @jit
 def _before(tile, chunk, end, COUNT: tl.constexpr, CHUNKS: tl.constexpr):
-    """Whether tiles are before `end`, if that is not None, and have such chunks, of COUNT in all."""
-    if end is None:
-        before = tile + chunk == tile + chunk
-    else:
-        if COUNT % CHUNKS == 0:  # they have all
-            chunk = 0 * chunk
-        before = tile * CHUNKS + chunk < tl.where(tile < end, COUNT, 0)
-    return before
+    """Whether tiles are before `end`, and have such chunks, of COUNT in all."""
+    if COUNT % CHUNKS == 0:  # they have all
+        chunk = 0 * chunk
+    return tile * CHUNKS + chunk < tl.where(tile < end, COUNT, 0)
 
 
 @jit
@@ -1752,7 +1751,6 @@ def _int_gemv_kernel(
     SLOTS: tl.constexpr,
     WARPS: tl.constexpr,
     AHEAD: tl.constexpr,
-    EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Up to 8 rows x in bf16, `tiles` times CHUNKS times 16 words of the weight's rows a warp.
@@ -1767,9 +1765,7 @@ def _int_gemv_kernel(
     _start(PDL)
     UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
     first = (tl.program_id(1) * WARPS + tl.arange(0, WARPS)[:, None, None]) * tiles
-    end = None
-    if not EVEN:
-        end = tl.minimum(first + tiles, tl.cdiv(IN, 32 * UNITS * CHUNKS))
+    end = tl.minimum(first + tiles, tl.cdiv(IN, 32 * UNITS * CHUNKS))
     acc = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
     y, total = acc, acc
     ones = tl.full([4, 8, WARPS, BLOCK_N // 8, 2], 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)
@@ -1918,7 +1914,6 @@ def int_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny
             SLOTS=gcd(8 // _power_of_2(m), units),
             WARPS=config.num_warps,
             AHEAD=config.ahead,
-            EVEN=config.ahead and k == tiles * split * config.num_warps * config.block_k,
             num_warps=config.num_warps,
         )
         return out
