@@ -206,6 +206,7 @@ def test_rope():
 def test_attention_splits_fill_the_gpu():
     assert kernels.attention_splits(1024, 512, 16) == 1
     assert kernels.attention_splits(16, 512, 64) == 4
+    assert kernels.attention_splits(16, 512, 8, num_warps=1) == 32
     assert kernels.attention_splits(1, 8192, 32) == 64
     assert kernels.attention_splits(1, 40, 32) == 1
     caches = [normal(1, 1, 90, 24) for _ in range(2)]
@@ -336,18 +337,19 @@ def assert_sum(y, split, x, weight, compare):
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "split", "block_k"),
+    ("m", "n", "k", "split", "block_k", "warps"),
     [
-        (1, 11, 256, 1, 128),
-        (1, 40, 1280, 2, 256),
-        (5, 40, 384, 2, 256),
-        (8, 70, 2304, 4, 512),
-        (9, 40, 1280, 2, 128),
-        (64, 16, 384, 1, 128),
+        (1, 11, 256, 1, 128, 1),
+        (1, 40, 1280, 2, 256, 2),
+        (2, 40, 1024, 1, 512, 4),
+        (5, 40, 384, 2, 256, 1),
+        (8, 70, 2304, 4, 512, 1),
+        (9, 40, 1280, 2, 128, 4),
+        (64, 16, 384, 1, 128, 4),
     ],
 )
 @GROUPS
-def test_int_matmul(group, m, n, k, split, block_k):
+def test_int_matmul(group, m, n, k, split, block_k, warps):
     if group == 0:
         k -= 64
     elif k % group:
@@ -355,7 +357,7 @@ def test_int_matmul(group, m, n, k, split, block_k):
     x, weight = normal(m, k, dtype=BF16), int_weight(n, k, group)
     config = kernels.linear_config(m, n, k, weight.dtype, group)
     if m <= 8:
-        config, split = IntGemv(block_n=32, block_k=block_k, num_warps=split), 1
+        config = IntGemv(block_n=32, block_k=block_k, num_warps=warps, split=split, ahead=m < 5)
     else:
         config = config._replace(block_n=32, block_k=block_k, split=split)
     y = kernels.linear_rows(x, weight, partials=True, config=config)
@@ -548,11 +550,15 @@ def test_published_sizes_of_integers(group, m, shape):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("m", [1, 4, 64])
-def test_kernels_that_start_early(m, monkeypatch):
+@pytest.mark.parametrize("group", [None, 0, 32])
+def test_kernels_that_start_early(m, group, monkeypatch):
     """A graph of kernels, each reading what the ones before it have just written, replayed with new data."""
     n, f = 256, 512
     x, weight = normal(m, n, dtype=BF16), normal(n, dtype=BF16, scale=0.1)
-    w13, w2 = (normal(*shape, dtype=BF16, scale=0.02) for shape in ((2 * f, n), (n, f)))
+    w13, w2 = (
+        normal(*shape, dtype=BF16, scale=0.02) if group is None else int_weight(*shape, group)
+        for shape in ((2 * f, n), (n, f))
+    )
 
     def layers():
         state, y = x, None
