@@ -1306,10 +1306,6 @@ def _skinny_kernel(
     next_scale = _constant(next_scale_ptr)
     if input_scale_ptr is not None:
         weight_scale = tl.load(weight_scale_ptr)
-    elif weight_scale_ptr is not None:  # int8
-        weight_scale = tl.load(weight_scale_ptr + n, mask=n < OUT, other=0.0)
-        if GEGLU:
-            up_scale = tl.load(weight_scale_ptr + n + OUT, mask=n < OUT, other=0.0)
     _wait(PDL)
     for tile in tl.range(first_tile, first_tile + tiles, num_stages=STAGES):
         x = x_tiles.load([0, tile * BLOCK_K]).T
@@ -1329,9 +1325,10 @@ def _skinny_kernel(
         if GEGLU:
             up *= scale
     elif weight_scale_ptr is not None:
-        acc *= weight_scale.to(tl.float32)[:, None]
+        # int8's, of each row: not among the constants, since the loop needs the registers
+        acc *= tl.load(weight_scale_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
         if GEGLU:
-            up *= up_scale.to(tl.float32)[:, None]
+            up *= tl.load(weight_scale_ptr + n + OUT, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
     if GEGLU:
         acc = _geglu(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
     _store_share(out_ptr, acc, next_scale, n, m, rows, OUT)
@@ -1894,7 +1891,7 @@ def _int4_weights(words, pair, unit: tl.constexpr, FAST: tl.constexpr):
 
 
 def int_matmul(x: Tensor, weight: IntWeight, geglu: bool = False, config: Skinny | IntGemv | None = None) -> Tensor:
-    """`skinny_matmul` in bf16 by integers: up to 8 rows, of 4 bits up to 64, K a multiple of 64, of 4 bits 128."""
+    """`skinny_matmul` of rows in bf16: up to 8 by int8, K a multiple of 64; up to 64 by int4, K a multiple of 128."""
     (n, k), m, group = weight.shape, len(x), weight.group
     config = config or linear_config(m, n, k, weight.dtype, group)
     n = n // 2 if geglu else n
