@@ -343,7 +343,7 @@ def assert_sum(y, split, x, weight, compare):
         (1, 40, 1280, 2, 256, 2),
         (2, 40, 1024, 1, 512, 4),
         (5, 40, 384, 2, 256, 1),
-        (8, 70, 2304, 4, 512, 1),
+        (8, 70, 1280, 4, 256, 1),
         (9, 40, 1280, 2, 128, 4),
         (64, 16, 384, 1, 128, 4),
     ],
@@ -428,7 +428,7 @@ def tiny_model(case, dtype, bits, monkeypatch):
 
         def config_of(m, n, k, dtype, group=0):
             if dtype in (torch.int8, torch.int32) and m <= 8:
-                return None if k % (128 if dtype == torch.int32 else 64) else IntGemv(32, 128, 1)
+                return None if k % (128 if dtype == torch.int32 else 64) else IntGemv(128, 128, 1)
             if dtype == torch.int32:
                 return None if k % 128 else Skinny(64, 32, 128, 1, 4, 1)
             return Gemv(64, 64, 4, 1) if m == 1 else None if dtype == F32 else Skinny(64, 64, 128, 1, 4, 1)
