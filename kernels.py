@@ -25,8 +25,9 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     jit = triton.jit
+    VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 except ImportError:  # on a CPU nothing here runs; the definitions below still have to load
-    triton, tl = None, SimpleNamespace(constexpr=float)
+    triton, tl, VERSION = None, SimpleNamespace(constexpr=float), (0, 0)
 
     def jit(function):
         return function
@@ -35,6 +36,8 @@ except ImportError:  # on a CPU nothing here runs; the definitions below still h
 E4M3 = torch.float8_e4m3fn
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # a running maximum's start; -inf would make NaN of -inf - -inf
+LANES_LAST = tl.constexpr(VERSION >= (3, 7))  # a load's threads lie along its last dimensions first, not its first ones
+PAIRS_APART = tl.constexpr(VERSION >= (3, 8))  # of int4's operands a thread has pairs of neighbours, not four
 USE_PDL = True  # programmatic dependent launch, where the GPU has it
 
 
@@ -1586,6 +1589,23 @@ def _bf16_pairs(words):
 
 
 @jit
+def _along(x, D: tl.constexpr):
+    """x [N] along dimension D of [4, 8, W, B, C]: those are threads (two), warps and registers (two). The integer GEMV is
+    written so that its loads leave everything where its products want it, in Triton's own choice of layouts; with
+    LANES_LAST this takes [B, W, 8, 4, C], and what follows says [4, 8, W, B, C] of both."""
+    AT: tl.constexpr = 3 - D if LANES_LAST else D
+    if AT == 0:
+        y = x[:, None, None, None, None]
+    elif AT == 1:
+        y = x[None, :, None, None, None]
+    elif AT == 2:
+        y = x[None, None, :, None, None]
+    else:
+        y = x[None, None, None, :, None]
+    return y
+
+
+@jit
 def _int_rows(block, g, OUT: tl.constexpr, GEGLU: tl.constexpr, BLOCK_N: tl.constexpr):
     """Row g of the program's block of eight; with GEGLU eight rows of gate, and then the same of up: a thread has both."""
     if GEGLU:
@@ -1617,8 +1637,7 @@ def _int_tile(
     where they do not depend on j. The order of dimensions is that of threads, warps and registers."""
     BOTH: tl.constexpr = 2 if GROUP == 32 and SLOTS == 8 else 1
     COUNT: tl.constexpr = IN // (128 if GROUP else 64)
-    t, g = tl.arange(0, 4)[:, None, None, None, None], tl.arange(0, 8)[None, :, None, None, None]
-    block = tl.arange(0, BLOCK_N // 8)[:, None]
+    t, g, block = _along(tl.arange(0, 4), 0), _along(tl.arange(0, 8), 1), _along(tl.arange(0, BLOCK_N // 8), 3)
     j, four = tl.arange(0, BOTH), tl.arange(0, 4)
     row = _int_rows(block, g, OUT, GEGLU, BLOCK_N).to(tl.int64)
     words, pairs = (), ()
@@ -1647,7 +1666,7 @@ def _int_x(x_ptr, rows, tile, end, IN: tl.constexpr, GROUP: tl.constexpr, CHUNKS
     are for its first product."""
     UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
     COUNT: tl.constexpr = IN // (32 * UNITS)
-    t, n = tl.arange(0, 4)[:, None, None, None, None], tl.arange(0, 8)[:, None, None, None]
+    t, n = _along(tl.arange(0, 4), 0), _along(tl.arange(0, 8), 1)
     slot, m, four = n // (8 // SLOTS), n % (8 // SLOTS), tl.arange(0, 4)
     xs = ()
     for first in tl.static_range(0, UNITS * CHUNKS, SLOTS):
@@ -1671,19 +1690,17 @@ def _int_x(x_ptr, rows, tile, end, IN: tl.constexpr, GROUP: tl.constexpr, CHUNKS
 def _int_operands(x, unit: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constexpr):
     """x of `unit`, multiplied as _int_gemv_kernel says, and zero in the slots of other units, as the operands [W, 16, 8] of
     its two products."""
-    WARPS: tl.constexpr = x.shape[2]
-    other = tl.arange(0, 8)[None, :, None, None, None] // (8 // SLOTS) - unit % SLOTS
+    other = _along(tl.arange(0, 8), 1) // (8 // SLOTS) - unit % SLOTS
     # Twice 2**76 or 2**80 where `other` is 0. (A comparison would give the operands another layout.)
     factor = ((other * other - 1) >> 31) & (0x65806580 if GROUP and unit % 2 else 0x67806780)
-    factor = tl.broadcast_to(factor, x.shape)
+    factor = factor + tl.zeros_like(x)
     if FAST:
         x = tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, factor], tl.int32, True, 1)
         x = _bf16_pairs(x)
     else:
         x = (_bf16_pairs(x).to(tl.float32) * _bf16_pairs(factor).to(tl.float32)).to(tl.bfloat16)
-    first, second = tl.split(tl.permute(tl.reshape(x, [4, 8, WARPS, 2, 4]), [0, 1, 2, 4, 3]))
-    first = tl.reshape(tl.permute(first, [2, 0, 3, 1]), [WARPS, 16, 8])
-    return first, tl.reshape(tl.permute(second, [2, 0, 3, 1]), [WARPS, 16, 8])
+    first, second = tl.split(tl.permute(tl.reshape(x, x.shape[:4] + [2, 4]), [0, 1, 2, 3, 5, 4]))
+    return tl.permute(_int_operand(first, GROUP), [0, 2, 1]), tl.permute(_int_operand(second, GROUP), [0, 2, 1])
 
 
 @jit
@@ -1720,15 +1737,29 @@ def _int_halves(words, unit: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constex
 @jit
 def _by_rows(x):
     """[4, 8, W, B, C] as [W, 8 B, 4 C]."""
-    SHAPE: tl.constexpr = [x.shape[2], 8 * x.shape[3], 4 * x.shape[4]]
-    return tl.reshape(tl.permute(x, [2, 3, 1, 0, 4]), SHAPE)
+    x = tl.permute(x, [1, 0, 2, 3, 4] if LANES_LAST else [2, 3, 1, 0, 4])
+    SHAPE: tl.constexpr = [x.shape[0], 8 * x.shape[1], 4 * x.shape[4]]
+    return tl.reshape(x, SHAPE)
 
 
 @jit
-def _int_operand(words):
+def _int_operand(x, GROUP: tl.constexpr):
+    """[4, 8, W, B, 4] as [W, 8 B, 16]; a product does not mind the order of its 16 columns."""
+    if not (GROUP and PAIRS_APART):
+        x = _by_rows(x)
+    else:
+        SPLIT: tl.constexpr = x.shape[:4] + [2, 2]
+        x = tl.permute(tl.reshape(x, SPLIT), [1, 0, 2, 4, 3, 5] if LANES_LAST else [2, 3, 1, 4, 0, 5])
+        SHAPE: tl.constexpr = [x.shape[0], 8 * x.shape[1], 16]
+        x = tl.reshape(x, SHAPE)
+    return x
+
+
+@jit
+def _int_bits(words, GROUP: tl.constexpr):
     """[4, 8, W, B, 2] as [W, 8 B, 16] in bf16."""
     SHAPE: tl.constexpr = words.shape[:4] + [4]
-    return _by_rows(tl.reshape(_bf16_pairs(words), SHAPE))
+    return _int_operand(tl.reshape(_bf16_pairs(words), SHAPE), GROUP)
 
 
 @jit
@@ -1761,11 +1792,12 @@ def _int_gemv_kernel(
     """
     _start(PDL)
     UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
-    first = (tl.program_id(1) * WARPS + tl.arange(0, WARPS)[:, None, None]) * tiles
+    first = (tl.program_id(1) * WARPS + _along(tl.arange(0, WARPS), 2)) * tiles
     end = tl.minimum(first + tiles, tl.cdiv(IN, 32 * UNITS * CHUNKS))
     acc = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
     y, total = acc, acc
-    ones = tl.full([4, 8, WARPS, BLOCK_N // 8, 2], 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)
+    SHAPE: tl.constexpr = [BLOCK_N // 8, WARPS, 8, 4, 2] if LANES_LAST else [4, 8, WARPS, BLOCK_N // 8, 2]
+    ones = tl.full(SHAPE, 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)
     PERIOD: tl.constexpr = max(SLOTS, min(GROUP // 32, 4 * CHUNKS))  # units whose sums are scaled at once
     words, pairs = _int_tile(weight_ptr, scale_ptr, first, end, OUT, IN, GROUP, GEGLU, BLOCK_N, CHUNKS, SLOTS, PERIOD)
     i = tl.arange(0, BLOCK_N)
@@ -1789,13 +1821,13 @@ def _int_gemv_kernel(
                 y = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
                 total = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
             for half in tl.static_range(2):
-                y = tl.dot(_int_operand(halves[half]), x[half], y)
+                y = tl.dot(_int_bits(halves[half], GROUP), x[half], y)
             if unit % SLOTS == 0:  # of all slots at once
                 x = _int_operands(xs[unit // SLOTS], unit, 1, GROUP, PDL)
                 for half in tl.static_range(2):
-                    total = tl.dot(_int_operand(ones << (unit % 2 * 4 if GROUP else 0)), x[half], total)
+                    total = tl.dot(_int_bits(ones << (unit % 2 * 4 if GROUP else 0), GROUP), x[half], total)
             if GROUP and unit % PERIOD == PERIOD - 1:
-                pair = tl.broadcast_to(pairs[unit // PERIOD], [4, 8, WARPS, BLOCK_N // 8, 2])
+                pair = tl.broadcast_to(pairs[unit // PERIOD], SHAPE)
                 scale, zero = _int4_scale(_by_rows(pair))
                 acc += scale * (y - zero * total)
         words, pairs, xs = next_words, next_pairs, next_xs

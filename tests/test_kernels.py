@@ -364,6 +364,17 @@ def test_int_matmul(group, m, n, k, split, block_k, warps):
     assert_sum(y, split, x, weight, assert_near if m > 8 else assert_same)  # up to 8 rows no weight is rounded
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="each Triton has one arrangement")
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize(("lanes_last", "pairs_apart"), [(False, False), (True, False), (True, True)])
+def test_int_gemv_in_the_arrangements_of_tritons(group, lanes_last, pairs_apart, monkeypatch):
+    for name, value in ("LANES_LAST", lanes_last), ("PAIRS_APART", pairs_apart):
+        monkeypatch.setattr(kernels, name, kernels.tl.constexpr(value))
+    x, weight = normal(2, 512, dtype=BF16), int_weight(40, 512, group)
+    y = kernels.int_matmul(x, weight, config=IntGemv(block_n=32, block_k=256, num_warps=2))
+    assert_same(y, kernels.int_linear_reference(x, weight))
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @GROUPS
 def test_dequantise(dtype, group):
