@@ -144,20 +144,24 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
         return None
     block_n = 64 if m <= 16 or dtype.itemsize == 1 else 128
     block_k = 128 // dtype.itemsize  # a cache line of each weight row
-    split, wanted = 1, 1.5 * SMS if m <= 16 else 0.7 * SMS
-    while -(-n // block_n) * split < wanted and split < 8 and k >= 2 * split * 4 * block_k:  # four tiles at least
-        split *= 2
+    split = _shares_of_columns(n, k, block_n, 1.5 * SMS if m <= 16 else 0.7 * SMS, 4 * block_k)
     return Skinny(max(16, _power_of_2(m)), block_n, block_k, split, num_warps=4, num_stages=6)
+
+
+def _shares_of_columns(n: int, k: int, block_n: int, wanted: float, least: int) -> int:
+    """A power of 2 up to 8 that brings `wanted` programs, if that leaves each at least `least` columns."""
+    split = 1
+    while -(-n // block_n) * split < wanted and split < 8 and k >= 2 * split * least:
+        split *= 2
+    return split
 
 
 def _int_config(m: int, n: int, k: int, group: int) -> Skinny | IntGemv:
     """`linear_config` for an IntWeight whose K is a multiple of 64, or in groups of 128."""
     if m > 8:
         block_m, block_n = max(16, _power_of_2(m)), 64 if k > 8192 else 128
-        config, wanted = Skinny(block_m, block_n, block_k=128, split=1, num_warps=4, num_stages=3), 1.5 * SMS
-        while -(-n // config.block_n) * config.split < wanted and config.split < 8 and k >= 2 * config.split * 512:
-            config = config._replace(split=2 * config.split)
-        return config
+        split = _shares_of_columns(n, k, block_n, 1.5 * SMS, least=512)
+        return Skinny(block_m, block_n, block_k=128, split=split, num_warps=4, num_stages=3)
     if n > 16384:
         if m > 1:
             return IntGemv(block_n=32, block_k=256, num_warps=1 if group >= 128 or n > 100_000 else 2)
@@ -1243,8 +1247,8 @@ def gemv(
 ) -> Tensor:
     """x @ weight.T of one row x [1, K], weight [N, K], in `dtype` (None: x's), which is not x's for E4M3.
 
-    For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given. With `geglu`, weight is gate [F, K] over up [F, K], and gelu(gate) * up [1, F] is returned, in E4M3
-    if next_scale is given.
+    For an E4M3 weight, x is E4M3 and input_scale and weight_scale (0-dim float32) are given. With `geglu`, weight is gate
+    [F, K] over up [F, K], and gelu(gate) * up [1, F] is returned, in E4M3 if next_scale is given.
     """
     (m, k), dtype = x.shape, dtype or x.dtype
     if m > 1:
@@ -1304,7 +1308,6 @@ def _skinny_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if GEGLU:
         up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    n = first_row + tl.arange(0, BLOCK_N)
     input_scale = _constant(input_scale_ptr)
     next_scale = _constant(next_scale_ptr)
     if input_scale_ptr is not None:
@@ -1321,6 +1324,7 @@ def _skinny_kernel(
             weight = weight_tiles.load([first_row + OUT, tile * BLOCK_K])
             weight = weight.to(x.dtype)
             up = tl.dot(weight, x, up, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
+    n = first_row + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     if input_scale_ptr is not None:
         scale = input_scale * weight_scale
@@ -1796,10 +1800,10 @@ def _int_gemv_kernel(
     end = tl.minimum(first + tiles, tl.cdiv(IN, 32 * UNITS * CHUNKS))
     acc = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
     y, total = acc, acc
-    SHAPE: tl.constexpr = [BLOCK_N // 8, WARPS, 8, 4, 2] if LANES_LAST else [4, 8, WARPS, BLOCK_N // 8, 2]
-    ones = tl.full(SHAPE, 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)
     PERIOD: tl.constexpr = max(SLOTS, min(GROUP // 32, 4 * CHUNKS))  # units whose sums are scaled at once
     words, pairs = _int_tile(weight_ptr, scale_ptr, first, end, OUT, IN, GROUP, GEGLU, BLOCK_N, CHUNKS, SLOTS, PERIOD)
+    SHAPE: tl.constexpr = words[0].shape[:4] + [2]
+    ones = tl.full(SHAPE, 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)
     i = tl.arange(0, BLOCK_N)
     if not GROUP:
         scale = tl.load(scale_ptr + _int_rows(i // 8, i % 8, OUT, GEGLU, BLOCK_N))
