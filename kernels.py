@@ -165,14 +165,16 @@ def _int_config(m: int, n: int, k: int, group: int) -> Skinny | IntGemv:
     if n > 16384:
         if m > 1:
             return IntGemv(block_n=32, block_k=256, num_warps=1 if group >= 128 or n > 100_000 else 2)
-        if not group:
-            return IntGemv(16, 256, 1) if n > 100_000 else IntGemv(16, 512, 2)
-        return IntGemv(32, 256, 1, ahead=True) if group >= 128 else IntGemv(16, 512, 1, ahead=True)
+        if group >= 128:
+            return IntGemv(block_n=32, block_k=256, num_warps=1, ahead=True)
+        return IntGemv(block_n=16, block_k=512, num_warps=1 if group else 2, ahead=group > 0)
     if k > 8192 and m == 1:
         return IntGemv(block_n=16, block_k=512 if group else 256, num_warps=4, split=2, ahead=True)
     if k > 8192 and group >= 128:
         return IntGemv(block_n=32, block_k=256, num_warps=4, split=4)
     if k <= 8192 <= n:
+        if m == 1 and group >= 128:
+            return IntGemv(block_n=16, block_k=512, num_warps=2, ahead=True)
         return IntGemv(block_n=32 if group or m > 1 else 16, block_k=256, num_warps=4, ahead=m == 1 and group > 0)
     if m == 1 and not group:
         return IntGemv(block_n=16, block_k=512, num_warps=4, ahead=True)
@@ -202,7 +204,7 @@ def _row_warps(n: int) -> int:
     return 1 if n <= 256 else 4 if n <= 2048 else 8
 
 
-COMBINE_BLOCK = 64
+COMBINE_BLOCK = 32
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
 DEQUANTISE_BLOCK, DEQUANTISE_WARPS = 4096, 4
 ARGMAX_BLOCK, ARGMAX_WARPS = 2048, 4
