@@ -375,7 +375,7 @@ def run(args: argparse.Namespace):
     file, write = prepare(args, checkpoint)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {file.name}", file=sys.stderr) as bar:
         write(bar.update)
-    print(f"{file}: {file.stat().st_size / 1e9:.2f} GB, {file.stat().st_size / total:.0%} of the source")
+    print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB, {file.stat().st_size / total:.0%} of the source")
 
 
 def prepare_fp8(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path, Callable]:
