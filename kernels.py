@@ -196,7 +196,7 @@ def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtyp
 
 def attention_splits(pairs: int, slots: int, block_s: int, num_warps: int = 4) -> int:
     """Programs that share one row and key head, of which there are `pairs`: enough of them to fill the GPU."""
-    programs = SMS * (4 // num_warps) if pairs < SMS else SMS
+    programs = SMS * 4 // num_warps if pairs < SMS else SMS
     return min(_power_of_2(-(-programs // pairs)), _power_of_2(-(-slots // (2 * block_s))), 64)
 
 
@@ -1397,7 +1397,7 @@ def linear_rows(
     weight_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     partials: bool = False,
-    config: Gemv | Skinny | None = None,
+    config: Gemv | Skinny | IntGemv | None = None,
 ) -> Tensor:
     """x @ weight.T [M, N] in `dtype` (None: x's) of x [M, K] and weight [N, K], by whatever is fastest for the shape.
 
@@ -1407,11 +1407,12 @@ def linear_rows(
     """
     m, dtype = len(x), dtype or x.dtype
     config = config or linear_config(m, *weight.shape, weight.dtype, getattr(weight, "group", 0))
-    if not partials and not isinstance(config, Gemv | None):
+    if isinstance(config, Skinny | IntGemv) and not partials:
         config = config._replace(split=1)
     if isinstance(weight, IntWeight):
-        if config is None or dtype != torch.bfloat16:
-            return F.linear(x, dequantise(weight, dtype))  # made in each call
+        if config is None or dtype != torch.bfloat16:  # made in each call; of few rows unrounded, as by the kernels
+            wide = torch.float32 if m <= 8 else dtype
+            return F.linear(x.to(wide), dequantise(weight, wide)).to(dtype)
         if weight.group or isinstance(config, IntGemv):
             return int_matmul(x, weight, config=config)
         weight, weight_scale = weight.packed, weight.scale
