@@ -6,18 +6,22 @@ file with int8 or int4 weights gets a file of its own, for an FP8 KV cache with 
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import E4M3_MAX, fingerprint, fp8_scale_names, open_checkpoint, scales_file, write_scales
-from eval import read_texts, windows
-from generate import DEFAULT_CHECKPOINT, PRECISIONS, Parser, load_model, run_program
-from kernels import IntWeight, dequantise_reference
-from model import Transformer, operands
+from cli import Parser, add_model_options, run_program
+from generate import load_model
+from model import Transformer
+from ops import TORCH
+from text import batches, own_text, read_texts, windows
 
 MIN_TOKENS = 64  # fewer say next to nothing about what inputs can be
 
@@ -51,14 +55,14 @@ class Histogram:
 
 
 class _KVRecorder:
-    """Stands in a layer for its KV cache and sees what would be written."""
+    """Stands for the KV cache of a layer, which keeps nothing, and sees what would be written."""
 
     k_scale = v_scale = 1.0
 
     def __init__(self, k: Histogram, v: Histogram):
         self.k, self.v = k, v
 
-    def rounded(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.k.add(k)
         self.v.add(v)
         return k, v
@@ -71,37 +75,31 @@ class _KVRecorder:
 def record(model: Transformer, token_windows: Iterable[list[int]], batch_size: int = 8) -> dict[str, Histogram]:
     """Histograms by our scale names (`fp8_scale_names`) of all linear inputs, K and V over windows of tokens."""
     histograms = {name: Histogram() for name in fp8_scale_names(model.config) if not name.endswith("weight_scale")}
-    hooks, token_windows = [], list(token_windows)
+    token_windows = list(token_windows)
+    names = {module: f"{name}.input_scale" for name, module in model.named_modules()}
 
-    def watch(module, name: str):
-        hooks.append(module.register_forward_pre_hook(lambda _, inputs: histograms[name].add(inputs[0])))
+    def watch(operation: Callable) -> Callable:
+        """`operation`, which records its inputs; of the head, which runs at every position here, it makes no logits."""
 
-    caches = [layer.attention.cache for layer in model.layers]
-    try:
-        for i, layer in enumerate(model.layers):
-            attention, feed_forward = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-            watch(layer.attention.wqkv, f"{attention}.wqkv.input_scale")
-            watch(layer.attention.wo, f"{attention}.wo.input_scale")
-            watch(layer.feed_forward.w13, f"{feed_forward}.w13.input_scale")
-            watch(layer.feed_forward.w2, f"{feed_forward}.w2.input_scale")
-            layer.attention.cache = _KVRecorder(*(histograms[f"{attention}.{kind}_scale"] for kind in "kv"))
+        def watching(x: Tensor, weight, *rest, **options) -> Tensor:
+            if weight is model.embedding:
+                histograms["head_scales.input_scale"].add(x)
+                return x[:, :1]
+            histograms[names[weight]].add(x)
+            return operation(x, weight, *rest, **options)
 
-        def head_input(_, inputs, x):  # of every position, where the model makes logits for the last one only
-            histograms["head_scales.input_scale"].add(model.norm(x))
+        return watching
 
-        hooks.append(model.layers[-1].register_forward_hook(head_input))
-        with tqdm(total=sum(map(len, token_windows)), unit=" tokens", desc="calibrating", file=sys.stderr) as bar:
-            while token_windows:
-                length = len(token_windows[0])
-                batch = [w for w in token_windows[:batch_size] if len(w) == length]
-                token_windows = token_windows[len(batch) :]
-                model(torch.tensor(batch).to(model.device))
-                bar.update(len(batch) * length)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, cache in zip(model.layers, caches):
-            layer.attention.cache = cache
+    watched = copy(model)
+    watched.ops = replace(TORCH, matmul=watch(TORCH.matmul), matmul_geglu=watch(TORCH.matmul_geglu))
+    layers = [f"layers.{i}.attention" for i in range(model.config.n_layers)]
+    cache = SimpleNamespace(
+        layers=[_KVRecorder(*(histograms[f"{name}.{kind}_scale"] for kind in "kv")) for name in layers]
+    )
+    with tqdm(total=sum(map(len, token_windows)), unit=" tokens", desc="calibrating", file=sys.stderr) as bar:
+        for batch in batches(token_windows, batch_size):
+            watched(torch.tensor(batch).to(model.device), cache, all_logits=True)
+            bar.update(sum(map(len, batch)))
     return histograms
 
 
@@ -110,11 +108,12 @@ def scales(model: Transformer, histograms: dict[str, Histogram], percentile: flo
     factors = {}
     for name in fp8_scale_names(model.config):
         if name.endswith("weight_scale"):
-            linear = None if name.startswith("head") else model.get_submodule(name.removesuffix(".weight_scale"))
-            weight = model.head_weight if linear is None else operands(linear)[0]
-            if isinstance(weight, IntWeight):
-                weight = dequantise_reference(weight, torch.float32)
-            amax = weight.abs().max().item()
+            module = "embedding" if name.startswith("head") else name.removesuffix(".weight_scale")
+            weight = model.get_submodule(module)
+            if weight.format.name == "bf16":
+                amax = weight.data.abs().max().item()
+            else:
+                amax = weight.format.dequantize(weight, torch.float32).abs().max().item()
         else:
             amax = histograms[name].amax(percentile)
         factors[name] = amax / E4M3_MAX if amax else 1.0
@@ -137,28 +136,15 @@ def print_table(factors: dict[str, float], histograms: dict[str, Histogram], row
     print(f"saturated in all {len(names)} tensors: {saturated:,} values")
 
 
-def own_text() -> list[str]:
-    """The built-in sample: this program's README and sources."""
-    directory = Path(__file__).parent
-    return [file.read_text(encoding="utf-8") for file in (directory / "README.md", *sorted(directory.glob("*.py")))]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="calibrate.py", description=__doc__)
     add = parser.add_argument
-    add(
-        "--checkpoint_path",
-        type=Path,
-        default=DEFAULT_CHECKPOINT,
-        help="directory with BF16 weights, or int file in it",
-    )
+    add_model_options(parser, "checkpoint_path", "device", "precision")
     add("--text", type=Path, metavar="FILE", help="text, or JSON lines with 'text' (default: this program's sources)")
     add("--window", type=int, default=512, metavar="N", help="tokens that the model sees at once")
     add("--batch_size", type=int, default=8, metavar="N")
     add("--max_tokens", type=int, default=65536, metavar="N", help="of the text, from its start (default: %(default)s)")
     add("--percentile", type=float, default=100.0, help="of the absolute values; 100 is their maximum")
-    add("--device", choices=("cuda", "cpu"))
-    add("--precision", choices=tuple(PRECISIONS), default="bf16")
     return run_program(run, parser, argv)
 
 
@@ -173,7 +159,7 @@ def run(args: argparse.Namespace):
         )
     model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision)
     if any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters()):
-        raise ValueError(f"{args.checkpoint_path} is quantised already: calibrating needs BF16 weights")
+        raise ValueError(f"{args.checkpoint_path} is quantized already: calibrating needs BF16 weights")
     token_windows = windows(texts, tokenizer, args.window)[: max(1, args.max_tokens // args.window)]
     tokens = sum(map(len, token_windows))
     if tokens < MIN_TOKENS:

@@ -19,8 +19,9 @@ from queue import SimpleQueue
 import torch
 from safetensors import safe_open
 
-from kernels import round_fp8
-from model import ModelConfig
+from config import ModelConfig
+from formats import EMBEDDING_FORMAT, FORMATS, GROUPS, LINEAR
+from ops.common import round_fp8
 
 FORMAT, FORMAT_VERSION = "gemma-fast", "1"
 CONVERTED_NAME = "gemma.safetensors"
@@ -29,9 +30,10 @@ WEIGHT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 FP8_DTYPE, E4M3_MAX = "F8_E4M3", 448
 INT_DTYPES = {"I8": torch.int8, "I32": torch.int32, "U8": torch.uint8}
 STORED_DTYPES = {**DTYPES, **INT_DTYPES, FP8_DTYPE: torch.float8_e4m3fn}
-INT_FORMATS, GROUPS = ("int8", "int4"), (32, 64, 128, 256)
-QUANTISED_FORMATS = ("fp8", *INT_FORMATS)
-LINEAR = ("wqkv.weight", "wo.weight", "w13.weight", "w2.weight")  # ends of the names of what is quantised
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
+QUANTIZED_FORMATS = tuple(name for name in FORMATS if name != "bf16")
+INT_FORMATS = tuple(name for name, format in FORMATS.items() if format.quantize)
+LINEAR_WEIGHTS = tuple(f"{module}.weight" for module in LINEAR)  # ends of the names of what is quantized
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 PIECE, READERS = 1 << 24, 4  # bytes of a tensor that a thread copies at a time, and threads, on the way to a GPU
 SCALES_NAME, SCALES_FORMAT = "fp8_scales.safetensors", "gemma-fast-fp8-scales"
@@ -174,7 +176,7 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
         if metadata.get("format") == FORMAT:
             _check_format(file, metadata)
             weight_format = metadata["weight_format"]
-            group = int(metadata["group_size"]) if weight_format == "int4" else 0
+            group = int(metadata["group_size"]) if _is_grouped(weight_format) else 0
         for key, tensor in tensors.items():
             name = key if weight_format else _canonical_name(key)
             if name in stored:
@@ -197,10 +199,10 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
         weight_format, table = "fp8", table | _fp8_scale_sources(config, table, stored)
     int_dtypes = {}
     if weight_format in INT_FORMATS:
-        linear = [name for name in table if name.endswith(LINEAR)]
+        linear = [name for name in table if name.endswith(LINEAR_WEIGHTS)]
         for name in [*linear, "embedding.weight"] if "embedding.scale" in stored else linear:
             ((_, whole),) = table.pop(name)
-            for part, (dtype, shape) in int_parts(name, whole, 0 if name == "embedding.weight" else group).items():
+            for part, (dtype, shape) in stored_parts(name, whole, weight_format, group).items():
                 table[part], int_dtypes[part] = [(part, shape)], dtype
     wanted = {name: shape for parts in table.values() for name, shape in parts}
     if missing := [name for name in wanted if name not in stored]:
@@ -226,18 +228,26 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
     return Checkpoint(directory, config, parts, weight_format, group)
 
 
-def int_parts(name: str, shape: tuple[int, int], group: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of what kernels.IntWeight makes of the weight `name`, in a file; group 0 is int8."""
-    (n, k), module = shape, name.removesuffix("weight")
-    if not group:
-        return {name: ("I8", (n, k)), f"{module}scale": ("BF16", (n,))}
-    return {name: ("I32", (n, k // 8)), f"{module}scale": ("BF16", (n, k // group, 2))}
+def stored_parts(
+    name: str, shape: tuple[int, int], weight_format: str, group: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of what a file in weight_format has of the weight `name`, of that shape [N, K]."""
+    module, is_embedding = name.removesuffix("weight"), name == "embedding.weight"
+    format = FORMATS[EMBEDDING_FORMAT.get(weight_format, weight_format) if is_embedding else weight_format]
+    stored = format.stored(*shape, group)
+    return {f"{module}{part}": (DTYPE_NAMES[dtype], part_shape) for part, (dtype, part_shape) in stored.items()}
+
+
+def parameter_name(name: str) -> str:
+    """The model's name of what a file calls `name`: they differ for the factors of FP8 weights."""
+    name = name.replace("head_scales.", "embedding.")
+    return f"{name.removesuffix('weight_scale')}scale" if name.endswith("weight_scale") else name
 
 
 def _says_fp8(config_file: Path, stored: dict[str, StoredTensor]) -> bool:
     """Whether config.json describes FP8 weights and inputs with one static scale a tensor, as published for vLLM and
     TGI: quant_method "fp8" (AutoFP8) or "compressed-tensors" (llm-compressor). Raises ValueError, naming what it found,
-    for any other quantisation, and for FP8 tensors that config.json says nothing of.
+    for any other quantization, and for FP8 tensors that config.json says nothing of.
 
     https://docs.vllm.ai/en/latest/features/quantization/fp8/,
     https://github.com/vllm-project/compressed-tensors: src/compressed_tensors/quantization
@@ -329,7 +339,7 @@ def _weight_files(directory: Path, formats: Iterable[str]) -> tuple[list[Path], 
             raise FileNotFoundError(f"shard {shard} is missing; the index names it: download it again")
     if not shards and found:
         file = next(iter(found.values()))
-        raise FileNotFoundError(f"{directory} has quantised weights only: name the file, {file}")
+        raise FileNotFoundError(f"{directory} has quantized weights only: name the file, {file}")
     if not shards:
         raise FileNotFoundError(f"{directory} has no weights: neither {CONVERTED_NAME} nor model*.safetensors")
     return shards, dict(index) if index else None
@@ -341,10 +351,15 @@ def _check_format(file: Path, metadata: dict[str, str]):
             f"{file} has format version {metadata.get('format_version')}, this program reads {FORMAT_VERSION}: "
             "convert it again with scripts/convert_hf_checkpoint.py"
         )
-    if metadata.get("weight_format") not in (*QUANTISED_FORMATS, *WEIGHT_FORMATS.values()):
+    if metadata.get("weight_format") not in (*QUANTIZED_FORMATS, *WEIGHT_FORMATS.values()):
         raise ValueError(f"{file} has weight format '{metadata.get('weight_format')}', which this program can't read")
-    if metadata["weight_format"] == "int4" and metadata.get("group_size") not in map(str, GROUPS):
-        raise ValueError(f"{file} has int4 weights in groups of {metadata.get('group_size')}, not of {one_of(GROUPS)}")
+    weight_format, group = metadata["weight_format"], metadata.get("group_size")
+    if _is_grouped(weight_format) and group not in map(str, GROUPS):
+        raise ValueError(f"{file} has {weight_format} weights in groups of {group}, not of {one_of(GROUPS)}")
+
+
+def _is_grouped(weight_format: str | None) -> bool:
+    return weight_format in FORMATS and FORMATS[weight_format].grouped
 
 
 def _canonical_name(key: str) -> str | None:
@@ -411,7 +426,7 @@ def load_weights(
                 if target_dtype == torch.float8_e4m3fn and (
                     stored_dtype.itemsize > 1 or (scale is not None and own_scale != scale)
                 ):
-                    convert = partial(_quantised, own_scale=own_scale, scale=scale, largest=largest.get(name))
+                    convert = partial(_to_e4m3, own_scale=own_scale, scale=scale, largest=largest.get(name))
                 else:
                     convert = None
                 step = max(1, PIECE * tensor.shape[0] // tensor.size)
@@ -434,7 +449,7 @@ def torch_dtype(tensor: StoredTensor) -> torch.dtype:
     return STORED_DTYPES[tensor.dtype]
 
 
-def _quantised(rows: torch.Tensor, own_scale: float, scale: float, largest: list | None) -> torch.Tensor:
+def _to_e4m3(rows: torch.Tensor, own_scale: float, scale: float, largest: list | None) -> torch.Tensor:
     if largest is not None:
         largest.append(rows.abs().max().float())
     return round_fp8(rows.float() * own_scale, scale)
@@ -593,7 +608,7 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
     if checkpoint.weight_format == "fp8":
         raise ValueError(f"{checkpoint.directory} is an FP8 checkpoint already: it is loaded as it is, not converted")
     if checkpoint.weight_format in INT_FORMATS:
-        raise ValueError(f"{checkpoint.directory} is quantised already: its file is loaded as it is, not converted")
+        raise ValueError(f"{checkpoint.directory} is quantized already: its file is loaded as it is, not converted")
     dtypes = {tensor.dtype for tensors in checkpoint.parts.values() for tensor in tensors}
     if len(dtypes) > 1:
         raise ValueError(f"the checkpoint mixes dtypes: {', '.join(sorted(dtypes))}")

@@ -7,24 +7,18 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import (
-    DEFAULT_CHECKPOINT,
-    KV_DTYPES,
-    PRECISIONS,
-    Parser,
-    check_kv_scales,
-    generate,
-    load_model,
-    run_program,
-)
+from cache import Codec, KVCache, codec_of
+from cli import Parser, add_model_options, run_program
+from generate import generate, load_model
 from model import Transformer
+from runner import Runner, release
+from text import batches, read_texts, windows
 from tokenizer import Tokenizer
 
 try:
@@ -38,57 +32,12 @@ LOGITS = 4096  # positions whose logits are in memory at once where continuation
 STOP_STEPS = 16  # decode steps between two looks for stop strings
 
 
-def read_texts(file: Path) -> list[str]:
-    """The documents of `file`: of JSON lines (its name ends in .jsonl or .json) the string `text` of each object, of
-    any other file its whole content as one.
-
-    Raises FileNotFoundError without the file, ValueError if it is no UTF-8, for a line (named by its number) that is
-    not such an object, and if there is no text at all.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"no text file at {file}")
-    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    texts = []
-    if file.suffix in (".jsonl", ".json"):
-        for number, line in enumerate(content.rstrip().splitlines(), start=1):
-            try:
-                text = json.loads(line)["text"]
-                text.encode()  # JSON can spell half a surrogate pair, which is no text
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise ValueError(f"{file}, line {number}: not a JSON object with a string 'text'") from None
-            texts.append(text)
-    else:
-        try:
-            texts.append(content.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise ValueError(f"{file}: not UTF-8 text") from None
-    if not any(texts):
-        raise ValueError(f"{file} holds no text")
-    return texts
-
-
-def windows(texts: list[str], tokenizer: Tokenizer, window: int) -> list[list[int]]:
-    """<bos>, the tokens and <eos> of each text, all joined and cut into lists of `window` tokens.
-
-    The last list may be shorter; one token alone, which predicts nothing, is left out. Raises ValueError for a window
-    below 2 tokens and if less than 2 tokens are there.
-    """
-    if window < 2:
-        raise ValueError(f"window must be at least 2 tokens, not {window}")
-    tokens = [token for text in texts for token in (*tokenizer.encode(text), tokenizer.eos_id)]
-    if len(tokens) < 2:
-        raise ValueError(f"the text is too short: {len(tokens)} tokens, and a window needs 2")
-    pieces = [tokens[i : i + window] for i in range(0, len(tokens), window)]
-    return pieces if len(pieces[-1]) > 1 else pieces[:-1]
-
-
 @torch.inference_mode()
 def evaluate(
     model: Transformer,
     windows: list[list[int]],
     batch_size: int = 8,
-    kv_dtype: torch.dtype | None = None,
+    kv_cache_dtype: str | torch.dtype | None = None,
     reference: Transformer | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict:
@@ -97,14 +46,14 @@ def evaluate(
     Returns `tokens`, the number of tokens predicted (all but each window's first); `loss`, their mean negative
     log-likelihood in nats; `perplexity`, exp(loss). With a `reference` also `kl`, the mean over the same positions of
     KL(reference || model) in nats, and `top1_agreement`, the share of them where both models' likeliest token is the
-    same. At most batch_size windows run at once; K and V of `model` pass a cache in kv_dtype (None: the weights'),
+    same. At most batch_size windows run at once; K and V of `model` pass a cache in kv_cache_dtype (None: the weights'),
     those of `reference` one in its own weights' dtype. `progress` is called with the number of windows just done.
 
     Raises ValueError for a batch_size below 1, no windows, a window that is too short or exceeds a model's context, a
     token id outside the vocabulary, models with vocabularies of different sizes, or too little GPU memory.
     """
     models = [model] if reference is None else [model, reference]
-    kv_dtypes = (kv_dtype, None)
+    codecs = [codec_of(kv_cache_dtype, model.dtype)] + [codec_of(None, each.dtype) for each in models[1:]]
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if not windows:
@@ -123,12 +72,12 @@ def evaluate(
     device = model.device
     loss, kl, agreed = torch.zeros(3, dtype=torch.float64, device=device)
     try:
-        for batch in _batches(windows, batch_size):
+        for batch in batches(windows, batch_size):
             tokens = torch.tensor(batch, device=device)  # [B, T]
             outputs = []
-            for each, dtype in zip(models, kv_dtypes):
-                each.setup_caches(*tokens.shape, dtype)
-                outputs.append(each(tokens, all_logits=True))  # [B, T, V]
+            for each, codec in zip(models, codecs):
+                cache = KVCache.empty(each.config, *tokens.shape, codec, device, each.kv_scales)
+                outputs.append(each(tokens, cache, all_logits=True))  # [B, T, V]
             for row, *logits in zip(tokens, *outputs):  # a row at a time: log-probabilities are as large as logits
                 loss += F.cross_entropy(logits[0][:-1], row[1:], reduction="none").double().sum()
                 if reference is None:
@@ -151,14 +100,6 @@ def evaluate(
     return result
 
 
-def _batches(windows: list[list[int]], batch_size: int):
-    """At most batch_size neighbours of one length: without padding, every forward is that of an empty cache."""
-    for _, group in groupby(windows, key=len):
-        group = list(group)
-        for i in range(0, len(group), batch_size):
-            yield group[i : i + batch_size]
-
-
 def _check_window(model: Transformer, window: int):
     if window > model.config.context_length:
         raise ValueError(f"a window of {window} tokens exceeds the context of {model.config.context_length}")
@@ -173,7 +114,7 @@ def score(
     model: Transformer,
     requests: list[tuple[list[int], list[int]]],
     batch_size: int = 8,
-    kv_dtype: torch.dtype | None = None,
+    kv_cache_dtype: str | torch.dtype | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[tuple[float, bool]]:
     """For each (context, continuation) of token ids: the continuation's log-probability in nats, and whether it is what
@@ -212,14 +153,15 @@ def score(
         )
 
     results, contexts = [(0.0, True)] * len(requests), sorted(groups, key=len, reverse=True)
-    model.decoder = None  # its memory is wanted here
+    codec = codec_of(kv_cache_dtype, model.dtype)
+    release(model)  # its memory is wanted here
     try:
         for i in range(0, len(contexts), batch_size):
             batch = contexts[i : i + batch_size]
             rows = [(row, index) for row, context in enumerate(batch) for index in groups[context]]
             rows.sort(key=lambda row: len(requests[row[1]][1]), reverse=True)
             continuations = [requests[index][1] for _, index in rows]
-            scores = _score_batch(model, batch, [row for row, _ in rows], continuations, batch_size, kv_dtype)
+            scores = _score_batch(model, batch, [row for row, _ in rows], continuations, batch_size, codec)
             for (_, index), result in zip(rows, scores):
                 results[index] = result
             progress(len(rows))
@@ -227,21 +169,18 @@ def score(
         raise ValueError(
             f"out of {device.type} memory with {batch_size} requests at once; lower --batch_size"
         ) from None
-    finally:
-        model.attach_caches([None] * config.n_layers)
     return results
 
 
 def _score_batch(
-    model, contexts, rows: list[int], continuations, batch_size: int, kv_dtype
+    model: Transformer, contexts, rows: list[int], continuations, batch_size: int, codec: Codec
 ) -> list[tuple[float, bool]]:
     """`score` of continuations (longest first), each of which follows the context that its element of `rows` counts."""
     tokens, lengths = _padded(contexts, 0, model.device)  # [B, T], [B]
-    model.attach_caches([None] * model.config.n_layers)  # freed first
-    model.attach_caches(held := model.new_caches(*tokens.shape, kv_dtype))
+    held = KVCache.empty(model.config, *tokens.shape, codec, model.device, model.kv_scales)
     row = torch.tensor(rows, device=model.device)  # [R]
     first = torch.tensor([continuation[0] for continuation in continuations], device=model.device)
-    logits = model(tokens, None, lengths)  # [B, V]
+    logits = model(tokens, held, None, lengths)  # [B, V]
     log_probs = logits.log_softmax(-1)[row, first].double()
     greedy = logits.argmax(-1)[row] == first
     del logits
@@ -251,18 +190,15 @@ def _score_batch(
         part = slice(i, min(i + batch_size, len(longer)))
         inputs, counts = _padded([continuation[:-1] for continuation in longer[part]], 0, model.device)
         targets, _ = _padded([continuation[1:] for continuation in longer[part]], -100, model.device)
-        caches = None
-        model.attach_caches(held)  # the part before is freed first
-        # A slot of the contexts' caches is the same in larger ones: rings are either full already or not yet closed.
-        caches = model.new_caches(len(inputs), tokens.shape[1] + inputs.shape[1], kv_dtype)
-        for new, old in zip(caches, held):
-            new.k[:, :, : old.slots] = old.k[row[part]]
-            new.v[:, :, : old.slots] = old.v[row[part]]
-        model.attach_caches(caches)
+        cache = None  # the part before is freed first
+        length = tokens.shape[1] + inputs.shape[1]
+        cache = KVCache.empty(model.config, len(inputs), length, codec, model.device, model.kv_scales)
+        cache.copy_rows(held, row[part])
         step = max(1, LOGITS // len(inputs))
         for j in range(0, inputs.shape[1], step):
             piece, target = inputs[:, j : j + step], targets[:, j : j + step]  # [R, T]
-            logits = model(piece, lengths[row[part]] + j, (counts - j).clamp(0, piece.shape[1]), all_logits=True)
+            valid = (counts - j).clamp(0, piece.shape[1])
+            logits = model(piece, cache, lengths[row[part]] + j, valid, all_logits=True)
             loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")  # 0 for padding
             log_probs[part] -= loss.view(target.shape).double().sum(-1)
             greedy[part] &= ((logits.argmax(-1) == target) | (target < 0)).all(-1)
@@ -290,13 +226,13 @@ class HarnessModel(TemplateLM):
         model: Transformer,
         tokenizer: Tokenizer,
         batch_size: int = 8,
-        kv_dtype: torch.dtype | None = None,
+        kv_cache_dtype: str | torch.dtype | None = None,
         compile: bool = False,
         seed: int = 1234,
     ):
         super().__init__()
         self.model, self.text = model, tokenizer  # the harness looks for Hugging Face's in `tokenizer`
-        self.batch_size, self.kv_dtype, self.compile, self.seed = batch_size, kv_dtype, compile, seed
+        self.batch_size, self.kv_cache_dtype, self.compile, self.seed = batch_size, kv_cache_dtype, compile, seed
         self.max_length = model.config.context_length
 
     @property
@@ -316,7 +252,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         with tqdm(total=len(pairs), unit="request", leave=False, disable=disable_tqdm) as bar:
-            return score(self.model, pairs, self.batch_size, self.kv_dtype, bar.update)
+            return score(self.model, pairs, self.batch_size, self.kv_cache_dtype, bar.update)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
@@ -349,8 +285,8 @@ class HarnessModel(TemplateLM):
             if not 0 < count < self.max_length:
                 raise ValueError(f"max_gen_toks of {count} leaves no prompt in the context of {self.max_length}")
             prompts = [self.tok_encode(requests[index].args[0])[count - self.max_length :] for index in indices]
-            turns = -(-len(prompts) // self.batch_size)
-            with tqdm(total=turns, unit="batch", leave=False, disable=disable_tqdm) as bar:
+            n_batches = -(-len(prompts) // self.batch_size)
+            with tqdm(total=n_batches, unit="batch", leave=False, disable=disable_tqdm) as bar:
                 completions = generate(
                     self.model,
                     prompts,
@@ -358,9 +294,9 @@ class HarnessModel(TemplateLM):
                     batch_size=self.batch_size,
                     temperature=temperature if sampled else 0,
                     seed=self.seed,
-                    kv_cache_dtype=self.kv_dtype,
+                    kv_cache_dtype=self.kv_cache_dtype,
                     compile=self.compile,
-                    on_step=lambda step, stops=stops, bar=bar: self._on_step(step, stops, bar),
+                    on_step=lambda step, runner, stops=stops, bar=bar: self._on_step(step, runner, stops, bar),
                     **({"top_k": 0} | settings),
                 )
             for index, tokens in zip(indices, completions):
@@ -369,18 +305,18 @@ class HarnessModel(TemplateLM):
                 texts[index] = text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
         return texts
 
-    def _on_step(self, step: int, stops: list[str], bar: tqdm):
+    def _on_step(self, step: int, runner: Runner, stops: list[str], bar: tqdm):
         """Ends the rows that have a stop string, every STOP_STEPS steps: what they get too many is cut off later."""
         if step == 0:
             bar.update(1)
         if step == 0 or step % STOP_STEPS or not stops:
             return
-        decoder, device = self.model.decoder, self.model.device
+        device = self.model.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # steps run on streams of their own
-        done = decoder.state.done
+        done = runner.state.done
         tail = STOP_STEPS + max(len(stop.encode()) for stop in stops)  # tokens; each has at least a byte
-        ends = [self.text.decode(tokens[-tail:]) for tokens in decoder.results(len(done))]
+        ends = [self.text.decode(tokens[-tail:]) for tokens in runner.results(len(done))]
         done |= torch.tensor([any(stop in end for stop in stops) for end in ends], device=device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -422,11 +358,7 @@ def program_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile the decode step of tasks that generate")
     add("--window", type=int, help="tokens of --text that a forward sees (default: 1024)")
     add("--batch_size", type=int, default=8, metavar="N", help="windows or requests at once (default: %(default)s)")
-    add("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="directory, or weight file in it")
-    add("--fp8", action="store_true", help="run the linear layers in FP8")
-    add("--kv_cache_dtype", choices=tuple(KV_DTYPES), default="auto", help="auto: as the weights")
-    add("--device", choices=("cuda", "cpu"), help="(default: cuda where there is a GPU)")
-    add("--precision", choices=tuple(PRECISIONS), default="bf16")
+    add_model_options(parser, "checkpoint_path", "fp8", "kv_cache_dtype", "device", "ops", "precision")
     add("--against", type=Path, metavar="PATH", help="a reference checkpoint; its KV cache is as its weights")
     add("--against_fp8", action="store_true", help="run the reference's linear layers in FP8")
     add("--json", action="store_true", help="print one JSON object")
@@ -451,7 +383,7 @@ def run(args: argparse.Namespace):
 
 
 def _load(args: argparse.Namespace, path: Path, fp8: bool) -> tuple[Transformer, Tokenizer]:
-    return load_model(path, args.device, args.precision, **({"fp8": True} if fp8 else {}))
+    return load_model(path, args.device, args.precision, fp8, args.ops)
 
 
 def run_text(args: argparse.Namespace):
@@ -459,7 +391,7 @@ def run_text(args: argparse.Namespace):
     texts = read_texts(args.text)
     model, tokenizer = _load(args, args.checkpoint_path, args.fp8)
     _check_window(model, window)
-    check_kv_scales(model, KV_DTYPES[args.kv_cache_dtype])
+    model.kv_scales.check(codec_of(args.kv_cache_dtype, model.dtype))
     pieces = windows(texts, tokenizer, window)
     reference = None
     if args.against is not None:
@@ -470,7 +402,7 @@ def run_text(args: argparse.Namespace):
                 f"{args.checkpoint_path} one of {tokenizer.vocab_size}: they can't be compared"
             )
     with tqdm(total=len(pieces), unit="window", leave=False) as bar:
-        result = evaluate(model, pieces, args.batch_size, KV_DTYPES[args.kv_cache_dtype], reference, bar.update)
+        result = evaluate(model, pieces, args.batch_size, args.kv_cache_dtype, reference, bar.update)
     if args.json:
         print(json.dumps(result))
         return
@@ -483,19 +415,19 @@ def run_text(args: argparse.Namespace):
 
 
 def run_tasks(args: argparse.Namespace):
-    tasks, seed, kv_dtype = (
+    tasks, seed, kv_cache_dtype = (
         args.tasks.split(","),
         1234 if args.seed is None else args.seed,
-        KV_DTYPES[args.kv_cache_dtype],
+        args.kv_cache_dtype,
     )
     manager = find_tasks(tasks, args.include_path)
     from lm_eval import simple_evaluate
 
     model, tokenizer = _load(args, args.checkpoint_path, args.fp8)
-    check_kv_scales(model, kv_dtype)
+    model.kv_scales.check(codec_of(kv_cache_dtype, model.dtype))
     with redirect_stdout(sys.stderr):  # where the harness's notes belong
         result = simple_evaluate(
-            model=HarnessModel(model, tokenizer, args.batch_size, kv_dtype, args.compile, seed),
+            model=HarnessModel(model, tokenizer, args.batch_size, kv_cache_dtype, args.compile, seed),
             tasks=tasks,
             num_fewshot=args.num_fewshot,
             limit=args.limit,

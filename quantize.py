@@ -1,4 +1,4 @@
-"""Write a checkpoint with quantised weights: fp8 and int8 have half of BF16's bytes, int4 little more than a quarter.
+"""Write a checkpoint with quantized weights: fp8 and int8 have half of BF16's bytes, int4 little more than a quarter.
 
 int8 and int4 are for weights only: activations stay as they are. int4-gptq writes what int4 does, with codes that make up
 for one another's rounding on a text (https://arxiv.org/abs/2210.17323).
@@ -18,33 +18,36 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import own_text
 from checkpoint import (
     FP8_DTYPE,
     FP8_SCHEME,
     GROUPS,
-    LINEAR,
-    QUANTISED_FORMATS,
+    LINEAR_WEIGHTS,
+    QUANTIZED_FORMATS,
     SCALES_NAME,
     Checkpoint,
     StoredTensor,
     check_weight_scale,
     fp8_scale_names,
-    int_parts,
     load_weights,
     one_of,
     open_checkpoint,
     read_json,
     read_scales,
     sources,
+    stored_parts,
     tensor_bytes,
     weight_scale_name,
     write_safetensors,
 )
-from eval import read_texts, windows
-from generate import DEFAULT_CHECKPOINT, Parser, pick_device, run_program
-from kernels import IntWeight, dequantise_reference, embed_reference, pack_int4, round_fp8
-from model import Transformer
+from cli import Parser, add_model_options, run_program
+from device import pick_device
+from formats import EMBEDDING_FORMAT, FORMATS, Weight, group_parameters
+from model import Residual, Transformer
+from ops import TORCH
+from ops.common import round_fp8
+from ops.integer import pack_int4
+from text import batches, own_text, read_texts, windows
 from tokenizer import Tokenizer
 
 ROWS = 4096  # of a weight that are in memory at once
@@ -151,80 +154,52 @@ def check_scale(name: str, tensors: list[StoredTensor], scale: float | None):
 # Integers
 
 
-def quantise_int8(weight: Tensor) -> IntWeight:
-    """Each row of weight [N, K] to the nearest of 255 codes, the largest value being 127."""
-    scale = _scale(weight.float().abs().amax(1) / 127)
-    codes = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127)
-    return IntWeight(codes.to(torch.int8), scale)
-
-
-def quantise_int4(weight: Tensor, group: int) -> IntWeight:
-    """Each group of a row's neighbours in weight [N, K] to the nearest of 16 codes, from its least value to its largest."""
-    groups = weight.float().unflatten(1, (-1, group))
-    parameters = group_parameters(groups)
-    scale, zero = parameters.float()[..., None].unbind(-2)
-    codes = (groups / scale + zero).round().clamp(0, 15)
-    return IntWeight(pack_int4(codes.flatten(1)), parameters)
-
-
-def group_parameters(values: Tensor) -> Tensor:
-    """[..., 2] in bf16, scale and zero of each group [..., group]."""
-    least, largest = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
-    scale = _scale((largest - least) / 15)
-    sixteenths = (-16 * least / scale.to(least.dtype)).round().clamp(0, 255)
-    return torch.stack((scale, (sixteenths / 16).bfloat16()), -1)
-
-
-def _scale(values: Tensor) -> Tensor:
-    if not values.isfinite().all():
-        raise ValueError("the checkpoint has weights that are not finite; they can't be quantised")
-    return torch.where(values == 0, 1, values).bfloat16()
-
-
 def write_int(
     checkpoint: Checkpoint,
     file: Path,
-    quantised: Callable[[str], IntWeight],
-    group: int,
+    quantized: Callable[[str], tuple[Tensor, ...]],
     head: bool,
     metadata: dict[str, str],
     progress=lambda n: None,
 ):
-    """Writes `checkpoint` with its linear weights, and with `head` its embedding, as `quantised` gives them when it is
-    called with their names, in the model's order; group 0 is int8, and so is an embedding always.
+    """Writes `checkpoint` with its linear weights, and with `head` its embedding, in the format that `metadata` names.
 
+    quantized(name) gives the parameters of a weight, in the order of its format, and is called in the model's order.
     `progress` is called with the number of source bytes done since the last call.
     """
     entries, held = {}, {}
+    weight_format, group = metadata["weight_format"], int(metadata.get("group_size", 0))
 
-    def part(name: str, field: str):
+    def part(name: str, index: int):
         if name not in held:  # the first of its parts
             held.clear()
-            held[name] = quantised(name)
-        yield tensor_bytes(getattr(held[name], field).cpu())
+            held[name] = quantized(name)
+        yield tensor_bytes(held[name][index].cpu())
 
     for name, tensors in checkpoint.parts.items():
         shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
-        if name.endswith(LINEAR) or (head and name == "embedding.weight"):
-            parts = int_parts(name, shape, group if name.endswith(LINEAR) else 0)
-            for field, (key, (dtype, part_shape)) in zip(IntWeight._fields, parts.items()):
-                entries[key] = (dtype, part_shape, partial(part, name, field))
+        if name.endswith(LINEAR_WEIGHTS) or (head and name == "embedding.weight"):
+            parts = stored_parts(name, shape, weight_format, group)
+            for index, (key, (dtype, part_shape)) in enumerate(parts.items()):
+                entries[key] = (dtype, part_shape, partial(part, name, index))
         else:
             entries[name] = weight_entry(tensors, 0, shape, None, progress)
-    write_safetensors(file, entries, {"weight_format": "int4" if group else "int8"} | metadata)
+    write_safetensors(file, entries, metadata)
 
 
-def round_weight(checkpoint: Checkpoint, name: str, group: int, progress=lambda n: None) -> IntWeight:
-    """A weight of `checkpoint`, each value rounded by itself, ROWS at a time."""
+def round_weight(
+    checkpoint: Checkpoint, name: str, weight_format: str, group: int, progress=lambda n: None
+) -> tuple[Tensor, ...]:
+    """The parameters of a weight of `checkpoint` in weight_format, each value rounded by itself, ROWS at a time."""
     pieces = []
     for tensor in checkpoint.parts[name]:
         with safe_open(tensor.file, framework="pt") as f:
             stored = f.get_slice(tensor.key)
             for row in range(0, tensor.shape[0], ROWS):
                 rows = stored[row : row + ROWS]
-                pieces.append(quantise_int4(rows, group) if group else quantise_int8(rows))
+                pieces.append(FORMATS[weight_format].quantize(rows, group))
                 progress(rows.nbytes)
-    return IntWeight(*(torch.cat(parts) for parts in zip(*pieces)))
+    return tuple(torch.cat(parts) for parts in zip(*pieces))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,8 +208,10 @@ def round_weight(checkpoint: Checkpoint, name: str, group: int, progress=lambda 
 BLOCK = 128  # columns between two updates of all that follow
 
 
-def gptq(weight: Tensor, hessian: Tensor, group: int, act_order: bool = False, damping: float = 0.01) -> IntWeight:
-    """int4 codes of weight [N, K] that keep its products with inputs x, of which hessian [K, K] is the sum of x xᵀ.
+def gptq(
+    weight: Tensor, hessian: Tensor, group: int, act_order: bool = False, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """The parameters, in int4, of weight [N, K] that keep its products with inputs x, of which hessian [K, K] is the sum of x xᵀ.
 
     Columns are rounded one after the other, and what is lost in one is made up for in those that follow, along the
     inverse of the hessian that is left: row j of U, with H⁻¹ = Uᵀ U, is what the paper's (3) needs at column j, and all
@@ -273,7 +250,7 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, act_order: bool = False, d
             codes[column], errors[j - start] = code, error
         columns[stop:] -= upper[start:stop, stop:].T @ errors
     codes = codes.T.contiguous()
-    return IntWeight(pack_int4(codes), parameters)
+    return pack_int4(codes), parameters
 
 
 @torch.no_grad()
@@ -281,17 +258,31 @@ def gptq_weights(
     checkpoint: Checkpoint,
     token_windows: list[list[int]],
     device: torch.device,
-    quantise: Callable[[Tensor, Tensor], IntWeight],
+    quantize: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    group: int,
     batch_size: int = 8,
-) -> Iterator[tuple[str, IntWeight]]:
-    """(name, `quantise`(weight, hessian)) of each linear layer in turn, on inputs that come through the layers before as
-    they are quantised.
+) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """(name, `quantize`(weight, hessian)) of each linear layer in turn, on inputs that come through the layers before as
+    they are quantized, to int4 in groups of `group`.
 
     On `device` are one block's weights and the residual stream of all windows in bf16, and a hessian in float32.
     """
-    config, dtype = checkpoint.config, torch.bfloat16
+    config, dtype, watched = checkpoint.config, torch.bfloat16, {}
+
+    def watch(operation: Callable) -> Callable:
+        """`operation`, which adds x xᵀ of its inputs to the hessian of the weight that is watched."""
+
+        def watching(x: Tensor, weight: Weight, *rest, **options) -> Tensor:
+            if weight in watched:
+                rows = x.float()
+                watched[weight].addmm_(rows.T, rows)
+            return operation(x, weight, *rest, **options)
+
+        return watching
+
     with torch.device("meta"):
         model = Transformer(config)
+    model.ops = replace(TORCH, matmul=watch(TORCH.matmul), matmul_geglu=watch(TORCH.matmul_geglu))
     model.rope_frequency, model.rope_frequency_local = (
         frequency.to(device) for frequency in (model.rope_frequency, model.rope_frequency_local)
     )
@@ -301,36 +292,31 @@ def gptq_weights(
         loaded = load_weights(replace(checkpoint, parts=parts), device, dtype)
         return {name.removeprefix(prefix): weight for name, weight in loaded.items()}
 
-    def forward(i: int, x: Tensor) -> Tensor:
-        query = torch.arange(x.shape[1], device=device)[None]
-        return model.layers[i](x, model._shared(config.is_local(i), query, None), None, None)
-
-    embedding, batches = weights("embedding.")["weight"], []
-    while token_windows:
-        length = len(token_windows[0])
-        batch = [window for window in token_windows[:batch_size] if len(window) == length]
-        token_windows = token_windows[len(batch) :]
-        batches.append(embed_reference(torch.tensor(batch).to(device), embedding, model.embedding_scale[dtype], dtype))
+    embedding, streams = weights("embedding.")["weight"], []
+    for batch in batches(token_windows, batch_size):
+        tokens = torch.tensor(batch).to(device)
+        x = TORCH.embed(tokens.flatten(), embedding, model.normalizers[dtype], dtype)
+        streams.append((model.positions(tokens), Residual(x)))
     del embedding
     for i, layer in enumerate(model.layers):
         layer.load_state_dict(weights(f"layers.{i}."), assign=True)
+
         for name in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2"):
             linear = layer.get_submodule(name)
-            hessian = torch.zeros(linear.in_features, linear.in_features, device=device)
-
-            def add(_, inputs, hessian=hessian):
-                rows = inputs[0].flatten(0, -2).float()
-                hessian.addmm_(rows.T, rows)
-
-            hook = linear.register_forward_pre_hook(add)
-            for x in batches:
-                forward(i, x)
-            hook.remove()
-            weight = quantise(linear.weight, hessian)
-            linear.weight = torch.nn.Parameter(dequantise_reference(weight, dtype), False)
-            yield f"layers.{i}.{name}.weight", weight
-        batches = [forward(i, x) for x in batches]
+            watched[linear] = torch.zeros(linear.shape[1], linear.shape[1], device=device)
+            _forward(model, i, streams)
+            parameters = quantize(linear.weight, watched.pop(linear))
+            rounded = Weight.of("int4", *parameters, shape=linear.shape, group=group)
+            linear.weight = torch.nn.Parameter(rounded.format.dequantize(rounded, dtype), False)
+            yield f"layers.{i}.{name}.weight", parameters
+        streams = _forward(model, i, streams)
         layer.to("meta")
+
+
+def _forward(model: Transformer, layer: int, streams: list) -> list:
+    """(positions, residual stream) of each batch, one layer on."""
+    kind = model.config.is_local(layer)
+    return [(kinds, model.layers[layer](model.ops, residual, kinds[kind], None)) for kinds, residual in streams]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,8 +333,8 @@ OPTIONS = {  # what only some modes take
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="quantize.py", description=__doc__)
     add = parser.add_argument
-    add("--mode", choices=("fp8", "int8", "int4", "int4-gptq"), required=True)
-    add("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="directory with BF16 weights")
+    add("--mode", choices=(*QUANTIZED_FORMATS, "int4-gptq"), required=True)
+    add_model_options(parser, "checkpoint_path")
     add("--fp8_head", action="store_true", help="fp8: the embedding, which is the output head, too")
     add("--export_hf", type=Path, metavar="OUT", help="fp8: write a directory for vLLM, TGI and transformers instead")
     add("--quantize_embedding", action="store_true", help="int: the embedding, which is the output head, in int8")
@@ -368,8 +354,8 @@ def run(args: argparse.Namespace):
             if getattr(args, option) not in (None, False) and args.mode not in modes:
                 raise ValueError(f"--{option} is for {' and '.join(f'--mode {mode}' for mode in modes)} only")
     checkpoint = open_checkpoint(args.checkpoint_path)
-    if checkpoint.weight_format in QUANTISED_FORMATS:
-        raise ValueError(f"{args.checkpoint_path} is quantised already: name a checkpoint with BF16 weights")
+    if checkpoint.weight_format in QUANTIZED_FORMATS:
+        raise ValueError(f"{args.checkpoint_path} is quantized already: name a checkpoint with BF16 weights")
     total = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
     prepare = prepare_fp8 if args.mode == "fp8" else prepare_int
     file, write = prepare(args, checkpoint)
@@ -395,11 +381,12 @@ def prepare_fp8(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
 
 def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path, Callable]:
     """As `prepare_fp8`."""
-    group = 0 if args.mode == "int8" else args.group_size or 32
+    weight_format = args.mode.removesuffix("-gptq")
+    group = (args.group_size or 32) if FORMATS[weight_format].grouped else 0
     check_group(checkpoint, group)
-    head, metadata, text = args.quantize_embedding, {}, None
+    head, metadata, text = args.quantize_embedding, {"weight_format": weight_format}, None
     if group:
-        metadata = {"group_size": str(group), "method": "gptq" if args.mode == "int4-gptq" else "rounded"}
+        metadata |= {"group_size": str(group), "method": "gptq" if args.mode == "int4-gptq" else "rounded"}
     if not 0 <= (args.damping or 0) <= 1:
         raise ValueError(f"--damping must be from 0 to 1, not {args.damping:g}")
     if args.mode == "int4-gptq":
@@ -411,19 +398,21 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
     def write(progress):
         if args.mode == "int4-gptq":
             damping = 0.01 if args.damping is None else args.damping
-            quantise = partial(gptq, group=group, act_order=args.act_order, damping=damping)
-            weights = gptq_weights(checkpoint, text, device, quantise)
+            quantize = partial(gptq, group=group, act_order=args.act_order, damping=damping)
+            weights = gptq_weights(checkpoint, text, device, quantize, group)
 
-        def quantised(name: str) -> IntWeight:
-            if args.mode != "int4-gptq" or not name.endswith(LINEAR):
-                return round_weight(checkpoint, name, group if name.endswith(LINEAR) else 0, progress)
-            found, weight = next(weights)
+        def quantized(name: str) -> tuple[Tensor, ...]:
+            if name == "embedding.weight":
+                return round_weight(checkpoint, name, EMBEDDING_FORMAT.get(weight_format, weight_format), 0, progress)
+            if args.mode != "int4-gptq":
+                return round_weight(checkpoint, name, weight_format, group, progress)
+            found, parameters = next(weights)
             if found != name:
                 raise RuntimeError(f"{found} came where {name} was wanted")
             progress(sum(tensor.size for tensor in checkpoint.parts[name]))
-            return weight
+            return parameters
 
-        write_int(checkpoint, file, quantised, group, head, metadata, progress)
+        write_int(checkpoint, file, quantized, head, metadata, progress)
 
     return file, write
 
@@ -431,7 +420,7 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
 def check_group(checkpoint: Checkpoint, group: int):
     if not group:
         return
-    inputs = {name: tensors[0].shape[1] for name, tensors in checkpoint.parts.items() if name.endswith(LINEAR)}
+    inputs = {name: tensors[0].shape[1] for name, tensors in checkpoint.parts.items() if name.endswith(LINEAR_WEIGHTS)}
     fitting = [str(each) for each in GROUPS if all(k % each == 0 for k in inputs.values())]
     if group not in GROUPS:
         raise ValueError(f"--group_size must be {one_of(GROUPS)}, not {group}")

@@ -1,0 +1,108 @@
+"""What the programs have in common: the parser, errors as one line, and the figures at the end of a run."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import ops
+from cache import KV_CACHE_DTYPES
+from device import GIB, copy_bandwidth, peak_memory
+from model import Transformer
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny-gemma"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ValueError where the original prints and exits."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists the options)")
+
+
+def add_model_options(parser: argparse.ArgumentParser, *names: str):
+    """Adds those of the options that several programs take and that are named: checkpoint_path, fp8, ops and so on."""
+    options = {
+        "checkpoint_path": dict(type=Path, default=DEFAULT_CHECKPOINT, help="directory, or weight file in it"),
+        "fp8": dict(action="store_true", help="FP8 weights and products (calibrate.py makes the scaling factors)"),
+        "kv_cache_dtype": dict(choices=KV_CACHE_DTYPES, default="auto", help="auto: as --precision"),
+        "device": dict(choices=("cuda", "cpu"), help="(default: cuda where there is a GPU)"),
+        "ops": dict(
+            choices=ops.NAMES, default="auto", help="what runs the layers (default: kernels on a GPU, else torch)"
+        ),
+        "precision": dict(choices=tuple(PRECISIONS), default="bf16", help="of activations (default: %(default)s)"),
+    }
+    for name in names:
+        parser.add_argument(f"--{name}", **options[name])
+
+
+def run_program(run: Callable, parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+    """Parses, runs and gives the exit status: 0, or 2 with one line on stderr for what the user can mend."""
+    warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
+    try:
+        run(parser.parse_args(argv))
+    except BrokenPipeError:  # the reader of stdout is gone; Python would complain once more on exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+@dataclass
+class Stats:
+    """Seconds and counts of one or more `generate` calls."""
+
+    compile_seconds: float = 0.0  # allocating caches and packing weights for a CPU, too
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    rows: int = 0
+    steps: int = 0
+    bytes_read: int = 0  # weights and valid KV cache entries that the decode steps had to read
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second of decoding, all rows together; the first of each row is prefill's."""
+        return (self.new_tokens - self.rows) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.bytes_read / self.decode_seconds if self.decode_seconds else 0.0
+
+
+OPS_IN_WORDS = {
+    "kernels": "by the Triton kernels",
+    "torch": "by PyTorch",
+    "te": "by TransformerEngine and the Triton kernels",
+}
+
+
+def print_figures(stats: Stats, load_seconds: float, model: Transformer, seed: int):
+    """Prints the figures of a run to stderr."""
+    device = model.device
+    peak = peak_memory(device)  # before the bandwidth's own buffers
+    bandwidth = copy_bandwidth(device)
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)} {OPS_IN_WORDS[model.ops.name]}"
+    print(
+        f"{name}, {str(model.dtype).removeprefix('torch.')}, seed {seed}\n"
+        f"load {load_seconds:.2f} s, compile {stats.compile_seconds:.2f} s, "
+        f"prefill {stats.prefill_seconds:.3f} s ({stats.prompt_tokens} tokens), "
+        f"decode {stats.decode_seconds:.3f} s ({stats.new_tokens} tokens in {stats.rows} rows)\n"
+        f"decode {stats.decode_rate:.1f} tokens/s, {stats.bandwidth / 1e9:.1f} GB/s, "
+        f"{stats.bandwidth / bandwidth:.0%} of the copy bandwidth ({bandwidth / 1e9:.1f} GB/s)\n"
+        f"peak memory {peak / GIB:.2f} GiB",
+        file=sys.stderr,
+    )

@@ -1,0 +1,215 @@
+"""Weight formats: what is stored of a matrix, how it is made and read, and what multiplies by it.
+
+A new format is one entry of `FORMATS`, and a kernel if it is to be fast. Files, `quantize.py --mode` and random weights
+follow from the entry.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ops.common import E4M3, round_fp8
+from ops.integer import dequantize, int_product, int_triton, pack_int4
+from ops.matmul import dense_product, dense_triton, fp8_product
+
+LINEAR = ("wqkv", "wo", "w13", "w2")  # the modules whose weights are quantized
+GROUPS = (32, 64, 128, 256)  # of int4: how many neighbours in a row may share a scale
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix [N, K] is stored.
+
+    stored(n, k, group): dtype (None: that of activations) and shape of each parameter of a `Weight`. `product` is the
+    PyTorch definition of x @ weight.T, `kernel` its fast form, both as ops/matmul.py calls them. dequantize(weight,
+    dtype) gives the numbers [N, K]. quantize(numbers [N, K], group) gives the parameters, in their order; None if that
+    needs more than the numbers. random(name, parameter, generator) fills a parameter for models of random weights.
+    """
+
+    name: str
+    stored: Callable[[int, int, int], dict[str, tuple[torch.dtype | None, tuple[int, ...]]]]
+    product: Callable
+    kernel: Callable
+    dequantize: Callable
+    random: Callable
+    quantize: Callable | None = None
+    grouped: bool = False  # whether neighbours in a row share a scale
+
+
+class PackedWeight(NamedTuple):
+    """A bfloat16 weight in oneDNN's own layout, which F.linear would otherwise make anew in every call on a CPU.
+
+    Measured on 2 cores with AVX512-BF16, gemma-2b's shapes: 1.4 times F.linear at 1 row, 1.6 times at 16; tiny-gemma's
+    step takes 0.8 of the time.
+    """
+
+    weight: Tensor
+    source: tuple[int, int]  # address and version of the weight that it was made from
+
+
+class Weight(nn.Module):
+    """A matrix [N, K] in one of FORMATS, as parameters: `weight`, the numbers or codes; `scale`; `input_scale`.
+
+    scale is a float32 scalar in FP8, [N] in int8, [N, K / group, 2] in int4 (scale and zero), None else. input_scale, a
+    float32 scalar, is that of the inputs of FP8 products, None else.
+    """
+
+    def __init__(self, n: int, k: int, format: Format | None = None, group: int = 0):
+        super().__init__()
+        self.shape, self.group, self.packed = (n, k), group, None
+        self.store(FORMATS["bf16"] if format is None else format, group)
+
+    def store(self, format: Format, group: int = 0):
+        """Makes this an empty weight in another format."""
+        self.format, self.group = format, group if format.grouped else 0
+        stored = format.stored(*self.shape, group)
+        for name in ("weight", "scale", "input_scale"):
+            dtype, shape = stored.get(name, (None, None))
+            parameter = None if shape is None else nn.Parameter(torch.empty(shape, dtype=dtype), dtype is None)
+            self.register_parameter(name, parameter)
+
+    @classmethod
+    def of(cls, format: str, *parameters: Tensor, shape: tuple[int, int] | None = None, group: int = 0) -> "Weight":
+        """A weight of given parameters, in the order of the format's `stored`."""
+        n, k = shape or parameters[0].shape
+        with torch.device("meta"):
+            weight = cls(n, k, FORMATS[format], group)
+        for name, parameter in zip(FORMATS[format].stored(n, k, group), parameters, strict=True):
+            setattr(weight, name, nn.Parameter(parameter, False))
+        return weight
+
+    @property
+    def data(self) -> Tensor:
+        return self.weight
+
+    def pack(self):
+        """Keeps a bf16 weight in oneDNN's layout, too, until it changes; the next products on a CPU take that."""
+        if self.weight.dtype == torch.bfloat16 and self.format.name == "bf16":
+            source = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
+            if self.packed is None or self.packed.source != source:
+                layout = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
+                self.packed = PackedWeight(layout, source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int8 and int4, rounded
+
+
+def quantize_int8(weight: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] and scale [N] of each row of weight [N, K]: the nearest of 255 codes, the largest value being 127."""
+    scale = _scale(weight.float().abs().amax(1) / 127)
+    codes = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Packed codes [N, K / 8] and scales [N, K / group, 2]: each group of neighbours in weight [N, K] to the nearest of 16
+    codes, from its least value to its largest."""
+    groups = weight.float().unflatten(1, (-1, group))
+    parameters = group_parameters(groups)
+    scale, zero = parameters.float()[..., None].unbind(-2)
+    codes = (groups / scale + zero).round().clamp(0, 15)
+    return pack_int4(codes.flatten(1)), parameters
+
+
+def group_parameters(values: Tensor) -> Tensor:
+    """Scale and zero [..., 2], in bf16, of each group [..., group] of values."""
+    least, largest = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+    scale = _scale((largest - least) / 15)
+    sixteenths = (-16 * least / scale.to(least.dtype)).round().clamp(0, 255)
+    return torch.stack((scale, (sixteenths / 16).bfloat16()), -1)
+
+
+def _scale(values: Tensor) -> Tensor:
+    if not values.isfinite().all():
+        raise ValueError("the checkpoint has weights that are not finite; they can't be quantized")
+    return torch.where(values == 0, 1, values).bfloat16()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random weights: N(0, 0.02²), or codes that deviate as much
+
+
+def _random_numbers(name: str, parameter: Tensor, generator: torch.Generator):
+    parameter.normal_(0, 0.02, generator=generator)
+
+
+def _random_fp8(name: str, parameter: Tensor, generator: torch.Generator):
+    weight_scale = 0.1 / E4M3_MAX
+    if name == "weight":
+        for rows in parameter.split(4096):
+            values = torch.empty(rows.shape, device=parameter.device).normal_(0, 0.02, generator=generator)
+            rows.copy_(round_fp8(values, weight_scale))
+    else:
+        parameter.fill_(weight_scale if name == "scale" else 20 / E4M3_MAX)  # for inputs up to 20
+
+
+def _random_int8(name: str, parameter: Tensor, generator: torch.Generator):
+    if name == "weight":
+        parameter.random_(-127, 128, generator=generator)
+    else:
+        parameter.fill_(0.02 / 73.6)  # what 255 codes deviate by
+
+
+def _random_int4(name: str, parameter: Tensor, generator: torch.Generator):
+    if name == "weight":
+        parameter.random_(-(2**31), 2**31, generator=generator)
+    else:
+        parameter.copy_(torch.tensor([0.02 / 4.61, 7.5]))  # what 16 codes deviate by, and their middle
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The formats
+
+FORMATS = {
+    format.name: format
+    for format in (
+        Format(
+            "bf16",  # or any other dtype of activations
+            stored=lambda n, k, group: {"weight": (None, (n, k))},
+            product=dense_product,
+            kernel=dense_triton,
+            dequantize=lambda weight, dtype: weight.data.to(dtype),
+            random=_random_numbers,
+        ),
+        Format(
+            "fp8",
+            stored=lambda n, k, group: {
+                "weight": (E4M3, (n, k)),
+                "scale": (torch.float32, ()),
+                "input_scale": (torch.float32, ()),
+            },
+            product=fp8_product,
+            kernel=dense_triton,
+            dequantize=lambda weight, dtype: (weight.data.float() * weight.scale).to(dtype),
+            random=_random_fp8,
+        ),
+        Format(
+            "int8",
+            stored=lambda n, k, group: {"weight": (torch.int8, (n, k)), "scale": (torch.bfloat16, (n,))},
+            product=int_product,
+            kernel=int_triton,
+            dequantize=dequantize,
+            random=_random_int8,
+            quantize=quantize_int8,
+        ),
+        Format(
+            "int4",
+            stored=lambda n, k, group: {
+                "weight": (torch.int32, (n, k // 8)),
+                "scale": (torch.bfloat16, (n, k // group, 2)),
+            },
+            product=int_product,
+            kernel=int_triton,
+            dequantize=dequantize,
+            random=_random_int4,
+            quantize=quantize_int4,
+            grouped=True,
+        ),
+    )
+}
+EMBEDDING_FORMAT = {"int4": "int8"}  # the format of a quantized embedding, where it is not that of the layers

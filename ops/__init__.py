@@ -1,0 +1,88 @@
+"""The operations that Gemma's layers are made of, and the one place where it is chosen what runs them.
+
+Each operation has one name and a PyTorch definition, which runs on any device, in float32 to FP8, and can be
+differentiated where its inputs are not FP8 or integers. Most have Triton kernels beside it, and some TransformerEngine's
+modules. model.py is written over `Ops` and knows none of them.
+
+| operation      | what it makes                                             | definition and kernels in        |
+| -------------- | --------------------------------------------------------- | -------------------------------- |
+| rope           | cosines and sines of the tokens' positions                 | rope.py                          |
+| embed          | the residual stream, of tokens                             | norm.py                          |
+| add_norm       | residual sum and the norm of it, rounded to FP8 or not     | norm.py                          |
+| matmul         | a product by a weight of any format                        | matmul.py, integer.py            |
+| matmul_geglu   | gate and up products and GeGLU, rounded to FP8 or not      | matmul.py, integer.py            |
+| mask           | which keys a query sees                                    | attention.py                     |
+| attend         | norms, rotation, cache write and attention                 | attention.py, decode_attention.py |
+| greedy         | the most probable token, appended to each row              | next_token.py                    |
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ops import attention, common, matmul, next_token, norm, rope
+
+NAMES = ("auto", "kernels", "te", "torch")
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of every operation. `replace(ops, matmul=...)` makes another, for recording what passes, say."""
+
+    name: str
+    rope: Callable
+    embed: Callable
+    add_norm: Callable
+    matmul: Callable
+    matmul_geglu: Callable
+    mask: Callable
+    attend: Callable
+    greedy: Callable
+
+
+TORCH = Ops(
+    "torch",
+    rope=rope.rope,
+    embed=norm.embed,
+    add_norm=norm.add_norm,
+    matmul=matmul.matmul,
+    matmul_geglu=matmul.matmul_geglu,
+    mask=attention.attention_mask,
+    attend=attention.attend,
+    greedy=next_token.greedy_next_token,
+)
+KERNELS = Ops(
+    "kernels",
+    rope=rope.rope_triton,
+    embed=norm.embed_triton,
+    add_norm=norm.add_norm_triton,
+    matmul=matmul.matmul_triton,
+    matmul_geglu=matmul.matmul_geglu_triton,
+    mask=attention.attention_mask_triton,
+    attend=attention.attend_triton,
+    greedy=next_token.greedy_next_token_triton,
+)
+
+
+def choose(name: str, device: torch.device) -> Ops:
+    """The implementation `name` of NAMES for `device`.
+
+    "auto" is the kernels on a CUDA GPU with Triton, else PyTorch: TransformerEngine's modules lose to the kernels at every
+    shape that was measured (`python benchmark.py prefill`). Raises ValueError for what doesn't run there.
+    """
+    if name not in NAMES:
+        raise ValueError(f"ops must be one of {', '.join(NAMES)}, not {name!r}")
+    runs = common.available(device)
+    if name == "auto":
+        name = "kernels" if runs and device.type == "cuda" else "torch"
+    if name == "torch":
+        return TORCH
+    if not runs:
+        needs = "Triton" if device.type == "cuda" else "a CUDA GPU"
+        raise ValueError(f"ops '{name}' needs {needs}: use 'torch'")
+    if name == "kernels":
+        return KERNELS
+    from ops import te  # its import takes seconds
+
+    return te.operations(KERNELS, device)

@@ -1,0 +1,440 @@
+"""Attention of one query a row over the KV cache, the decode step's: rotation, cache write and attention in one kernel.
+
+A program has one row and one key head, and `kv_splits` programs share the slots of those: each leaves a maximum, a sum and
+an unscaled result, which a second kernel combines (FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.common import (
+    E4M3,
+    LOG2E,
+    SMS,
+    jit,
+    launch,
+    launch_dependents,
+    load_scalar,
+    load_sum,
+    power_of_2,
+    prefetch_l2,
+    row_warps,
+    split_k_of,
+    store_rounded,
+    tanh,
+    tl,
+    triton_dtype,
+    wait_for_previous,
+)
+from ops.rope import AttentionLayer, Positions, _normed_rotated, _write
+
+LOWEST = tl.constexpr(-1.0e30)  # a running maximum's start; -inf would make NaN of -inf - -inf
+COMBINE_BLOCK = 32  # elements of head_dim that a program of the second kernel combines
+
+
+class AttentionConfig(NamedTuple):
+    """How the decode step's attention runs: block_s slots at a time, num_stages such blocks in flight.
+
+    `by_sums` multiplies by float32 sums instead of tensor cores, where each key head has one query. The first `ahead`
+    slots are brought to L2 while the kernel before still runs.
+    """
+
+    block_s: int
+    num_warps: int
+    num_stages: int
+    by_sums: bool
+    ahead: int = 0
+
+
+def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtype) -> AttentionConfig:
+    """How `group` query heads on each of `pairs` rows' key heads attend; what was fastest in whole steps on an H200."""
+    if group > 1:
+        return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
+    if pairs >= SMS:
+        if cache_dtype.itemsize == 1:
+            return AttentionConfig(block_s=8, num_warps=1, num_stages=6, by_sums=True)
+        return AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
+    if slots > 2048:
+        return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=True)
+    return AttentionConfig(block_s=8, num_warps=1, num_stages=2, by_sums=True, ahead=64)
+
+
+def pick_kv_splits(pairs: int, slots: int, block_s: int, num_warps: int = 4) -> int:
+    """How many programs share one row and key head, of which there are `pairs`: enough to fill the GPU."""
+    programs = SMS * 4 // num_warps if pairs < SMS else SMS
+    return min(power_of_2(-(-programs // pairs)), power_of_2(-(-slots // (2 * block_s))), 64)
+
+
+@jit
+def _log2_scores(products, scale, softcap):
+    """Scores of products q · k, times log2(e), for exp2."""
+    if softcap is None:
+        scores = products * (scale * LOG2E)
+    else:
+        scores = tanh(products * (scale / softcap)) * (softcap * LOG2E)
+    return scores
+
+
+@jit
+def _kv_split(position, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
+    """The slots [start, end) of a program: its part, in whole blocks, of those that are in use."""
+    used = tl.minimum(position + 1, S).to(tl.int32)
+    size = tl.cdiv(tl.cdiv(used, BLOCK_S), KV_SPLITS) * BLOCK_S
+    start = tl.program_id(2) * size
+    return start, tl.minimum(start + size, used)
+
+
+@jit
+def _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them are in use; the new token's slot is
+    not, since its key and value never come from memory."""
+    used = (s + lane < end) & (s + lane != slot)
+    mask = used[:, None] & (d < D)[None, :] if D < BLOCK_D else used[:, None]
+    offsets = base + s * D + lane[:, None] * D + d[None, :]
+    return tl.load(k_ptr + offsets, mask=mask, other=0.0), tl.load(v_ptr + offsets, mask=mask, other=0.0), used
+
+
+@jit
+def _place(position_ptr, S, K: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
+    """Where program (row, key head, split) works: the slot of the row's new token, where the head begins in the caches, and
+    the slots [start, end) of the program."""
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(position_ptr + row)
+    start, end = _kv_split(position, S, BLOCK_S, KV_SPLITS)
+    return (position % S).to(tl.int32), (row * K + tl.program_id(1)) * S * D, start, end
+
+
+@jit
+def _prefetch_slots(k_ptr, v_ptr, base, start, end, D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):
+    """Has AHEAD slots brought to L2."""
+    if PDL and AHEAD > 0:
+        PIECE: tl.constexpr = 1024
+        ITEM: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
+        first = base + start * D
+        count = tl.minimum(end - start, AHEAD) * (D * ITEM) // PIECE
+        prefetch_l2(k_ptr + first, PIECE, count, PIECE, PDL)
+        prefetch_l2(v_ptr + first, PIECE, count, PIECE, PDL)
+
+
+@jit
+def _new_kv(
+    qkv_ptr,
+    rope_ptr,
+    k_norm_ptr,
+    eps,
+    rows,
+    d,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Loads the rotation at the row's position, and makes the row's new key and value."""
+    WIDTH: tl.constexpr = (G + 2) * K * D
+    row = tl.program_id(0).to(tl.int64)
+    in_head = d < D
+    cos = tl.load(rope_ptr + row * D + d, mask=in_head, other=0.0)
+    sin = tl.load(rope_ptr + (rows + row) * D + d, mask=in_head, other=0.0)
+    head = (G * K + tl.program_id(1)) * D
+    k = _normed_rotated(qkv_ptr, row, rows, head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, dtype)
+    v = load_sum(qkv_ptr, row, rows, head + K * D + d, in_head, WIDTH, SPLIT_K, dtype)
+    return cos, sin, k, v
+
+
+@jit
+def _write_new(k, v, k_ptr, v_ptr, own, inverse_k_scale, inverse_v_scale, d, D: tl.constexpr, LIMIT: tl.constexpr):
+    """Rounds the new key and value as the caches store them; the first split writes them from offset `own` on.
+
+    They are used from registers. Loads that come after these stores would wait for them, since a load may be of what was
+    stored: so the first block is loaded before.
+    """
+    mask = d < tl.where(tl.program_id(2) == 0, D, 0)
+    k = _write(k, k_ptr, own + d, inverse_k_scale, mask, LIMIT)
+    v = _write(v, v_ptr, own + d, inverse_v_scale, mask, LIMIT)
+    return k, v
+
+
+@jit
+def _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap):
+    """Adds a block to the running softmax of each lane: its maximum m, its sum l and its unscaled result acc."""
+    scores = _log2_scores(tl.sum(q[None, :] * k.to(tl.float32), axis=1), scale, softcap)
+    scores = tl.where(used, scores, float("-inf"))
+    m_new = tl.maximum(m, scores)
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(scores - m_new)
+    return m_new, l * alpha + p, acc * alpha[:, None] + p[:, None] * v.to(tl.float32)
+
+
+@jit
+def _attention_by_sums_kernel(
+    qkv_ptr,
+    rope_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    k_ptr,
+    v_ptr,
+    position_ptr,
+    scale_ptr,
+    out_ptr,
+    acc_ptr,
+    stats_ptr,
+    scale,
+    v_scale,
+    softcap,
+    inverse_k_scale,
+    inverse_v_scale,
+    eps,
+    rows,
+    S,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    KV_SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    LIMIT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One query on each key head. Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the
+    loop exchanges nothing between warps; they are joined at the end. The first block is loaded before the wait."""
+    launch_dependents(PDL)
+    WIDTH: tl.constexpr = 3 * K * D
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    in_head = d < D
+    output_scale = load_scalar(scale_ptr)
+    slot, base, start, end = _place(position_ptr, S, K, D, BLOCK_S, KV_SPLITS)
+    k, v, used = _block(k_ptr, v_ptr, base, start, end, slot, lane, d, D, BLOCK_D)
+    _prefetch_slots(k_ptr, v_ptr, base, start + BLOCK_S, end, D, AHEAD, PDL)
+    wait_for_previous(PDL)
+    cos, sin, own_k, own_v = _new_kv(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, K, G, D, SPLIT_K, dtype)
+    q = _normed_rotated(
+        qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, dtype
+    )
+    own_k, own_v = _write_new(
+        own_k, own_v, k_ptr, v_ptr, base + slot * D, inverse_k_scale, inverse_v_scale, d, D, LIMIT
+    )
+    own = (lane == 0) & (tl.program_id(2) == 0)
+    m = tl.where(own, _log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
+    l = tl.where(own, 1.0, 0.0)
+    acc = tl.where(own[:, None], own_v[None, :], 0.0)
+    m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
+    for s in tl.range(start + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
+        k, v, used = _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D, BLOCK_D)
+        m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
+    m_all = tl.max(m, axis=0)
+    weight = tl.exp2(m - m_all)
+    l_all = tl.sum(l * weight, axis=0)
+    y = tl.sum(acc * weight[:, None], axis=0)
+    if KV_SPLITS == 1:
+        store_rounded(
+            out_ptr + (row * K + head) * D + d,
+            (y / l_all * v_scale).to(dtype).to(tl.float32),
+            output_scale,
+            in_head,
+            dtype,
+        )
+    else:
+        entry = (tl.program_id(2) * rows + row) * K + head
+        tl.store(stats_ptr + entry * 2, m_all)
+        tl.store(stats_ptr + entry * 2 + 1, l_all)
+        if start < end:
+            tl.store(acc_ptr + entry * D + d, y, mask=in_head)
+
+
+@jit
+def _attention_kernel(
+    qkv_ptr,
+    rope_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    k_ptr,
+    v_ptr,
+    position_ptr,
+    scale_ptr,
+    out_ptr,
+    acc_ptr,
+    stats_ptr,
+    scale,
+    v_scale,
+    softcap,
+    inverse_k_scale,
+    inverse_v_scale,
+    eps,
+    rows,
+    S,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    KV_SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    LIMIT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The G queries on a key head, as rows of one matrix, for tensor cores; the rest is as above."""
+    launch_dependents(PDL)
+    # FP8 is exact in float16, and converted faster than to bfloat16
+    is_fp8: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 8
+    factor: tl.constexpr = tl.float16 if is_fp8 and dtype == tl.bfloat16 else dtype
+    WIDTH: tl.constexpr = (G + 2) * K * D
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    g, lane, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    in_head = d < D
+    q_mask = (g < G)[:, None] & in_head[None, :]
+    output_scale = load_scalar(scale_ptr)
+    slot, base, start, end = _place(position_ptr, S, K, D, BLOCK_S, KV_SPLITS)
+    _prefetch_slots(k_ptr, v_ptr, base, start, end, D, AHEAD, PDL)
+    wait_for_previous(PDL)
+    cos, sin, own_k, own_v = _new_kv(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, K, G, D, SPLIT_K, dtype)
+    heads = (head * G + g)[:, None] * D
+    q = _normed_rotated(
+        qkv_ptr,
+        row,
+        rows,
+        heads,
+        d[None, :],
+        q_mask,
+        cos[None, :],
+        sin[None, :],
+        q_norm_ptr,
+        eps,
+        WIDTH,
+        D,
+        1,
+        SPLIT_K,
+        dtype,
+    )
+    own_k, own_v = _write_new(
+        own_k, own_v, k_ptr, v_ptr, base + slot * D, inverse_k_scale, inverse_v_scale, d, D, LIMIT
+    )
+    first = tl.program_id(2) == 0
+    m = tl.where(first, _log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
+    l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.where(first, own_v[None, :], 0.0) + tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    query = q.to(factor)
+    for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+        k, v, used = _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D, BLOCK_D)
+        scores = _log2_scores(tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee"), scale, softcap)
+        scores = tl.where(used[None, :], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, axis=1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(scores - m_new[:, None])
+        l = l * alpha + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(factor), v.to(factor), acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+    if KV_SPLITS == 1:
+        offsets = heads + row * G * K * D + d[None, :]
+        store_rounded(
+            out_ptr + offsets, (acc / l[:, None] * v_scale).to(dtype).to(tl.float32), output_scale, q_mask, dtype
+        )
+    else:
+        entry = ((tl.program_id(2) * rows + row) * K + head) * G + g
+        tl.store(stats_ptr + entry * 2, m, mask=g < G)
+        tl.store(stats_ptr + entry * 2 + 1, l, mask=g < G)
+        if start < end:
+            tl.store(acc_ptr + entry[:, None] * D + d[None, :], acc, mask=q_mask)
+
+
+@jit
+def _combine_kernel(
+    acc_ptr,
+    stats_ptr,
+    scale_ptr,
+    out_ptr,
+    v_scale,
+    entries,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KV_SPLITS: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    row_head = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.arange(0, KV_SPLITS) * entries + row_head
+    scale = load_scalar(scale_ptr)
+    wait_for_previous(PDL)
+    m = tl.load(stats_ptr + entry * 2)
+    l = tl.load(stats_ptr + entry * 2 + 1)
+    acc = tl.load(acc_ptr + entry[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+    weight = tl.exp2(m - tl.max(m, axis=0))
+    acc = tl.where((l > 0)[:, None], acc, 0.0)  # a share without slots has written no sums
+    y = tl.sum(acc * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
+    store_rounded(out_ptr + row_head * D + d, (y * v_scale).to(dtype).to(tl.float32), scale, d < D, dtype)
+
+
+def decode_attention(
+    qkv: Tensor,
+    layer: AttentionLayer,
+    cache,
+    positions: Positions,
+    dtype: torch.dtype,
+    output_scale: Tensor | None = None,
+    kv_splits: int | None = None,
+    config: AttentionConfig | None = None,
+) -> Tensor:
+    """Does what `ops.attention.attend` does for one new token a row, with one kernel or two: [B, H * D] in `dtype` or,
+    with output_scale, in E4M3.
+
+    qkv [B, (H + 2 * K) * D] is in `dtype` or in float32 partial sums. Queries and keys are normed and rotated, keys and
+    values are written to slot position % S, and of the caches only slots 0 to min(position, S - 1) are read. kv_splits
+    programs, a power of 2, share a row's slots.
+    """
+    m, kv_heads, slots, d = cache.k.shape
+    n_heads = layer.n_heads
+    group = n_heads // kv_heads
+    config = config or attention_config(m * kv_heads, group, slots, cache.k.dtype)
+    kv_splits = kv_splits or pick_kv_splits(m * kv_heads, slots, config.block_s, config.num_warps)
+    out = torch.empty(m, n_heads * d, dtype=dtype if output_scale is None else E4M3, device=qkv.device)
+    acc = stats = None
+    if kv_splits > 1:
+        acc = torch.empty(kv_splits, m, n_heads, d, dtype=torch.float32, device=qkv.device)
+        stats = torch.empty(kv_splits, m, n_heads, 2, dtype=torch.float32, device=qkv.device)  # maximum and sum
+    k_scale, v_scale = cache.k_scale, cache.v_scale
+    launch(
+        _attention_by_sums_kernel if config.by_sums else _attention_kernel,
+        (m, kv_heads, kv_splits),
+        *(qkv, positions.rope, layer.q_norm, layer.k_norm, cache.k, cache.v, positions.position),
+        *(output_scale, out, acc, stats, layer.scale * k_scale, v_scale, layer.softcap),
+        *(1 / k_scale, 1 / v_scale, layer.eps, m, slots),
+        K=kv_heads,
+        G=group,
+        D=d,
+        BLOCK_G=max(16, power_of_2(group)),
+        BLOCK_D=max(16, power_of_2(d)),
+        BLOCK_S=config.block_s,
+        KV_SPLITS=kv_splits,
+        STAGES=config.num_stages,
+        SPLIT_K=split_k_of(qkv),
+        LIMIT=cache.codec.limit,
+        AHEAD=config.ahead if d * cache.k.dtype.itemsize % 16 == 0 else 0,
+        dtype=triton_dtype(dtype),
+        num_warps=config.num_warps,
+    )
+    if kv_splits > 1:
+        launch(
+            _combine_kernel,
+            (m * n_heads, -(-d // COMBINE_BLOCK)),
+            *(acc, stats, output_scale, out, v_scale, m * n_heads),
+            D=d,
+            BLOCK=COMBINE_BLOCK,
+            KV_SPLITS=kv_splits,
+            dtype=triton_dtype(dtype),
+            num_warps=row_warps(kv_splits * COMBINE_BLOCK),
+        )
+    return out

@@ -1,0 +1,392 @@
+"""Matrix products: of a few rows by Triton kernels that read each weight once, of many by cuBLAS.
+
+A weight is a `formats.Weight` [N, K]: `data` as it is stored, `scale` and, for products in FP8, `input_scale`. Which format
+takes which function stands in formats.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.common import (
+    E4M3,
+    SMS,
+    gelu_times,
+    jit,
+    launch,
+    launch_dependents,
+    load_scalar,
+    power_of_2,
+    store_rounded,
+    tl,
+    triton,
+    triton_dtype,
+    wait_for_previous,
+)
+from ops.norm import geglu, geglu_triton
+
+if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def matmul(x: Tensor, weight, dtype: torch.dtype, partials: bool = False) -> Tensor:
+    """x @ weight.T [M, N] in `dtype`, of x [M, K] in `dtype`, or in E4M3 for a weight in E4M3.
+
+    With `partials` the result may instead be float32 partial sums [split_k, M, N], if that is faster: `add_norm`, `geglu`
+    and `attend` add them up as they read them. This definition leaves none.
+    """
+    return weight.format.product(x, weight, dtype)
+
+
+def matmul_triton(x: Tensor, weight, dtype: torch.dtype, partials: bool = False) -> Tensor:
+    """Does what `matmul` does, by what is fastest for the shape: the kernel of the weight's format, or cuBLAS."""
+    return weight.format.kernel(x, weight, dtype, partials)
+
+
+def matmul_geglu(x: Tensor, weight, dtype: torch.dtype, next_scale: Tensor | None = None) -> Tensor:
+    """gelu(x @ gate.T) * (x @ up.T) [M, F] in `dtype` or, with next_scale, in E4M3; weight is gate over up [2 * F, K]."""
+    return geglu(matmul(x, weight, dtype), dtype, next_scale)
+
+
+def matmul_geglu_triton(x: Tensor, weight, dtype: torch.dtype, next_scale: Tensor | None = None) -> Tensor:
+    """Does what `matmul_geglu` does, with one kernel where there are few rows."""
+    return weight.format.kernel(x, weight, dtype, geglu=True, next_scale=next_scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Definitions
+
+
+def dense_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
+    """`matmul` by a weight in bf16 or float32."""
+    if weight.packed is None or torch.compiler.is_compiling():  # Inductor packs by itself
+        return F.linear(x, weight.data)
+    return torch.ops.mkldnn._linear_pointwise(x, weight.packed.weight, None, "none", [], "")
+
+
+def fp8_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
+    """`matmul` by a weight in E4M3: sums in float32, by cuBLAS where it can.
+
+    Off the GPU this is plain arithmetic on the rounded values, and defines the result.
+    """
+    data = weight.data
+    if x.is_cuda and data.shape[0] % 16 == data.shape[1] % 16 == 0:  # what cuBLAS takes
+        return torch._scaled_mm(x, data.t(), scale_a=weight.input_scale, scale_b=weight.scale, out_dtype=dtype)
+    return (F.linear(x.float(), data.float()) * (weight.input_scale * weight.scale)).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+class GemvConfig(NamedTuple):
+    """How one row is multiplied: a program owns block_n outputs and adds up block_k columns at a time.
+
+    num_stages - 1 such tiles are in flight. The first `early` of them are loaded while the kernel before still runs.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    early: int = 0
+
+
+class GemmConfig(NamedTuple):
+    """How up to 64 rows are multiplied: a program owns block_n outputs of all rows, at most block_m of them.
+
+    split_k programs share those outputs, each with a part of the columns; then the results are partial sums. The rest is
+    as in `GemvConfig`.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+    num_warps: int
+    num_stages: int
+
+
+def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) -> GemvConfig | GemmConfig | None:
+    """How m rows are multiplied by a weight [n, k] of `dtype`; None for cuBLAS.
+
+    What was fastest in whole steps of gemma-7b and gemma-2b on an H200.
+    """
+    if m == 1 and dtype != torch.int8:
+        in_8 = dtype.itemsize == 1
+        if k > 8192 and n <= 2560 and not in_8:
+            return GemvConfig(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
+        if k > 8192:
+            return GemvConfig(
+                block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=3 if in_8 else 1
+            )
+        if n < 4096:  # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
+            early = min(2, -(-k // 2048))
+            return GemvConfig(block_n=2 if n == 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=early)
+        if k <= 2048 and n < 200_000:
+            return GemvConfig(block_n=4, block_k=2048 if in_8 else 1024, num_warps=4, num_stages=4, early=1)
+        return GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=4, early=2 if n < 32768 or k <= 2048 else 0)
+    if m > 64 or dtype == torch.float32 or k * dtype.itemsize % 16:  # rows of tiles begin at multiples of 16 bytes
+        return None
+    if m > 16 and dtype == E4M3 and n <= 16384:
+        return None
+    block_n = 64 if m <= 16 or dtype.itemsize == 1 else 128
+    block_k = 128 // dtype.itemsize  # a cache line of each weight row
+    split_k = pick_split_k(n, k, block_n, 1.5 * SMS if m <= 16 else 0.7 * SMS, 4 * block_k)
+    return GemmConfig(max(16, power_of_2(m)), block_n, block_k, split_k, num_warps=4, num_stages=6)
+
+
+def pick_split_k(n: int, k: int, block_n: int, wanted: float, least: int) -> int:
+    """A power of 2 up to 8 that brings the number of programs to `wanted`, while each has at least `least` columns."""
+    split_k = 1
+    while -(-n // block_n) * split_k < wanted and split_k < 8 and k >= 2 * split_k * least:
+        split_k *= 2
+    return split_k
+
+
+def dense_triton(
+    x: Tensor, weight, dtype: torch.dtype, partials: bool = False, geglu: bool = False, next_scale: Tensor | None = None
+) -> Tensor:
+    """`matmul_triton` or, with `geglu`, `matmul_geglu_triton` for weights in bf16, float32 and E4M3."""
+    config = linear_config(len(x), *weight.shape, weight.data.dtype)
+    return with_config(x, weight, dtype, config, partials, geglu, next_scale)
+
+
+def with_config(
+    x: Tensor,
+    weight,
+    dtype: torch.dtype,
+    config: GemvConfig | GemmConfig | None,
+    partials: bool = False,
+    geglu: bool = False,
+    next_scale: Tensor | None = None,
+) -> Tensor:
+    """`dense_triton` as `config` says; None is cuBLAS."""
+    if config is None:
+        y = weight.format.product(x, weight, dtype)
+        return geglu_triton(y, dtype, next_scale) if geglu else y
+    if isinstance(config, GemvConfig):
+        if geglu:  # half as many outputs a program, as each has two rows
+            config = config._replace(block_n=max(1, config.block_n // 2))
+        return gemv(x, weight, dtype, geglu, next_scale, config)
+    if geglu:
+        few_deep = len(x) <= 16 and weight.shape[1] > 2048
+        config = config._replace(block_n=64, num_stages=4 if few_deep else 3)
+    elif not partials:
+        config = config._replace(split_k=1)
+    return gemm(x, weight, dtype, geglu, next_scale, config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@jit
+def _gemv_kernel(
+    x_ptr,
+    weight_ptr,
+    input_scale_ptr,
+    weight_scale_ptr,
+    next_scale_ptr,
+    out_ptr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    GEGLU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    first = tl.program_id(0) * BLOCK_N
+    if GEGLU:  # gate and up in turn: rows n and n + OUT; what is read twice is not stored
+        i = tl.arange(0, 2 * BLOCK_N)
+        row = tl.minimum(first + i // 2, OUT - 1) + i % 2 * OUT
+    else:
+        row = tl.minimum(first + tl.arange(0, BLOCK_N), OUT - 1)
+    acc = tl.zeros([row.shape[0], BLOCK_K], tl.float32)
+    rows_ptr = weight_ptr + row.to(tl.int64) * IN
+    columns = tl.arange(0, BLOCK_K)
+    early = ()
+    for k in tl.static_range(0, EARLY * BLOCK_K, BLOCK_K):
+        mask = k + columns < IN
+        early = early + (tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0),)
+    input_scale = load_scalar(input_scale_ptr)
+    weight_scale = load_scalar(weight_scale_ptr)
+    next_scale = load_scalar(next_scale_ptr)
+    wait_for_previous(PDL)
+    for tile in tl.static_range(EARLY):
+        k = tile * BLOCK_K
+        x = tl.load(x_ptr + k + columns, mask=k + columns < IN, other=0.0)
+        acc += early[tile].to(tl.float32) * x.to(tl.float32)[None, :]
+    for k in tl.range(EARLY * BLOCK_K, IN, BLOCK_K, num_stages=STAGES):
+        mask = k + columns < IN
+        weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0)
+        x = tl.load(x_ptr + k + columns, mask=mask, other=0.0)
+        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    y = tl.sum(acc, axis=1)
+    if input_scale is not None:
+        y *= input_scale * weight_scale
+    y = y.to(dtype).to(tl.float32)
+    if GEGLU:
+        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
+        y = gelu_times(gate, up, dtype)
+    n = first + tl.arange(0, BLOCK_N)
+    store_rounded(out_ptr + n, y, next_scale, n < OUT, dtype)
+
+
+def gemv(
+    x: Tensor,
+    weight,
+    dtype: torch.dtype,
+    geglu: bool = False,
+    next_scale: Tensor | None = None,
+    config: GemvConfig | None = None,
+) -> Tensor:
+    """`matmul`, or with `geglu` `matmul_geglu`, of one row x [1, K] by a weight in bf16, float32 or E4M3."""
+    (m, k), data = x.shape, weight.data
+    if m > 1:
+        raise ValueError(f"gemv takes one row, not {m}")
+    n = data.shape[0] // 2 if geglu else data.shape[0]
+    config = config or linear_config(m, data.shape[0], k, data.dtype)
+    out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
+    launch(
+        _gemv_kernel,
+        (-(-n // config.block_n),),
+        *(x, data, weight.input_scale, weight.scale, next_scale, out),
+        OUT=n,
+        IN=k,
+        GEGLU=geglu,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        EARLY=config.early,
+        dtype=triton_dtype(dtype),
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+@jit
+def store_partial(out_ptr, y, scale, n, m, rows, OUT: tl.constexpr):
+    """Stores y [outputs n, rows m], which program (·, split) made of its part of the columns."""
+    offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
+    store_rounded(out_ptr + offsets, y, scale, (n < OUT)[:, None] & (m < rows)[None, :], out_ptr.dtype.element_ty)
+
+
+@jit
+def _gemm_kernel(
+    out_ptr,
+    weight_tiles,
+    x_tiles,
+    input_scale_ptr,
+    weight_scale_ptr,
+    next_scale_ptr,
+    rows,
+    tiles,
+    OUT: tl.constexpr,
+    GEGLU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Multiplies with the weight's rows as the wide side of the product and x's few rows as the narrow one.
+
+    What tiles hold outside of their matrix is zero.
+    """
+    launch_dependents(PDL)
+    first_row = tl.program_id(0) * BLOCK_N
+    first_tile = tl.program_id(1) * tiles
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if GEGLU:
+        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    input_scale = load_scalar(input_scale_ptr)
+    next_scale = load_scalar(next_scale_ptr)
+    if input_scale_ptr is not None:
+        weight_scale = tl.load(weight_scale_ptr)
+    wait_for_previous(PDL)
+    for tile in tl.range(first_tile, first_tile + tiles, num_stages=STAGES):
+        x = x_tiles.load([0, tile * BLOCK_K]).T
+        # A Hopper tensor core keeps few bits of a sum of FP8 products: each tile's is added in float32. (With fewer
+        # than 32 products Triton would turn to FP16 instead, at a conversion for every weight.)
+        weight = weight_tiles.load([first_row, tile * BLOCK_K])
+        weight = weight.to(x.dtype)  # int8
+        acc = tl.dot(weight, x, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
+        if GEGLU:
+            weight = weight_tiles.load([first_row + OUT, tile * BLOCK_K])
+            weight = weight.to(x.dtype)
+            up = tl.dot(weight, x, up, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
+    n = first_row + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    if input_scale_ptr is not None:
+        scale = input_scale * weight_scale
+        acc *= scale
+        if GEGLU:
+            up *= scale
+    elif weight_scale_ptr is not None:
+        # int8's, of each row: not among the constants, since the loop needs the registers
+        acc *= tl.load(weight_scale_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
+        if GEGLU:
+            up *= tl.load(weight_scale_ptr + n + OUT, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
+    if GEGLU:
+        acc = gelu_times(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
+    store_partial(out_ptr, acc, next_scale, n, m, rows, OUT)
+
+
+def split_k_output(x: Tensor, n: int, block_k: int, split_k: int, dtype: torch.dtype) -> tuple[int, int, Tensor]:
+    """How the columns of x [M, K] are shared by split_k programs that take block_k at a time, and memory for the product.
+
+    Returns the tiles of each program, the number of programs (fewer than split_k, if some would have no tile), and an
+    empty result: [M, N] in `dtype`, or float32 partial sums [programs, M, N].
+    """
+    m, k = x.shape
+    tiles = -(-k // (block_k * split_k))
+    split_k = -(-k // (block_k * tiles))
+    if split_k == 1:
+        return tiles, 1, torch.empty(m, n, dtype=dtype, device=x.device)
+    return tiles, split_k, torch.empty(split_k, m, n, dtype=torch.float32, device=x.device)
+
+
+def gemm(
+    x: Tensor,
+    weight,
+    dtype: torch.dtype,
+    geglu: bool = False,
+    next_scale: Tensor | None = None,
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """`matmul`, or with `geglu` `matmul_geglu`, of up to 64 rows, by a weight in int8, too.
+
+    With config.split_k > 1, and without `geglu`, the result is float32 partial sums [split_k, M, N].
+    """
+    (m, k), data = x.shape, weight.data
+    n = data.shape[0] // (2 if geglu else 1)
+    config = config or linear_config(m, data.shape[0], k, data.dtype)
+    split_k = 1 if geglu else config.split_k
+    tiles, split_k, out = split_k_output(x, n, config.block_k, split_k, dtype if next_scale is None else E4M3)
+    launch(
+        _gemm_kernel,
+        (-(-n // config.block_n), split_k),
+        out,
+        TensorDescriptor.from_tensor(data, [config.block_n, config.block_k]),
+        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+        *(weight.input_scale, weight.scale, next_scale, m, tiles),
+        OUT=n,
+        GEGLU=geglu,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        PROMOTE=config.block_k if data.dtype == E4M3 else 0,
+        dtype=triton_dtype(dtype),
+        num_warps=config.num_warps,
+    )
+    return out

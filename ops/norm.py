@@ -1,0 +1,266 @@
+"""What is done to rows: the embedding's lookup, residual + RMSNorm, GeGLU, each with rounding to FP8 at its end."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.common import (
+    E4M3,
+    gelu_times,
+    inverse_rms_of,
+    jit,
+    launch,
+    launch_dependents,
+    load_scalar,
+    load_sum,
+    normed,
+    power_of_2,
+    round_fp8,
+    row_warps,
+    split_k_of,
+    store_rounded,
+    summed,
+    tl,
+    triton_dtype,
+    wait_for_previous,
+)
+
+GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embedding
+
+
+def embed(tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """Looks up rows of weight [V, N] for tokens [M] (int64) and multiplies them by `factor`: [M, N] in `dtype`.
+
+    `scale` is a float32 scalar for a weight in E4M3, one bf16 number a row [V] for a weight in int8.
+    """
+    if scale is None:
+        return F.embedding(tokens, weight) * factor
+    if weight.dtype == torch.int8:
+        return (F.embedding(tokens, weight) * scale[tokens].float()[..., None]).to(dtype) * factor
+    rows = F.embedding(tokens, weight.view(torch.uint8)).view(E4M3)  # as bytes, which every device can look up
+    return (rows.float() * scale).to(dtype) * factor
+
+
+@jit
+def _embed_kernel(
+    tokens_ptr,
+    weight_ptr,
+    scale_ptr,
+    x_ptr,
+    factor,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < N
+    wait_for_previous(PDL)
+    token = tl.load(tokens_ptr + row)
+    x = tl.load(weight_ptr + token * N + columns, mask=mask, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        if weight_ptr.dtype.element_ty == tl.int8:
+            scale_ptr += token
+        x = (x * tl.load(scale_ptr).to(tl.float32)).to(dtype).to(tl.float32)
+    tl.store(x_ptr + row * N + columns, (x * factor).to(dtype), mask=mask)
+
+
+def embed_triton(
+    tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, scale: Tensor | None = None
+) -> Tensor:
+    """Does what `embed` does, with one kernel."""
+    x = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
+    launch(
+        _embed_kernel,
+        (len(tokens),),
+        *(tokens, weight, scale, x, factor),
+        N=weight.shape[1],
+        BLOCK=power_of_2(weight.shape[1]),
+        num_warps=row_warps(weight.shape[1]),
+    )
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Residual and norm
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * (1 + weight) of rows x [..., N], in float32, rounded once at the end (arXiv:1910.07467)."""
+    y = x.float()
+    y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return torch.addcmul(y, y, weight).to(x.dtype)
+
+
+def add_norm(
+    x: Tensor,
+    y: Tensor | None,
+    post_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    input_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Adds a layer's output to the residual stream and norms the sum: (x + y, RMSNorm(x + y) * (1 + weight)).
+
+    x [M, N] is the residual stream. y is [M, N] in x's dtype, float32 partial sums [split_k, M, N], or None for no
+    output yet. With post_weight [N], y gets a norm of its own before the sum. Without weight [N] the second result is
+    None. The second result is in x's dtype or, with input_scale, in E4M3.
+    """
+    if y is not None:
+        y = summed(y, x.dtype)
+        x = x + (y if post_weight is None else rms_norm(y, post_weight, eps))
+    if weight is None:
+        return x, None
+    h = rms_norm(x, weight, eps)
+    return x, h if input_scale is None else round_fp8(h, input_scale)
+
+
+@jit
+def _add_norm_kernel(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    weight_ptr,
+    scale_ptr,
+    x_new_ptr,
+    h_ptr,
+    eps,
+    rows,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < N
+    scale = load_scalar(scale_ptr)
+    if post_ptr is not None:
+        post = tl.load(post_ptr + columns, mask=mask, other=0.0)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    wait_for_previous(PDL)
+    x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+    if y_ptr is not None:
+        y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
+        if post_ptr is not None:
+            y = normed(y, inverse_rms_of(y, N, eps), post, dtype)
+        x = (x + y).to(dtype).to(tl.float32)
+        tl.store(x_new_ptr + row * N + columns, x.to(dtype), mask=mask)
+    if weight_ptr is not None:
+        h = normed(x, inverse_rms_of(x, N, eps), weight, dtype)
+        store_rounded(h_ptr + row * N + columns, h, scale, mask, dtype)
+
+
+def add_norm_triton(
+    x: Tensor,
+    y: Tensor | None,
+    post_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    input_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Does what `add_norm` does, with one kernel."""
+    m, n = x.shape
+    x_new = x if y is None else torch.empty_like(x)
+    h = None if weight is None else torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
+    launch(
+        _add_norm_kernel,
+        (m,),
+        *(x, y, post_weight, weight, input_scale, None if y is None else x_new, h, eps, m),
+        N=n,
+        BLOCK=power_of_2(n),
+        SPLIT_K=split_k_of(y),
+        num_warps=row_warps(n),
+    )
+    return x_new, h
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GeGLU
+
+
+def geglu(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> Tensor:
+    """gelu(gate) * up [M, F] in `dtype` or, with input_scale, in E4M3 (arXiv:2002.05202, GELU approximated by tanh).
+
+    y, gate and then up, is [M, 2 * F] in `dtype` or float32 partial sums [split_k, M, 2 * F].
+    """
+    gate, up = summed(y, dtype).chunk(2, dim=-1)
+    h = F.gelu(gate, approximate="tanh") * up
+    return h if input_scale is None else round_fp8(h, input_scale)
+
+
+@jit
+def _geglu_kernel(
+    y_ptr,
+    scale_ptr,
+    h_ptr,
+    rows,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < F
+    scale = load_scalar(scale_ptr)
+    wait_for_previous(PDL)
+    gate = load_sum(y_ptr, row, rows, columns, mask, 2 * F, SPLIT_K, dtype)
+    up = load_sum(y_ptr, row, rows, columns + F, mask, 2 * F, SPLIT_K, dtype)
+    store_rounded(h_ptr + row * F + columns, gelu_times(gate, up, dtype), scale, mask, dtype)
+
+
+def geglu_triton(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> Tensor:
+    """Does what `geglu` does, with one kernel."""
+    m, f = y.shape[-2], y.shape[-1] // 2
+    h = torch.empty(m, f, dtype=dtype if input_scale is None else E4M3, device=y.device)
+    block = min(GEGLU_BLOCK, power_of_2(f))
+    launch(
+        _geglu_kernel,
+        (m, -(-f // block)),
+        *(y, input_scale, h, m),
+        F=f,
+        BLOCK=block,
+        SPLIT_K=split_k_of(y),
+        dtype=triton_dtype(dtype),
+        num_warps=GEGLU_WARPS,
+    )
+    return h
+
+
+def rescale(x: Tensor, factor: float, input_scale: Tensor | None = None) -> Tensor:
+    """x * factor in x's dtype or, with input_scale, in E4M3."""
+    x = x if factor == 1 else x * factor
+    return x if input_scale is None else round_fp8(x, input_scale)
+
+
+@jit
+def _rescale_kernel(x_ptr, scale_ptr, y_ptr, factor, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    launch_dependents(PDL)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < N
+    scale = load_scalar(scale_ptr)
+    wait_for_previous(PDL)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    store_rounded(y_ptr + offsets, (x * factor).to(dtype).to(tl.float32), scale, mask, dtype)
+
+
+def rescale_triton(x: Tensor, factor: float, input_scale: Tensor | None = None) -> Tensor:
+    """Does what `rescale` does, with one kernel."""
+    if factor == 1 and input_scale is None:
+        return x
+    y = torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
+    grid = (-(-x.numel() // GEGLU_BLOCK),)
+    launch(_rescale_kernel, grid, x, input_scale, y, factor, x.numel(), BLOCK=GEGLU_BLOCK, num_warps=GEGLU_WARPS)
+    return y

@@ -1,0 +1,240 @@
+"""Rotary embedding, and what happens to queries, keys and values before attention: norms, rotation, the cache's rounding."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.common import (
+    jit,
+    launch,
+    launch_dependents,
+    load_sum,
+    normed,
+    power_of_2,
+    split_k_of,
+    tl,
+    triton_dtype,
+    wait_for_previous,
+)
+
+
+class AttentionLayer(NamedTuple):
+    """What distinguishes the attention of one layer.
+
+    `scale` multiplies the scores, `softcap` c turns scores s into c * tanh(s / c), `window` counts the keys that a query
+    sees, its own included (None: all), q_norm and k_norm [D] are weights of RMSNorm with `eps` (None: no norm).
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 1e-6
+
+
+class Positions(NamedTuple):
+    """Where the tokens of one forward are: what all local layers, or all global ones, share in it.
+
+    batch B and tokens T are its shape. position [B] counts the tokens that each row has in the cache already (None: none
+    anywhere), lengths [B] the new tokens a row that count, the rest being padding on the right (None: all). rope [2, R, D]
+    holds cosines and sines, of R = T positions, which rows share, or of R = B * T. mask [B, 1, T, keys] is 0 where a query
+    sees a key, else -inf; None means causal over the new tokens. slot is the index of one new token a row in the cache.
+    """
+
+    batch: int
+    tokens: int
+    position: Tensor | None
+    lengths: Tensor | None
+    rope: Tensor
+    mask: Tensor | None = None
+    slot: tuple | None = None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [..., D], pairing d with d + D / 2; in float32, rounded once (RoFormer, arXiv:2104.09864, eq. 34).
+
+    cos and sin are those of every d, the first half of sin with a minus.
+    """
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+
+
+def rope(position: Tensor, *frequencies: Tensor) -> Tensor:
+    """Cosines and sines of angles: [kinds, 2, M, D] in float32.
+
+    The angles are position [M] (int64) * frequency [D], in radians, for each of one or two frequencies. The first half of
+    a frequency is negative, so that its sines carry the sign that `rotate` wants.
+    """
+    angles = [position.float()[:, None] * frequency for frequency in frequencies]
+    return torch.stack([torch.stack((angle.cos(), angle.sin())) for angle in angles])
+
+
+@jit
+def _rope_kernel(
+    position_ptr, frequency_ptr, local_ptr, out_ptr, rows, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    launch_dependents(PDL)
+    row, kind = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, BLOCK)
+    if kind == 0:
+        frequency = tl.load(frequency_ptr + d, mask=d < D, other=0.0)
+    else:
+        frequency = tl.load(local_ptr + d, mask=d < D, other=0.0)
+    wait_for_previous(PDL)
+    angle = tl.load(position_ptr + row).to(tl.float32) * frequency
+    offsets = (2 * kind * rows + row) * D + d
+    tl.store(out_ptr + offsets, tl.cos(angle), mask=d < D)
+    tl.store(out_ptr + offsets + rows * D, tl.sin(angle), mask=d < D)
+
+
+def rope_triton(position: Tensor, *frequencies: Tensor) -> Tensor:
+    """Does what `rope` does, with one kernel."""
+    m, d = len(position), len(frequencies[0])
+    out = torch.empty(len(frequencies), 2, m, d, device=position.device)
+    grid = (m, len(frequencies))
+    launch(
+        _rope_kernel,
+        grid,
+        *(position, frequencies[0], frequencies[-1], out, m),
+        D=d,
+        BLOCK=power_of_2(d),
+        num_warps=4,
+        early=False,
+    )
+    return out
+
+
+@jit
+def _normed_rotated(
+    qkv_ptr,
+    row,
+    rows,
+    first,
+    d,
+    mask,
+    cos,
+    sin,
+    norm_ptr,
+    eps,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    AXIS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Loads elements d, which lie along AXIS, of the heads that begin at column `first`; norms them, if they have a norm, and
+    rotates them."""
+    partner = (d + D // 2) % D
+    x = load_sum(qkv_ptr, row, rows, first + d, mask, WIDTH, SPLIT_K, dtype)
+    y = load_sum(qkv_ptr, row, rows, first + partner, mask, WIDTH, SPLIT_K, dtype)
+    if norm_ptr is not None:
+        inverse_rms = tl.rsqrt(tl.sum(x * x, axis=AXIS, keep_dims=True) / D + eps)
+        x = normed(x, inverse_rms, tl.load(norm_ptr + d, mask=d < D, other=0.0), dtype)
+        y = normed(y, inverse_rms, tl.load(norm_ptr + partner, mask=d < D, other=0.0), dtype)
+    return (x * cos + y * sin).to(dtype).to(tl.float32)
+
+
+@jit
+def _write(x, cache_ptr, offsets, inverse_scale, mask, LIMIT: tl.constexpr):
+    """Rounds x as the cache stores it, writes it where mask allows it, and returns what was rounded."""
+    if LIMIT > 0:
+        x = tl.clamp(x * inverse_scale, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    x = x.to(cache_ptr.dtype.element_ty)
+    tl.store(cache_ptr + offsets, x, mask=mask)
+    return x.to(tl.float32)
+
+
+@jit
+def _prefill_rope_kernel(
+    qkv_ptr,
+    rope_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    lengths_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    inverse_k_scale,
+    inverse_v_scale,
+    eps,
+    rows,
+    T,
+    S,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    LIMIT: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Programs (token, 0) make the queries of a token, programs (token, 1) its keys and values."""
+    launch_dependents(PDL)
+    WIDTH: tl.constexpr = (H + 2 * K) * D
+    token = tl.program_id(0).to(tl.int64)
+    row, t = token // T, token % T
+    d = tl.arange(0, BLOCK_D)[None, :]
+    wait_for_previous(PDL)
+    cos = tl.load(rope_ptr + t * D + d, mask=d < D, other=0.0)
+    sin = tl.load(rope_ptr + (T + t) * D + d, mask=d < D, other=0.0)
+    if tl.program_id(1) == 0:
+        query = tl.arange(0, BLOCK_H)[:, None]
+        is_query = (query < H) & (d < D)
+        q = _normed_rotated(
+            qkv_ptr, token, rows, query * D, d, is_query, cos, sin, q_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, dtype
+        )
+        tl.store(out_ptr + token * WIDTH + query * D + d, q.to(dtype), mask=is_query)
+    else:
+        head = tl.arange(0, BLOCK_K)[:, None]
+        mask = (head < K) & (d < D)
+        first = (H + head) * D
+        k = _normed_rotated(
+            qkv_ptr, token, rows, first, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, dtype
+        )
+        v = load_sum(qkv_ptr, token, rows, first + K * D + d, mask, WIDTH, SPLIT_K, dtype)
+        length = tl.load(lengths_ptr + row)
+        offsets = ((row * K + head) * S + t % S) * D + d
+        heads = tl.where(t < length, tl.where(t + S >= length, K, 0), 0)  # of tokens that share a slot, the newest's
+        kept = (head < heads) & (d < D)
+        k = _write(k, k_ptr, offsets, inverse_k_scale, kept, LIMIT)
+        v = _write(v, v_ptr, offsets, inverse_v_scale, kept, LIMIT)
+        tl.store(out_ptr + token * WIDTH + first + d, k.to(dtype), mask=mask)
+        tl.store(out_ptr + token * WIDTH + first + K * D + d, v.to(dtype), mask=mask)
+
+
+def prefill_rope(
+    qkv: Tensor, layer: AttentionLayer, cache, positions: Positions, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms and rotates queries and keys of a prompt, rounds keys and values as the cache stores them, and writes them.
+
+    qkv is [B * T, (H + 2 * K) * D] in `dtype` or partial sums of it, of tokens at positions 0 to T - 1. Returns q
+    [B, T, H, D], and k and v [B, T, K, D] as the cache stores them, divided by their scales. Of each row, the tokens before
+    its length, or the newest S of them, are written to slots position % S.
+    """
+    (batch, kv_heads, slots, d), (m, width) = cache.k.shape, qkv.shape[-2:]
+    out = torch.empty(m, width, dtype=dtype, device=qkv.device)
+    launch(
+        _prefill_rope_kernel,
+        (m, 2),
+        *(qkv, positions.rope, layer.q_norm, layer.k_norm, positions.lengths, cache.k, cache.v, out),
+        *(1 / cache.k_scale, 1 / cache.v_scale, layer.eps, m, m // batch, slots),
+        H=layer.n_heads,
+        K=kv_heads,
+        D=d,
+        BLOCK_H=power_of_2(layer.n_heads),
+        BLOCK_K=power_of_2(kv_heads),
+        BLOCK_D=power_of_2(d),
+        SPLIT_K=split_k_of(qkv),
+        LIMIT=cache.codec.limit,
+        dtype=triton_dtype(dtype),
+        num_warps=4,
+    )
+    return out.view(batch, m // batch, -1, d).split_with_sizes([layer.n_heads, kv_heads, kv_heads], dim=2)
