@@ -8,21 +8,17 @@ step at that speed.
 
 import argparse
 import datetime
-import gc
 import importlib.metadata
-import io
 import json
 import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -31,21 +27,9 @@ from typing import NamedTuple
 
 import torch
 
-import calibrate
-import eval as evaluation
-import quantize
-from checkpoint import (
-    CONVERTED_NAME,
-    FP8_DTYPE,
-    Checkpoint,
-    convert,
-    fp8_scale_names,
-    open_checkpoint,
-    sources,
-    tensor_bytes,
-    write_atomically,
-    write_safetensors,
-)
+from benchmarks import peers, report
+from benchmarks.checkpoints import E4M3, FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
+from checkpoint import open_checkpoint, write_atomically
 from generate import (
     DEFAULT_CHECKPOINT,
     Parser,
@@ -63,20 +47,6 @@ from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent
 OURS = "gemma-fast"
-E4M3, GIB = torch.float8_e4m3fn, 2**30
-INTEGERS = {"int8": {"bits": 8}}
-INTEGERS |= {f"{mode}-g{group}": {"bits": 4, "group": group} for mode in ("int4", "int4-gptq") for group in (32, 128)}
-PRECISIONS = {  # options of Transformer.random, dtype of the KV cache; "all": the embedding, which is the head, too
-    "bf16": ({}, None),
-    "fp8": ({"fp8": True}, None),
-    "fp8-kv": ({"fp8": True}, E4M3),
-    "fp8-all": ({"fp8": True, "head": True}, E4M3),
-    **{
-        name + end: (options | head, None)
-        for name, options in INTEGERS.items()
-        for end, head in (("", {}), ("-all", {"head": True}))
-    },
-}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Protocols: each yields its rows as they come
@@ -100,11 +70,11 @@ def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_t
         yield row | rounded({"padded_prefill_seconds": prefill, "padded_seconds": prefill + row["decode_seconds"]})
 
     yield from each_model(args, of_model)
-    for name in args.models if args.peers and have_transformers() else ():
-        peer = peer_model(name, args.device)
+    for name in args.models if args.peers and peers.have_transformers() else ():
+        peer = peers.transformers_model(peers.hf_config(ModelConfig.from_name(name)), args.device)
         prompts = tutorial_prompts(batch, longest, peer.config.vocab_size)
         for cache in ("dynamic", "static"):
-            run = transformers_generate(peer, prompts, new_tokens, cache_implementation=cache)
+            run = peers.transformers_generate(peer, prompts, new_tokens, cache_implementation=cache)
             case = {"model": name, "precision": "bf16", **shape}
             yield from measure(args, {f"transformers, {cache} cache": run}, case, repeats=2)
         del peer, run
@@ -123,10 +93,10 @@ def latency(
             yield from measure(args, {OURS: run}, case | {"batch": 1, "context": context, "new_tokens": new_tokens})
 
     yield from each_model(args, of_model)
-    for name in args.models if args.peers and have_transformers() else ():
-        peer = peer_model(name, args.device)
+    for name in args.models if args.peers and peers.have_transformers() else ():
+        peer = peers.transformers_model(peers.hf_config(ModelConfig.from_name(name)), args.device)
         prompts = random_prompts(1, contexts[0], peer.config.vocab_size)
-        run = transformers_generate(peer, prompts, new_tokens, cache_implementation="static")
+        run = peers.transformers_generate(peer, prompts, new_tokens, cache_implementation="static")
         case = {"model": name, "precision": "bf16", "batch": 1, "context": contexts[0], "new_tokens": new_tokens}
         yield from measure(args, {"transformers, static cache": run}, case)
         del peer, run
@@ -166,7 +136,7 @@ def weights(args: argparse.Namespace) -> Iterator[dict]:
     BF16 on --text; disk_mb is the file's. Sizes and speeds, on a GPU: disk_gib of the file, and what `sweep` measures at
     batch 1, 8 and 64; GPTQ's weights have int4's layout, which is measured once for both."""
     for checkpoint in [open_checkpoint(path) for path in args.checkpoint_path or ()]:  # each is looked at first
-        yield from quality(args, checkpoint)
+        yield from quality(checkpoint, args.precisions, args.text, args.calibration_text)
     if args.device.type != "cuda":
         print("speeds are left out: they need a CUDA GPU", flush=True)
         return
@@ -268,15 +238,13 @@ def cpu(args: argparse.Namespace) -> Iterator[dict]:
     to the first token."""
     eager, compiled = (load_model(DEFAULT_CHECKPOINT, args.device)[0] for _ in range(2))
     peer = None
-    if args.peers and have_transformers():
-        from transformers import AutoModelForCausalLM
-
-        peer = AutoModelForCausalLM.from_pretrained(DEFAULT_CHECKPOINT, dtype=torch.bfloat16)
+    if args.peers and peers.have_transformers():
+        peer = peers.transformers_checkpoint(DEFAULT_CHECKPOINT)
     for batch in (1, 16):
         prompts = random_prompts(batch, 32, eager.config.vocab_size)
         runners = {"eager": ours(eager, prompts, 200), "compile": ours(compiled, prompts, 200, compile=True)}
         if peer is not None:
-            runners["transformers"] = transformers_generate(peer, prompts, 200)
+            runners["transformers"] = peers.transformers_generate(peer, prompts, 200)
         rows = measure(args, runners, {"model": "tiny-gemma", "batch": batch, "context": 32, "new_tokens": 200})
         for row in rows:
             if peer is not None:
@@ -326,48 +294,6 @@ def each_model(args: argparse.Namespace, of_model: Callable[..., Iterator[dict]]
         release()
 
 
-def release():
-    gc.collect()
-    if "torch._dynamo" in sys.modules:  # a peer's compiled code holds its model
-        torch.compiler.reset()
-    torch.cuda.empty_cache()
-
-
-def hf_config(config: ModelConfig) -> dict:
-    """config.json of a Gemma 1, as Hugging Face has it."""
-    return {
-        "model_type": "gemma",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context_length,
-    }
-
-
-def peer_model(name: str, device: torch.device):
-    """transformers' model of the same sizes, random weights, BF16."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with device:
-        config = AutoConfig.for_model(**hf_config(ModelConfig.from_name(name)))
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
-def have_transformers() -> bool:
-    try:
-        import transformers
-    except ImportError:
-        print("transformers is not installed: no peer is timed", file=sys.stderr)
-        return False
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return True
-
-
 def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
     """<bos> and random ids, the same for everyone."""
     generator = torch.Generator().manual_seed(0)
@@ -382,89 +308,6 @@ def tutorial_prompts(rows: int, longest: int, vocab_size: int) -> list[list[int]
     return [prompt[:length] for prompt, length in zip(random_prompts(rows, longest, vocab_size), lengths)]
 
 
-FP8_NAME = "gemma-fp8.safetensors"
-
-
-@contextmanager
-def synthetic_checkpoint(name: str, device: torch.device) -> Iterator[Path | None]:
-    """A temporary directory with an FP8 checkpoint of random weights; None, and a line, if the disk has no room."""
-    config = ModelConfig.from_name(name)
-    needed = sum(math.prod(shape) for parts in sources(config).values() for _, shape in parts)
-    with tempfile.TemporaryDirectory() as directory:
-        free = shutil.disk_usage(directory).free
-        if free < 1.1 * needed:
-            print(f"{name} is left out: {directory} has {free / GIB:.1f} GiB, its file needs {needed / GIB:.1f}")
-            yield None
-            return
-        write_checkpoint(Path(directory), config, device)
-        release()
-        yield Path(directory)
-
-
-def write_checkpoint(directory: Path, config: ModelConfig, device: torch.device):
-    """FP8 layers and head, factors of 1.0 for K and V, and tiny-gemma's tokenizer, whose ids are the first of many."""
-    weights = Transformer.random(config, device, fp8=True, head=True).state_dict()
-    weights |= {name: torch.ones(()) for name in fp8_scale_names(config) if name not in weights}
-    dtypes = {torch.bfloat16: "BF16", torch.float32: "F32", E4M3: FP8_DTYPE}
-    entries = {
-        name: (dtypes[weight.dtype], tuple(weight.shape), lambda weight=weight: [tensor_bytes(weight.cpu())])
-        for name, weight in weights.items()
-    }
-    write_safetensors(directory / FP8_NAME, entries, {"weight_format": "fp8"})
-    (directory / "config.json").write_text(json.dumps(hf_config(config)))
-    shutil.copy(DEFAULT_CHECKPOINT / "tokenizer.model", directory)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trained checkpoints
-
-
-def quality(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[dict]:
-    """BF16's row, which the others are compared with, and one for each of args.precisions."""
-    with tempfile.TemporaryDirectory() as temporary:
-        directory, bf16 = Path(temporary), None
-        convert(checkpoint, directory / CONVERTED_NAME)
-        for name in ("config.json", "generation_config.json", "tokenizer.model"):
-            if (checkpoint.directory / name).exists():
-                shutil.copy(checkpoint.directory / name, directory)
-        if any("fp8" in precision for precision in args.precisions):
-            output_of(calibrate, "--checkpoint_path", directory, "--text", args.calibration_text)
-        for precision in dict.fromkeys(("bf16", *args.precisions)):
-            file, options = directory / CONVERTED_NAME, ["--text", args.text]
-            if precision != "bf16":
-                output_of(quantize, "--checkpoint_path", directory, *quantize_options(precision, args.calibration_text))
-                file = directory / f"gemma-{re.sub('-(kv|all)$', '', precision)}.safetensors"
-                options += ["--against", directory / CONVERTED_NAME]
-            if PRECISIONS[precision][1] is not None:
-                options += ["--kv_cache_dtype", "fp8_e4m3"]
-            figures = json.loads(output_of(evaluation, "--json", "--checkpoint_path", file, *options))
-            bf16 = bf16 or figures["perplexity"]
-            row = {"checkpoint": checkpoint.directory.resolve().name, "precision": precision}
-            row |= {"disk_mb": file.stat().st_size / 1e6, **figures}
-            yield row | {"change_percent": 100 * (figures["perplexity"] / bf16 - 1)}
-            if precision != "bf16":
-                file.unlink()
-            release()
-
-
-def quantize_options(precision: str, text: Path) -> list:
-    """What makes quantize.py write the file of a precision."""
-    options, gptq = PRECISIONS[precision][0], "gptq" in precision
-    mode, head = ("fp8", "--fp8_head") if "fp8" in options else (f"int{options['bits']}", "--quantize_embedding")
-    arguments = ["--mode", mode + "-gptq" * gptq]
-    arguments += ["--group_size", options["group"]] if "group" in options else []
-    arguments += ["--text", text, "--max_tokens", 32768] if gptq else []
-    return arguments + [head] * ("head" in options)
-
-
-def output_of(program, *arguments) -> str:
-    """What calibrate.py, quantize.py or eval.py prints on stdout; its failure, which it has told, ends this program."""
-    with redirect_stdout(io.StringIO()) as output:
-        if status := program.main([str(argument) for argument in arguments]):
-            raise SystemExit(status)
-    return output.getvalue()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
@@ -475,21 +318,6 @@ def ours(model: Transformer, prompts: list[list[int]], new_tokens: int, **option
         options_of_all = {"temperature": 0, "stop_ids": (), "batch_size": len(prompts), "stats": stats}
         generate(model, prompts, new_tokens, **options_of_all, **options)
         return stats
-
-    return run
-
-
-def transformers_generate(model, prompts: list[list[int]], new_tokens: int, **options) -> Callable[[], None]:
-    """The peer's own loop: greedy, no stop token, dynamic cache unless `options` say otherwise; padded on the left."""
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-
-    def run():
-        output = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **options)
-        assert output.shape[1] == width + new_tokens
 
     return run
 
@@ -679,7 +507,7 @@ def cpu_name() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Printing
+# The program
 
 
 def rounded(row: dict) -> dict:
@@ -691,126 +519,6 @@ def rounded(row: dict) -> dict:
         return float(f"{value:.5g}") if isinstance(value, float) else value
 
     return {key: short(value) for key, value in row.items()}
-
-
-def cell(value) -> str:
-    if isinstance(value, list):
-        return "..".join(map(cell, value))
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "" if value is None else str(value)
-
-
-def table(rows: Iterable[dict]) -> str:
-    """A column a key, aligned; the words of a key stand above each other."""
-    rows = list(rows)
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    words = [key.split("_") for key in keys]
-    height = max(map(len, words), default=0)
-    columns = []
-    for key, head in zip(keys, words):
-        column = [""] * (height - len(head)) + head + [cell(row.get(key)) for row in rows]
-        left = any(isinstance(row.get(key), str) for row in rows)
-        width = max(map(len, column))
-        columns.append([text.ljust(width) if left else text.rjust(width) for text in column])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
-
-
-def weights_tables(rows: list[dict]) -> str:
-    """`weights`' rows in Markdown: a table of each random model's sizes and speeds and each checkpoint's quality."""
-
-    def values(key: str) -> list:
-        return list(dict.fromkeys(row[key] for row in rows if key in row))
-
-    out, names = [], [name for name in PRECISIONS if name in values("precision")]
-    for model, checkpoint in product(values("model") or [None], values("checkpoint") or [None]) if rows else ():
-        heads, lines = {"weights": "weights"}, {name: {"weights": name} for name in names}
-        for row in sorted(rows, key=lambda row: "checkpoint" in row):
-            if (row.get("model", model), row.get("checkpoint", checkpoint)) == (model, checkpoint):
-                lines[row["precision"]] |= (cells := weights_cells(row))
-                heads |= dict(zip(cells, cells))
-        titles = (model and f"{model}: sizes and tokens/s", checkpoint and f"{checkpoint}: quality")
-        out += ["; ".join(filter(None, titles)), ""]
-        for line in (heads, dict.fromkeys(heads, "---"), *lines.values()):
-            out.append(f"| {' | '.join(line.get(head, '') for head in heads)} |")
-        out.append("")
-    return "\n".join(out)
-
-
-def weights_cells(row: dict) -> dict[str, str]:
-    if "model" in row:
-        rate = f"{row['decode_tokens_per_second']:,.0f}"
-        if row["batch"] > 1:
-            return {f"batch {row['batch']}": rate}
-        sizes = {"disk, GiB": f"{row['disk_gib']:.2f}", "GPU, GiB": f"{row['gpu_gib']:.2f}"}
-        return sizes | {"batch 1": f"{rate} ({100 * row['share_of_copy_bandwidth']:.0f} %)"}
-    cells = {"MB": f"{row['disk_mb']:.1f}", "perplexity": f"{row['perplexity']:.3f}"}
-    if "kl" in row:
-        cells["perplexity"] += f" ({row['change_percent']:+.2f} %)"
-        cells |= {"KL": f"{row['kl']:.4f}", "same top token": f"{100 * row['top1_agreement']:.1f} %"}
-    return cells
-
-
-COLOURS = ("#1f5fa8", "#c2501b", "#2e7d4f", "#7a4fa0", "#8a6d1a", "#a8325e")
-
-
-def sweep_picture(rows: list[dict], title: str) -> str:
-    """SVG of `sweep`'s rows: tokens/s, dashed at the floor, and share of the copy bandwidth, both over the batch."""
-    series = {}
-    for row in rows:
-        series.setdefault(f"{row['model']} {row['precision']}", []).append(row)
-    batches = sorted({row["batch"] for row in rows})
-    title += ", {context} prompt tokens, {new_tokens} new".format(**rows[0])
-    rates, floors, shares = [], [], []
-    for colour, values in zip(COLOURS, series.values()):
-        rates.append((colour, "", [(row["batch"], row["decode_tokens_per_second"]) for row in values]))
-        floors.append((colour, "5 4", [(row["batch"], 1e3 * row["batch"] / row["floor_ms"]) for row in values]))
-        shares.append((colour, "", [(row["batch"], 100 * row["share_of_copy_bandwidth"]) for row in values]))
-    points = [y for _, _, line in rates + floors for _, y in line]
-    powers = range(math.floor(math.log10(min(points))), math.ceil(math.log10(max(points))) + 1)
-    legend = [
-        f'<path d="M{70 + 190 * i} 46h24" stroke="{colour}" stroke-width="2.5"/>'
-        f'<text x="{100 + 190 * i}" y="50">{label}</text>'
-        for i, (colour, label) in enumerate(zip(COLOURS, series))
-    ]
-    return "\n".join((
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 430" font-family="sans-serif" font-size="13">',
-        '<rect width="960" height="430" fill="#fff"/>',
-        f'<text x="70" y="26" font-size="15">{title}</text>',
-        *legend,
-        *panel(70, "tokens/s while decoding; dashed: at the copy bandwidth", batches, rates + floors,
-               [10**power for power in powers], math.log10),
-        *panel(550, "share of the copy bandwidth, %", batches, shares, range(0, 101, 20), float),
-        "</svg>\n",
-    ))  # fmt: skip
-
-
-def panel(left: int, title: str, batches: list[int], lines: list, ticks: Iterable[int], scale: Callable) -> list[str]:
-    """Lines (colour, dashes, [(batch, y)]) over the logarithm of the batch; `scale` of y is linear on the paper."""
-    ticks, top, bottom, width = list(ticks), 90, 375, 370
-    low, high, octaves = scale(ticks[0]), scale(ticks[-1]), math.log2(batches[-1] / batches[0]) or 1
-
-    def x(batch: int) -> str:
-        return f"{left + width * math.log2(batch / batches[0]) / octaves:.1f}"
-
-    def y(value: float) -> float:
-        return round(bottom - (bottom - top) * (scale(value) - low) / (high - low), 1)
-
-    parts = [f'<text x="{left}" y="76">{title}</text>']
-    for tick in ticks:
-        parts.append(f'<path d="M{left} {y(tick)}h{width}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:,}</text>')
-    for batch in batches:
-        parts.append(f'<text x="{x(batch)}" y="{bottom + 20}" text-anchor="middle">{batch}</text>')
-    parts.append(f'<text x="{left + width / 2}" y="{bottom + 42}" text-anchor="middle">batch</text>')
-    for colour, dashes, values in lines:
-        points = " ".join(f"{x(batch)},{y(value)}" for batch, value in values)
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
-        )
-        if not dashes:
-            parts += [f'<circle cx="{x(batch)}" cy="{y(value)}" r="3.5" fill="{colour}"/>' for batch, value in values]
-    return parts
 
 
 def write_text(file: Path, text: str):
@@ -862,14 +570,14 @@ def run(args: argparse.Namespace):
     result["results"] = rows = []
     try:
         for row in protocol.rows(args):
-            print("  ".join(f"{key} {cell(value)}" for key, value in row.items()), flush=True)
+            print("  ".join(f"{key} {report.cell(value)}" for key, value in row.items()), flush=True)
             rows.append(row)
     finally:  # what was measured before a failure is kept
-        print(f"\n{weights_tables(rows) if args.protocol == 'weights' else table(rows)}", flush=True)
+        print(f"\n{report.weights_tables(rows) if args.protocol == 'weights' else report.table(rows)}", flush=True)
         if args.output:
             write_text(args.output, json.dumps(result, indent=1) + "\n")
         if args.picture and rows:
-            write_text(args.picture, sweep_picture(rows, f"{result['device']}, {result['date']}"))
+            write_text(args.picture, report.sweep_picture(rows, f"{result['device']}, {result['date']}"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import benchmark
 import calibrate
 import eval as evaluation
 import quantize
+from benchmarks import checkpoints, report
 from checkpoint import open_checkpoint, read_config, read_header
 from generate import Stats, generate, load_model
 from model import NAMED_CONFIGS, Transformer
@@ -152,7 +153,7 @@ def test_prefill_flop_of_gemma_7b():
 
 def test_table():
     rows = [{"name": "a", "seconds_spread": [0.5, 1.25]}, {"name": "long name", "step_ms": 12345.6}]
-    assert benchmark.table(rows).splitlines() == [
+    assert report.table(rows).splitlines() == [
         "             seconds    step",
         "name          spread      ms",
         "a          0.5..1.25",
@@ -167,13 +168,13 @@ def test_picture():
         for precision in ("bf16", "fp8-all")
         for batch in (1, 8, 64)
     ]
-    picture = xml.dom.minidom.parseString(benchmark.sweep_picture(rows, "one GPU"))
+    picture = xml.dom.minidom.parseString(report.sweep_picture(rows, "one GPU"))
     assert len(picture.getElementsByTagName("polyline")) == 6
     texts = [text.firstChild.data for text in picture.getElementsByTagName("text")]
     assert {"one GPU, 128 prompt tokens, 64 new", "gemma-7b bf16", "gemma-7b fp8-all", "64", "10,000", "100"} <= set(
         texts
     )
-    assert benchmark.sweep_picture(rows[:1], "")
+    assert report.sweep_picture(rows[:1], "")
 
 
 def test_quality_of_weights_is_what_eval_says_of_their_files(trained, tmp_path, monkeypatch, capsys):
@@ -247,7 +248,7 @@ def test_table_of_weights():
         for name in ("one", "two")
     ]
     quality.append(quality[0] | {"precision": "int8", "change_percent": 0.016, "kl": 0.00031, "top1_agreement": 0.9931})
-    assert benchmark.weights_tables(quality + speeds).splitlines()[:6] == [
+    assert report.weights_tables(quality + speeds).splitlines()[:6] == [
         "gemma-7b: sizes and tokens/s; one: quality",
         "",
         "| weights | disk, GiB | GPU, GiB | batch 1 | batch 8 | batch 64 | MB | perplexity | KL | same top token |",
@@ -255,15 +256,15 @@ def test_table_of_weights():
         "| bf16 | 5.00 | 5.25 | 432 (88 %) | 3,457 | 27,654 | 44.1 | 3.830 |  |  |",
         "| int8 | 5.00 | 5.25 | 432 (88 %) | 3,457 | 27,654 | 44.1 | 3.830 (+0.02 %) | 0.0003 | 99.3 % |",
     ]
-    assert benchmark.weights_tables(speeds).splitlines()[2] == (
+    assert report.weights_tables(speeds).splitlines()[2] == (
         "| weights | disk, GiB | GPU, GiB | batch 1 | batch 8 | batch 64 |"
     )
-    assert benchmark.weights_tables(quality).count(": quality\n") == 2
-    assert benchmark.weights_tables([]) == ""
+    assert report.weights_tables(quality).count(": quality\n") == 2
+    assert report.weights_tables([]) == ""
 
 
 def test_synthetic_checkpoint_loads_and_runs(tiny):
-    with benchmark.synthetic_checkpoint("tiny", CPU) as directory:
+    with checkpoints.synthetic_checkpoint("tiny", CPU) as directory:
         assert open_checkpoint(directory, ("fp8",)).weight_format == "fp8"
         model, _ = load_model(directory, CPU, fp8=True)
         assert model.has_kv_scales
@@ -276,7 +277,7 @@ def test_synthetic_checkpoint_loads_and_runs(tiny):
 
 
 def test_a_full_disk_is_told(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
     assert list(benchmark.startup(tiny)) == []
     assert "tiny is left out: " in capsys.readouterr().out
 
