@@ -1,4 +1,5 @@
-"""Every figure in the README. `python benchmark.py PROTOCOL` prints a table and, with --output, writes JSON.
+"""Every figure in the README. `python benchmark.py PROTOCOL` prints a table and, with --output, writes JSON;
+`python benchmark.py report` makes the tables of the documents from the JSON files.
 
 Each case runs once to warm up, its time given apart, and then --repeats times: medians, and the spread from the fastest
 to the slowest. Models have random weights at the published sizes. `share_of_copy_bandwidth` is what a decode step has to
@@ -47,6 +48,7 @@ from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent
 OURS = "gemma-fast"
+OPS = ("kernels", "te", "torch")  # implementations of the operations, as load_model's ops names them
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Protocols: each yields its rows as they come
@@ -55,7 +57,7 @@ OURS = "gemma-fast"
 def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_tokens: int = 492) -> Iterator[dict]:
     """TransformerEngine's Gemma tutorial: batch 64, prompts of at most 20 tokens, 492 new, greedy, no stop, the whole
     call. The tutorial pads prompts to 512 positions and computes them all: padded_seconds is such a prefill and our
-    decoding. Peer: transformers, prompts padded on the left."""
+    decoding. Peers: vLLM, transformers with prompts padded on the left."""
     shape = {"batch": batch, "context": f"2..{longest}", "new_tokens": new_tokens}
 
     def of_model(model: Transformer, kv_dtype, case: dict):
@@ -70,8 +72,9 @@ def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_t
         yield row | rounded({"padded_prefill_seconds": prefill, "padded_seconds": prefill + row["decode_seconds"]})
 
     yield from each_model(args, of_model)
-    for name in args.models if args.peers and peers.have_transformers() else ():
-        peer = peers.transformers_model(peers.hf_config(ModelConfig.from_name(name)), args.device)
+    yield from vllm_rows(args, partial(tutorial_prompts, batch, longest), shape)
+    for name in args.models if "transformers" in args.peers else ():
+        peer = peers.transformers_model(config_of_peer(name), args.device)
         prompts = tutorial_prompts(batch, longest, peer.config.vocab_size)
         for cache in ("dynamic", "static"):
             run = peers.transformers_generate(peer, prompts, new_tokens, cache_implementation=cache)
@@ -84,7 +87,8 @@ def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_t
 def latency(
     args: argparse.Namespace, contexts: tuple[int, ...] = (128, 1024, 4096, 8000), new_tokens: int = 100
 ) -> Iterator[dict]:
-    """Batch 1 behind prompts of 128 to 8,000 tokens, 100 new. Peer, at the first: transformers, static cache, compiled."""
+    """Batch 1 behind prompts of 128 to 8,000 tokens, 100 new. Peers, at the first length: vLLM, whose decoding is what 100
+    new tokens take longer than a single one; transformers, static cache, compiled."""
 
     def of_model(model: Transformer, kv_dtype, case: dict):
         for context in contexts:
@@ -93,11 +97,13 @@ def latency(
             yield from measure(args, {OURS: run}, case | {"batch": 1, "context": context, "new_tokens": new_tokens})
 
     yield from each_model(args, of_model)
-    for name in args.models if args.peers and peers.have_transformers() else ():
-        peer = peers.transformers_model(peers.hf_config(ModelConfig.from_name(name)), args.device)
+    shape = {"batch": 1, "context": contexts[0], "new_tokens": new_tokens}
+    yield from vllm_rows(args, partial(random_prompts, 1, contexts[0]), shape)
+    for name in args.models if "transformers" in args.peers else ():
+        peer = peers.transformers_model(config_of_peer(name), args.device)
         prompts = random_prompts(1, contexts[0], peer.config.vocab_size)
         run = peers.transformers_generate(peer, prompts, new_tokens, cache_implementation="static")
-        case = {"model": name, "precision": "bf16", "batch": 1, "context": contexts[0], "new_tokens": new_tokens}
+        case = {"model": name, "precision": "bf16", **shape}
         yield from measure(args, {"transformers, static cache": run}, case)
         del peer, run
         release()
@@ -198,7 +204,7 @@ def prefill(
     matrix_size: int = 8192,
 ) -> Iterator[dict]:
     """Prefill alone, 512 to 8,000 tokens, against a large matrix product, which is measured first: layers and causal
-    attention, without and with --compile_prefill."""
+    attention, without and with --compile_prefill, for each implementation of the operations, or for --ops."""
     peaks = {}
     for precision in args.precisions:
         peaks[precision] = matrix_rate(args.device, "fp8" in PRECISIONS[precision][0], matrix_size)
@@ -207,12 +213,16 @@ def prefill(
     release()
 
     def of_model(model: Transformer, kv_dtype, case: dict):
-        for (batch, tokens), compile_prefill in product(shapes, (False, True)):
-            runs = time_prefill(args, model, batch, tokens, kv_dtype, compile_prefill)
-            row = case | {"batch": batch, "context": tokens, "compile_prefill": compile_prefill} | seconds_of(runs)
-            rate = prefill_flop(model, batch, tokens) / row["seconds"]
-            row |= {"tokens_per_second": batch * tokens / row["seconds"], "tflop_per_second": rate / 1e12}
-            yield rounded(row | {"share_of_matrix_product": rate / peaks[case["precision"]]})
+        for ops in args.ops or OPS:
+            if not use_ops(model, ops):
+                continue
+            for (batch, tokens), compile_prefill in product(shapes, (False, True)):
+                runs = time_prefill(args, model, batch, tokens, kv_dtype, compile_prefill)
+                row = case | {"ops": ops, "batch": batch, "context": tokens, "compile_prefill": compile_prefill}
+                row |= seconds_of(runs)
+                rate = prefill_flop(model, batch, tokens) / row["seconds"]
+                row |= {"tokens_per_second": batch * tokens / row["seconds"], "tflop_per_second": rate / 1e12}
+                yield rounded(row | {"share_of_matrix_product": rate / peaks[case["precision"]]})
 
     yield from each_model(args, of_model)
 
@@ -238,7 +248,7 @@ def cpu(args: argparse.Namespace) -> Iterator[dict]:
     to the first token."""
     eager, compiled = (load_model(DEFAULT_CHECKPOINT, args.device)[0] for _ in range(2))
     peer = None
-    if args.peers and peers.have_transformers():
+    if "transformers" in args.peers:
         peer = peers.transformers_checkpoint(DEFAULT_CHECKPOINT)
     for batch in (1, 16):
         prompts = random_prompts(batch, 32, eager.config.vocab_size)
@@ -256,22 +266,29 @@ def cpu(args: argparse.Namespace) -> Iterator[dict]:
 
 
 class Protocol(NamedTuple):
+    """What yields its rows, the device that it needs, the defaults of its options, the peers that it knows, and the
+    options that only it takes."""
+
     rows: Callable[[argparse.Namespace], Iterator[dict]]
     device: str
     models: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
+TRAINED = ("checkpoint_path", "text", "calibration_text")
+BOTH = ("transformers", "vllm")
 PROTOCOLS = {
-    "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-kv", "fp8-all")),
-    "latency": Protocol(latency, "cuda", ("gemma-2b", "gemma-7b"), ("bf16", "fp8-all")),
-    "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all")),
-    "weights": Protocol(weights, "cuda", ("gemma-7b",), tuple(PRECISIONS)),
+    "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-kv", "fp8-all"), BOTH),
+    "latency": Protocol(latency, "cuda", ("gemma-2b", "gemma-7b"), ("bf16", "fp8-kv", "fp8-all"), BOTH),
+    "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all"), options=("batches", "picture")),
+    "weights": Protocol(weights, "cuda", ("gemma-7b",), tuple(PRECISIONS), options=TRAINED),
     "stop-check": Protocol(stop_check, "cuda", ("gemma-2b",), ("bf16", "fp8-all")),
     "startup": Protocol(startup, "cuda", ("gemma-7b",)),
-    "prefill": Protocol(prefill, "cuda", ("gemma-7b",), ("bf16", "fp8")),
+    "prefill": Protocol(prefill, "cuda", ("gemma-7b",), ("bf16", "fp8"), options=("ops",)),
     "memory": Protocol(memory, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-all")),
-    "cpu": Protocol(cpu, "cpu"),
+    "cpu": Protocol(cpu, "cpu", peers=("transformers",)),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,6 +309,19 @@ def each_model(args: argparse.Namespace, of_model: Callable[..., Iterator[dict]]
     for name, precision in product(args.models, args.precisions):
         yield from of_model(*random_model(name, precision, args.device), {"model": name, "precision": precision})
         release()
+
+
+def use_ops(model: Transformer, name: str) -> bool:
+    """Lets a model compute with one implementation of its operations; returns False, and prints a line, where there is
+    none of that name."""
+    if name == "kernels":
+        return True
+    print(f"ops {name} is left out: the model can't be told to use it", file=sys.stderr)
+    return False
+
+
+def config_of_peer(name: str) -> dict:
+    return peers.hf_config(ModelConfig.from_name(name))
 
 
 def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
@@ -353,6 +383,21 @@ def measure(args: argparse.Namespace, runners: dict[str, Callable], case: dict, 
             row |= decode_figures([stats for _, stats in runs[1:]], args.bandwidth)
         rows.append(rounded(row))
     return rows
+
+
+def vllm_rows(args: argparse.Namespace, prompts_of: Callable[[int], list[list[int]]], shape: dict) -> Iterator[dict]:
+    """A row for each model and each of vLLM's precisions beside ours, on the prompts that prompts_of(vocabulary size)
+    gives; a failure is told in a line and has no row."""
+    precisions = peers.vllm_precisions(args.precisions) if "vllm" in args.peers else ()
+    for name, precision in product(args.models, precisions):
+        config, new_tokens = config_of_peer(name), shape["new_tokens"]
+        prompts, settings = prompts_of(config["vocab_size"]), (args.repeats, args.vllm_site, args.peer_timeout)
+        try:
+            figures = peers.vllm_figures(config, precision, prompts, new_tokens, *settings)
+        except RuntimeError as error:
+            print(f"vLLM, {name} {precision}, is left out: {error}", file=sys.stderr, flush=True)
+        else:
+            yield rounded({"model": name, "precision": precision, **shape, **figures})
 
 
 def decode_figures(repeats: list[Stats], bandwidth: float) -> dict:
@@ -480,7 +525,7 @@ def memory_of_load(directory: str, repeats: int) -> dict:
 def environment(device: torch.device) -> dict:
     """What the figures were measured with, the copy bandwidth among it."""
     versions = {}
-    for package in ("torch", "triton", "transformers", "transformer-engine"):
+    for package in ("torch", "triton", "transformers", "transformer-engine", "vllm"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -526,56 +571,88 @@ def write_text(file: Path, text: str):
 
 
 def program_parser() -> argparse.ArgumentParser:
-    protocols = "\n\n".join(f"{name}: {' '.join(p.rows.__doc__.split())}" for name, p in PROTOCOLS.items())
+    rows = {name: protocol.rows for name, protocol in PROTOCOLS.items()} | {"report": write_report}
+    protocols = "\n\n".join(f"{name}: {' '.join(function.__doc__.split())}" for name, function in rows.items())
     description, layout = f"{__doc__}\n{protocols}", argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="benchmark.py", description=description, formatter_class=layout)
-    add = parser.add_argument
-    add("protocol", choices=PROTOCOLS)
+    add = parser.add_argument  # every default is None: what was given is seen by that
+    add("protocol", choices=rows)
     add("--models", nargs="+", choices=("gemma-2b", "gemma-7b"), help="(default: the protocol's)")
     add("--precisions", nargs="+", choices=PRECISIONS, help="(default: the protocol's)")
     add("--batches", nargs="+", type=int, metavar="N", help="sweep: instead of its own")
+    add("--ops", nargs="+", choices=OPS, help="prefill: implementations of the operations (default: all)")
     add("--checkpoint_path", nargs="+", type=Path, metavar="DIR", help="weights: trained checkpoints in BF16")
     add("--text", type=Path, metavar="FILE", help="weights: to evaluate them on, as eval.py's")
     add("--calibration_text", type=Path, metavar="FILE", help="weights: for calibrate.py and GPTQ, as theirs")
-    add("--no_peers", dest="peers", action="store_false", help="leave out transformers")
-    add("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    peer = parser.add_mutually_exclusive_group()
+    peer.add_argument("--peers", nargs="+", choices=BOTH, help="to time beside ours (default: those installed)")
+    peer.add_argument("--no_peers", dest="peers", action="store_const", const=(), help="leave them out")
+    add("--vllm_site", type=Path, metavar="DIR", help="where vLLM's own process finds it, if it is not installed")
+    add(
+        "--peer_timeout", type=float, metavar="SECONDS", help="that vLLM may take for a row, loading too (default: 300)"
+    )
+    add("--repeats", type=int, metavar="N", help="(default: 5)")
     add("--output", type=Path, metavar="FILE", help="write the results as JSON")
     add("--picture", type=Path, metavar="FILE.svg", help="sweep: draw the results")
     return parser
 
 
-def run(args: argparse.Namespace):
-    protocol = PROTOCOLS[args.protocol]
-    if args.repeats < 1:
-        raise ValueError("--repeats must be at least 1")
-    if (args.picture or args.batches) and args.protocol != "sweep":
-        raise ValueError("--picture and --batches are sweep's")
+def check_options(args: argparse.Namespace):
+    """Raises ValueError for options that the protocol doesn't take, and fills in defaults."""
+    protocol = PROTOCOLS.get(args.protocol)
+    known = {"protocol"}
+    if protocol:
+        known |= {"repeats", "output", *protocol.options}
+        known |= {name for name in ("models", "precisions", "peers") if getattr(protocol, name)}
+        known |= {"vllm_site", "peer_timeout"} if "vllm" in protocol.peers else set()
+    given = [name for name, value in vars(args).items() if value is not None and name not in known]
+    if given:
+        names = ("no_peers" if name == "peers" and not args.peers else name for name in given)
+        raise ValueError(f"{args.protocol} takes no {', '.join(f'--{name}' for name in names)}")
+    for name, default, least in (("repeats", 5, 1), ("peer_timeout", 300.0, 1)):
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+        if not getattr(args, name) >= least:
+            raise ValueError(f"--{name} must be at least {least}")
     if min(args.batches or [1]) < 1:
         raise ValueError("--batches must be at least 1")
-    files = {f"--{name}": getattr(args, name) for name in ("checkpoint_path", "text", "calibration_text")}
-    if any(files.values()):
-        if args.protocol != "weights":
-            raise ValueError(f"{', '.join(files)} are weights'")
-        for name, value in files.items():
-            if not value:
-                raise ValueError(f"{', '.join(files)} need one another: {name} is missing")
-    elif protocol.device == "cuda" and not torch.cuda.is_available():
+    trained = {f"--{name}": getattr(args, name) for name in TRAINED}
+    for name, value in trained.items() if any(trained.values()) else ():
+        if not value:
+            raise ValueError(f"{', '.join(trained)} need one another: {name} is missing")
+
+
+def write_report():
+    """Writes benchmarks/README.md, the pictures beside it and the headline figures in README.md from
+    benchmarks/*.json."""
+    for file, text in report.pages(ROOT).items():
+        write_text(file, text)
+        print(f"wrote {file.relative_to(ROOT)}")
+
+
+def run(args: argparse.Namespace):
+    check_options(args)
+    if args.protocol == "report":
+        return write_report()
+    protocol = PROTOCOLS[args.protocol]
+    if protocol.device == "cuda" and not torch.cuda.is_available() and not args.checkpoint_path:
         raise ValueError(f"protocol {args.protocol} needs a CUDA GPU")
+    args.peers = peers.choose(args.protocol, protocol.peers, args.peers, args.vllm_site)
     args.device = pick_device(None if args.checkpoint_path else protocol.device)
     args.models, args.precisions = args.models or protocol.models, args.precisions or protocol.precisions
-    result = {"protocol": args.protocol, **environment(args.device)}
+    result = {"protocol": args.protocol, **environment(args.device), "repeats": args.repeats}
     args.bandwidth = 1e9 * result["copy_bandwidth_gb_per_second"]
     release()  # its buffers
     print(json.dumps(result), flush=True)
-    result["results"] = rows = []
+    rows = []
     try:
         for row in protocol.rows(args):
+            result |= row.pop("versions", {})  # a peer's, in its own process
             print("  ".join(f"{key} {report.cell(value)}" for key, value in row.items()), flush=True)
             rows.append(row)
     finally:  # what was measured before a failure is kept
         print(f"\n{report.weights_tables(rows) if args.protocol == 'weights' else report.table(rows)}", flush=True)
         if args.output:
-            write_text(args.output, json.dumps(result, indent=1) + "\n")
+            write_text(args.output, json.dumps(result | {"results": rows}, indent=1) + "\n")
         if args.picture and rows:
             write_text(args.picture, report.sweep_picture(rows, f"{result['device']}, {result['date']}"))
 

@@ -28,7 +28,15 @@ def tiny(monkeypatch):
     """The arguments of a run on a model of two layers."""
     monkeypatch.setitem(NAMED_CONFIGS, "tiny", (1, 2, 64, 128, 4, 2, 32, None, 32, 1.0, 512, 256))
     return argparse.Namespace(
-        device=CPU, models=["tiny"], precisions=["bf16", "fp8-all"], repeats=1, peers=False, bandwidth=1e10
+        device=CPU,
+        models=["tiny"],
+        precisions=["bf16", "fp8-all"],
+        repeats=1,
+        bandwidth=1e10,
+        peers=(),
+        vllm_site=None,
+        peer_timeout=60.0,
+        ops=None,
     )
 
 
@@ -63,9 +71,15 @@ def test_help_names_every_protocol(capsys):
     ("arguments", "message"),
     [
         ("nonsense", "invalid choice: 'nonsense'"),
-        ("latency --picture a.svg", "--picture and --batches are sweep's"),
+        ("latency --picture a.svg --ops te", "error: latency takes no --ops, --picture"),
+        ("sweep --no_peers", "sweep takes no --no_peers"),
+        ("report --models gemma-2b --repeats 5", "report takes no --models, --repeats"),
+        ("cpu --peers vllm", "--peers vllm: protocol cpu has no such peer, only transformers"),
+        ("cpu --peers transformers --no_peers", "--no_peers: not allowed with argument --peers"),
+        ("cpu --vllm_site .", "cpu takes no --vllm_site"),
+        ("latency --peer_timeout 0", "--peer_timeout must be at least 1"),
         ("cpu --repeats 0", "--repeats must be at least 1"),
-        ("sweep --text a.txt", "--checkpoint_path, --text, --calibration_text are weights'"),
+        ("sweep --text a.txt", "sweep takes no --text"),
         ("weights --text a.txt --calibration_text b.txt", "need one another: --checkpoint_path is missing"),
         ("weights --checkpoint_path a --calibration_text b.txt", "need one another: --text is missing"),
         ("weights --checkpoint_path a --text a.txt", "need one another: --calibration_text is missing"),
@@ -133,8 +147,9 @@ def test_one_model_is_in_memory_at_a_time(tiny, monkeypatch):
 
 
 def test_prefill_rows(tiny):
-    tiny.precisions = ["bf16"]
+    tiny.precisions, tiny.ops = ["bf16"], ["kernels"]
     peak, eager, compiled = benchmark.prefill(tiny, shapes=((2, 16),), matrix_size=64)
+    assert eager["ops"] == "kernels"
     assert not eager["compile_prefill"]
     assert compiled["compile_prefill"]
     assert eager["share_of_matrix_product"] == pytest.approx(
