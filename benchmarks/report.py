@@ -86,7 +86,8 @@ def joined(words: Iterable[str]) -> str:
 def markdown(lines: list[dict[str, str]]) -> str:
     """Returns a table with a column for each key of any line, in the order of their first appearance, and none for a key
     whose cells are all empty."""
-    heads = list(dict.fromkeys(head for line in lines for head, text in line.items() if text))
+    heads = dict.fromkeys(head for line in lines for head in line)
+    heads = [head for head in heads if any(line.get(head) for line in lines)]
     body = [[line.get(head, "") for head in heads] for line in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *body)) + "\n"
 

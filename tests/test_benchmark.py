@@ -212,7 +212,7 @@ def test_quality_of_weights_is_what_eval_says_of_their_files(trained, tmp_path, 
     out = output(benchmark, "weights", *texts, "--precisions", *cases, "--output", result)
     assert sorted(trained.iterdir()) == before
     assert "\nspeeds are left out: they need a CUDA GPU\n" in out
-    assert "\none-layer: quality\n\n| weights | MB | perplexity | KL | same top token |\n" in out
+    assert "\n| weights | MB | perplexity | KL | same top token |\n" in out
     bf16, *rows = json.loads(result.read_text())["results"]
     assert [row["precision"] for row in rows] == list(cases)
     perplexity = json.loads(output(evaluation, "--json", "--text", text))["perplexity"]
@@ -263,13 +263,15 @@ def test_table_of_weights():
         for name in ("one", "two")
     ]
     quality.append(quality[0] | {"precision": "int8", "change_percent": 0.016, "kl": 0.00031, "top1_agreement": 0.9931})
-    assert report.weights_tables(quality + speeds).splitlines()[:6] == [
+    assert report.weights_tables(quality + speeds).splitlines()[:8] == [
         "gemma-7b: sizes and tokens/s; one: quality",
         "",
         "| weights | disk, GiB | GPU, GiB | batch 1 | batch 8 | batch 64 | MB | perplexity | KL | same top token |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| bf16 | 5.00 | 5.25 | 432 (88 %) | 3,457 | 27,654 | 44.1 | 3.830 |  |  |",
+        "| BF16 | 5.00 | 5.25 | 432 (88 %) | 3,457 | 27,654 | 44.1 | 3.830 |  |  |",
         "| int8 | 5.00 | 5.25 | 432 (88 %) | 3,457 | 27,654 | 44.1 | 3.830 (+0.02 %) | 0.0003 | 99.3 % |",
+        "",
+        "The fastest: at batch 1, 8 and 64 BF16.",
     ]
     assert report.weights_tables(speeds).splitlines()[2] == (
         "| weights | disk, GiB | GPU, GiB | batch 1 | batch 8 | batch 64 |"
