@@ -2,9 +2,9 @@
 `python benchmark.py report` makes the tables of the documents from the JSON files.
 
 Each case runs once to warm up, its time given apart, and then --repeats times: medians, and the spread from the fastest
-to the slowest. Models have random weights at the published sizes. `share_of_copy_bandwidth` is what a decode step has to
-read (weights, valid keys and values) over its time, as a share of what a large copy moves; `floor_ms` is the time of a
-step at that speed.
+to the slowest. Models have random weights at the published sizes. `share_of_copy_bandwidth` is what a decode step has
+to read (weights, valid keys and values) over its time, as a share of what a large copy moves; `floor_ms` is the time of
+a step at that speed.
 """
 
 import argparse
@@ -87,8 +87,8 @@ def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_t
 def latency(
     args: argparse.Namespace, contexts: tuple[int, ...] = (128, 1024, 4096, 8000), new_tokens: int = 100
 ) -> Iterator[dict]:
-    """Batch 1 behind prompts of 128 to 8,000 tokens, 100 new. Peers, at the first length: vLLM, whose decoding is what 100
-    new tokens take longer than a single one; transformers, static cache, compiled."""
+    """Batch 1 behind prompts of 128 to 8,000 tokens, 100 new. Peers, at the first length: vLLM, whose decoding is what
+    100 new tokens take longer than a single one; transformers, static cache, compiled."""
 
     def of_model(model: Transformer, kv_dtype, case: dict):
         for context in contexts:
@@ -137,10 +137,10 @@ def sweep(
 
 
 def weights(args: argparse.Namespace) -> Iterator[dict]:
-    """What to choose weights by. Quality: of each trained --checkpoint_path, calibrate.py and quantize.py make each format
-    with --calibration_text (GPTQ with 32,768 tokens of it) in a temporary directory (TMPDIR), and eval.py compares it with
-    BF16 on --text; disk_mb is the file's. Sizes and speeds, on a GPU: disk_gib of the file, and what `sweep` measures at
-    batch 1, 8 and 64; GPTQ's weights have int4's layout, which is measured once for both."""
+    """What to choose weights by. Quality: of each trained --checkpoint_path, calibrate.py and quantize.py make each
+    format with --calibration_text (GPTQ with 32,768 tokens of it) in a temporary directory (TMPDIR), and eval.py
+    compares it with BF16 on --text; disk_mb is the file's. Sizes and speeds, on a GPU: disk_gib of the file, and what
+    `sweep` measures at batch 1, 8 and 64; GPTQ's weights have int4's layout, which is measured once for both."""
     for checkpoint in [open_checkpoint(path) for path in args.checkpoint_path or ()]:  # each is looked at first
         yield from quality(checkpoint, args.precisions, args.text, args.calibration_text)
     if args.device.type != "cuda":
@@ -435,7 +435,8 @@ def prefill_flop(model: Transformer, batch: int, tokens: int) -> float:
 
 
 def matrix_rate(device: torch.device, fp8: bool, size: int) -> float:
-    """FLOP a second of square products of random values, summed as ours are (no fast accumulation); the best of five."""
+    """FLOP a second of square products of random values, summed as ours are (no fast accumulation); the best of
+    five."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     run, best, count = partial(torch.mm, a, b.t()), math.inf, 10
     if fp8:

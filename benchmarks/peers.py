@@ -60,11 +60,11 @@ def hf_config(config) -> dict:
 def choose(
     protocol: str, known: Iterable[str], wanted: Iterable[str] | None, vllm_site: Path | None
 ) -> tuple[str, ...]:
-    """Returns those of a protocol's `known` peers that are to be measured: the `wanted` ones, or, if that is None, those
-    that are installed, with a line on stderr for each that is not.
+    """Returns those of a protocol's `known` peers that are to be measured: the `wanted` ones, or, if that is None,
+    those that are installed, with a line on stderr for each that is not.
 
-    `vllm_site` is a directory that holds vLLM for its own process only. Raises ValueError if a peer that was asked for by
-    name is not known or not installed."""
+    `vllm_site` is a directory that holds vLLM for its own process only. Raises ValueError if a peer that was asked for
+    by name is not known or not installed."""
     if vllm_site is not None and not (vllm_site / "vllm").is_dir():
         raise ValueError(f"--vllm_site {vllm_site} has no package vllm in it")
     found = {name for name in known if importlib.util.find_spec(name) or (name == "vllm" and vllm_site)}
@@ -105,8 +105,8 @@ def transformers_checkpoint(directory):
 
 
 def transformers_generate(model, prompts: list[list[int]], new_tokens: int, **options) -> Callable[[], None]:
-    """Returns a function that runs the peer's own loop once: greedy, no stop token, a dynamic cache unless `options` say
-    otherwise, prompts padded on the left."""
+    """Returns a function that runs the peer's own loop once: greedy, no stop token, a dynamic cache unless `options`
+    say otherwise, prompts padded on the left."""
     import torch
 
     model.generation_config.eos_token_id = None
@@ -140,8 +140,8 @@ def vllm_figures(
     site: Path | None,
     timeout: float,
 ) -> dict:
-    """Measures vLLM with random weights on a list of prompts of token ids, greedy, without a stop; returns the figures of a
-    row, and under "versions" those of vLLM and of the torch that it ran on.
+    """Measures vLLM with random weights on a list of prompts of token ids, greedy, without a stop; returns the figures
+    of a row, and under "versions" those of vLLM and of the torch that it ran on.
 
     `config` is Hugging Face's, `site` a directory that only that process imports from, `timeout` in seconds. vLLM
     doesn't say when prefill ends, so that every repeat has two calls, one with `new_tokens` new tokens and one with a

@@ -1,4 +1,4 @@
-"""What benchmark.py makes of its results: tables as text and Markdown, a picture of `sweep`, and the documents' figures.
+"""What benchmark.py makes of its results: tables as text and Markdown, a picture of `sweep`, figures of documents.
 
 Nothing here needs a GPU, PyTorch or another file of the project: results go in, text comes out.
 """
@@ -84,8 +84,8 @@ def joined(words: Iterable[str]) -> str:
 
 
 def markdown(lines: list[dict[str, str]]) -> str:
-    """Returns a table with a column for each key of any line, in the order of their first appearance, and none for a key
-    whose cells are all empty."""
+    """Returns a table with a column for each key of any line, in the order of their first appearance, and none for a
+    key whose cells are all empty."""
     heads = dict.fromkeys(head for line in lines for head in line)
     heads = [head for head in heads if any(line.get(head) for line in lines)]
     body = [[line.get(head, "") for head in heads] for line in lines]
@@ -154,7 +154,7 @@ def new_tokens(rows: list[dict]) -> str:
 def loads(rows: list[dict]) -> str:
     """Returns a sentence on the peers whose loading was timed."""
     cases = [
-        f"{form(row['load_seconds'], '{:.1f}')} s for {row['name']} with {row['model']} in {PRECISIONS[row['precision']]}"
+        f"{row['load_seconds']:.1f} s for {row['name']} with {row['model']} in {PRECISIONS[row['precision']]}"
         for row in rows
         if "load_seconds" in row
     ]
@@ -312,54 +312,56 @@ class Section(NamedTuple):
 SECTIONS = {
     "latency": Section(
         "Latency",
-        """One prompt, greedy decoding, no stop. transformers keeps its keys and values in a static cache and compiles its
-decode step.""",
+        """One prompt, greedy decoding, no stop. transformers keeps its keys and values in a static cache and compiles
+its decode step.""",
         latency,
     ),
     "tutorial": Section(
         "TransformerEngine's tutorial",
-        """The benchmark of TransformerEngine's Gemma tutorial: short prompts of different lengths, and so many new tokens
-that the longest prompt and its text fill the tutorial's cache. The floor is the time that a copy at full speed takes to move
-all bytes that the decode steps have to read. The tutorial's prefill computes all positions of that cache, padding included;
-"padded" is the time with such a prefill, "seconds" the time with one of the prompts alone. transformers' prompts are padded
-on the left.""",
+        """The benchmark of TransformerEngine's Gemma tutorial: short prompts of different lengths, and so many new
+tokens that the longest prompt and its text fill the tutorial's cache. The floor is the time that a copy at full speed
+takes to move all bytes that the decode steps have to read. The tutorial's prefill computes all positions of that cache,
+padding included; "padded" is the time with such a prefill, "seconds" the time with one of the prompts alone.
+transformers' prompts are padded on the left.""",
         tutorial,
     ),
     "sweep": Section("Batches", "Prompts of one length, a growing number of rows that are decoded together.", sweep),
     "weights": Section(
         "Which weights?",
-        """Sizes and speeds are of models with random weights: GiB of the file and at most on the GPU at batch 1, tokens/s
-while decoding, and at batch 1 the share of the copy bandwidth. GPTQ's weights are stored as int4's are, so that one
-measurement is of both. Quality is of trained models, in windows of held-out Python code: perplexity and its change from BF16,
-KL divergence from BF16 in nats, and the share of positions that have the same most probable token as BF16. The scaling
-factors of FP8 and the corrections of GPTQ come from other code. Prefill attends to keys and values as the cache holds them, so
-that the figures are those of decoding. Without a GPU the command measures the quality alone.""",
+        """Sizes and speeds are of models with random weights: GiB of the file and at most on the GPU at batch 1,
+tokens/s while decoding, and at batch 1 the share of the copy bandwidth. GPTQ's weights are stored as int4's are, so
+that one measurement is of both. Quality is of trained models, in windows of held-out Python code: perplexity and its
+change from BF16, KL divergence from BF16 in nats, and the share of positions that have the same most probable token as
+BF16. The scaling factors of FP8 and the corrections of GPTQ come from other code. Prefill attends to keys and values as
+the cache holds them, so that the figures are those of decoding. Without a GPU the command measures the quality
+alone.""",
         weights_tables,
         " --checkpoint_path DIR --text held_out.jsonl --calibration_text other.jsonl",
     ),
     "stop-check": Section(
         "The stop check",
-        """What it costs to learn whether all rows have stopped. "ping-pong" is what `generate` does: it looks at the tokens
-of a step while the next one runs. "every" waits for each step before it starts the next, "never" doesn't look.""",
+        """What it costs to learn whether all rows have stopped. "ping-pong" is what `generate` does: it looks at the
+tokens of a step while the next one runs. "every" waits for each step before it starts the next, "never" doesn't
+look.""",
         stop_check,
     ),
     "startup": Section(
         "Start",
-        """From process start to the first text of `generate.py --compile --fp8`, from a file in the page cache, without and
-with kernels that an earlier start has compiled.""",
+        """From process start to the first text of `generate.py --compile --fp8`, from a file in the page cache, without
+and with kernels that an earlier start has compiled.""",
         startup,
     ),
     "prefill": Section(
         "Prefill",
-        """Prefill alone, without and with `--compile_prefill`, by the implementation of the operations (`--ops`). The work
-that is counted is that of the layers' matrix products and of causal attention; the large product sums as ours do, without the
-hardware's fast accumulation.""",
+        """Prefill alone, without and with `--compile_prefill`, by the implementation of the operations (`--ops`). The
+work that is counted is that of the layers' matrix products and of causal attention; the large product sums as ours do,
+without the hardware's fast accumulation.""",
         prefill,
     ),
     "memory": Section(
         "Memory",
-        """Each case in a process of its own. "Allocated" is what tensors took at most, "reserved" what PyTorch asked the GPU
-for; fragmentation is the share of the latter that was never allocated. "Expandable segments" is the allocator's
+        """Each case in a process of its own. "Allocated" is what tensors took at most, "reserved" what PyTorch asked
+the GPU for; fragmentation is the share of the latter that was never allocated. "Expandable segments" is the allocator's
 setting of that name.""",
         memory,
     ),
@@ -367,19 +369,21 @@ setting of that name.""",
 }
 INTRODUCTION = """# Figures
 
-`python benchmark.py report` writes this page from the JSON files beside it. Each of them was written by the command below its
-name, on the machine and with the versions that stand beside its name. Models of Gemma's published sizes have random weights:
-neither speed nor memory depends on their values.
+`python benchmark.py report` writes this page from the JSON files beside it. Each of them was written by the command
+below its name, on the machine and with the versions that stand beside its name. Models of Gemma's published sizes have
+random weights.
 
-Each case runs once to warm up and then several times; a figure is the median of the latter. The share of the copy bandwidth
-compares a decode step with a large copy: it is the time in which the copy would move the bytes that the step has to read
-(every weight and every valid key and value, once), divided by the time that the step took. "FP8 layers" are linear layers whose
-weights and inputs are in E4M3, with one scaling factor a tensor; "E4M3 cache" is a KV cache in that format.
+Each case runs once to warm up and then several times; a figure is the median of the latter. The share of the copy
+bandwidth compares a decode step with a large copy: it is the time in which the copy would move the bytes that the step
+has to read (every weight and every valid key and value, once), divided by the time that the step took. "FP8 layers" are
+linear layers whose weights and inputs are in E4M3, with one scaling factor a tensor; "E4M3 cache" is a KV cache in that
+format.
 
-vLLM, where a table has it, runs in a process of its own, on random weights (`load_format="dummy"`), with the same prompts and
-with its own defaults for compiling and CUDA graphs. Its FP8 is made of BF16 weights while it loads (`quantization="fp8"`); its
-embedding stays in BF16. It doesn't say when its prefill ends: its decoding is the time of the whole call less the time of a
-call for a single new token. Where vLLM is not installed, `--vllm_site DIR` names a directory that has it.
+vLLM, where a table has it, runs in a process of its own, on random weights (`load_format="dummy"`), with the same
+prompts and with its own defaults for compiling and CUDA graphs. Its FP8 is made of BF16 weights while it loads
+(`quantization="fp8"`); its embedding stays in BF16. It doesn't say when its prefill ends: its decoding is the time of
+the whole call less the time of a call for a single new token. Where vLLM is not installed, `--vllm_site DIR` names a
+directory that has it.
 """
 HEADLINES = {  # protocol: unit, what it is called, key of the figure, its format
     "latency": ("tokens/s", "one text", "tokens_per_second", "{:,.0f}"),
@@ -457,8 +461,8 @@ def program(row: dict) -> str:
 def headline(results: dict[str, list[tuple[str, dict]]], model: str = "gemma-7b") -> str:
     """Returns a small table of a model's figures on one GPU and a line on it; an empty text if there are none.
 
-    Of several GPUs it is the one whose files hold vLLM's rows, of those the one whose files hold the most programs, then
-    the one that was measured last; the same decides between several files of one GPU."""
+    Of several GPUs it is the one whose files hold vLLM's rows, of those the one whose files hold the most programs,
+    then the one that was measured last; the same decides between several files of one GPU."""
     devices = {}  # device: protocol: (what decides, rows)
     for protocol in HEADLINES:
         for _, content in results.get(protocol, ()):
@@ -478,9 +482,9 @@ def headline(results: dict[str, list[tuple[str, dict]]], model: str = "gemma-7b"
     lines = [line for protocol, (_, rows) in devices[device].items() for line in headline_lines(protocol, model, rows)]
     dates = joined(dict.fromkeys(date for (_, _, date), _ in devices[device].values()))
     return markdown(lines) + (
-        f"\nMeasured on one {device}, {dates}. Times are those of whole calls, prefill included. FP8 is that of the linear\n"
-        "layers with a KV cache in FP8 (E4M3). What was not measured is empty. All figures, and the commands that measure\n"
-        "them: [benchmarks/README.md](benchmarks/README.md).\n"
+        f"\nMeasured on one {device}, {dates}. Times are those of whole calls, prefill included. FP8 is that of the\n"
+        "linear layers with a KV cache in FP8 (E4M3). An empty cell was not measured. Every figure and its command:\n"
+        "[benchmarks/README.md](benchmarks/README.md).\n"
     )
 
 
@@ -502,8 +506,8 @@ def headline_lines(protocol: str, model: str, rows: list[dict]) -> list[dict[str
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """Returns file -> text of all that is made of benchmarks/*.json in a directory of the project: benchmarks/README.md,
-    a picture for each file of `sweep`, and README.md with its headline block written anew.
+    """Returns file -> text of all that is made of benchmarks/*.json in a directory of the project:
+    benchmarks/README.md, a picture for each file of `sweep`, and README.md with its headline block written anew.
 
     Raises ValueError if a JSON file holds something else or README.md lacks the block."""
     directory, readme = root / "benchmarks", root / "README.md"

@@ -1,4 +1,4 @@
-"""`benchmark.py report`, and the rows of peers that it shows: vLLM is a stand-in, in a process of its own as the real one."""
+"""`benchmark.py report`, and the peers whose rows it shows: a stand-in for vLLM, in a process of its own as vLLM is."""
 
 import json
 import shutil
