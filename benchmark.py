@@ -1,28 +1,25 @@
-"""Every figure in the README. `python benchmark.py PROTOCOL` prints a table and, with --output, writes JSON.
+"""Every figure in the README. `python benchmark.py PROTOCOL` prints a table and, with --output, writes JSON;
+`python benchmark.py report` makes the tables of the documents from the JSON files.
 
 Each case runs once to warm up, its time given apart, and then --repeats times: medians, and the spread from the fastest
-to the slowest. Models have random weights at the published sizes. `share_of_copy_bandwidth` is what a decode step has to
-read (weights, valid keys and values) over its time, as a share of what a large copy moves; `floor_ms` is the time of a
-step at that speed.
+to the slowest. Models have random weights at the published sizes. `share_of_copy_bandwidth` is what a decode step has
+to read (weights, valid keys and values) over its time, as a share of what a large copy moves; `floor_ms` is the time of
+a step at that speed.
 """
 
 import argparse
 import datetime
-import gc
 import importlib.metadata
-import io
 import json
 import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -31,21 +28,9 @@ from typing import NamedTuple
 
 import torch
 
-import calibrate
-import eval as evaluation
-import quantize
-from checkpoint import (
-    CONVERTED_NAME,
-    FP8_DTYPE,
-    Checkpoint,
-    convert,
-    fp8_scale_names,
-    open_checkpoint,
-    sources,
-    tensor_bytes,
-    write_atomically,
-    write_safetensors,
-)
+from benchmarks import peers, report
+from benchmarks.checkpoints import E4M3, FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
+from checkpoint import open_checkpoint, write_atomically
 from generate import (
     DEFAULT_CHECKPOINT,
     Parser,
@@ -63,20 +48,7 @@ from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent
 OURS = "gemma-fast"
-E4M3, GIB = torch.float8_e4m3fn, 2**30
-INTEGERS = {"int8": {"bits": 8}}
-INTEGERS |= {f"{mode}-g{group}": {"bits": 4, "group": group} for mode in ("int4", "int4-gptq") for group in (32, 128)}
-PRECISIONS = {  # options of Transformer.random, dtype of the KV cache; "all": the embedding, which is the head, too
-    "bf16": ({}, None),
-    "fp8": ({"fp8": True}, None),
-    "fp8-kv": ({"fp8": True}, E4M3),
-    "fp8-all": ({"fp8": True, "head": True}, E4M3),
-    **{
-        name + end: (options | head, None)
-        for name, options in INTEGERS.items()
-        for end, head in (("", {}), ("-all", {"head": True}))
-    },
-}
+OPS = ("kernels", "te", "torch")  # implementations of the operations, as load_model's ops names them
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Protocols: each yields its rows as they come
@@ -85,7 +57,7 @@ PRECISIONS = {  # options of Transformer.random, dtype of the KV cache; "all": t
 def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_tokens: int = 492) -> Iterator[dict]:
     """TransformerEngine's Gemma tutorial: batch 64, prompts of at most 20 tokens, 492 new, greedy, no stop, the whole
     call. The tutorial pads prompts to 512 positions and computes them all: padded_seconds is such a prefill and our
-    decoding. Peer: transformers, prompts padded on the left."""
+    decoding. Peers: vLLM, transformers with prompts padded on the left."""
     shape = {"batch": batch, "context": f"2..{longest}", "new_tokens": new_tokens}
 
     def of_model(model: Transformer, kv_dtype, case: dict):
@@ -100,11 +72,12 @@ def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_t
         yield row | rounded({"padded_prefill_seconds": prefill, "padded_seconds": prefill + row["decode_seconds"]})
 
     yield from each_model(args, of_model)
-    for name in args.models if args.peers and have_transformers() else ():
-        peer = peer_model(name, args.device)
+    yield from vllm_rows(args, partial(tutorial_prompts, batch, longest), shape)
+    for name in args.models if "transformers" in args.peers else ():
+        peer = peers.transformers_model(config_of_peer(name), args.device)
         prompts = tutorial_prompts(batch, longest, peer.config.vocab_size)
         for cache in ("dynamic", "static"):
-            run = transformers_generate(peer, prompts, new_tokens, cache_implementation=cache)
+            run = peers.transformers_generate(peer, prompts, new_tokens, cache_implementation=cache)
             case = {"model": name, "precision": "bf16", **shape}
             yield from measure(args, {f"transformers, {cache} cache": run}, case, repeats=2)
         del peer, run
@@ -114,7 +87,8 @@ def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_t
 def latency(
     args: argparse.Namespace, contexts: tuple[int, ...] = (128, 1024, 4096, 8000), new_tokens: int = 100
 ) -> Iterator[dict]:
-    """Batch 1 behind prompts of 128 to 8,000 tokens, 100 new. Peer, at the first: transformers, static cache, compiled."""
+    """Batch 1 behind prompts of 128 to 8,000 tokens, 100 new. Peers, at the first length: vLLM, whose decoding is what
+    100 new tokens take longer than a single one; transformers, static cache, compiled."""
 
     def of_model(model: Transformer, kv_dtype, case: dict):
         for context in contexts:
@@ -123,11 +97,13 @@ def latency(
             yield from measure(args, {OURS: run}, case | {"batch": 1, "context": context, "new_tokens": new_tokens})
 
     yield from each_model(args, of_model)
-    for name in args.models if args.peers and have_transformers() else ():
-        peer = peer_model(name, args.device)
+    shape = {"batch": 1, "context": contexts[0], "new_tokens": new_tokens}
+    yield from vllm_rows(args, partial(random_prompts, 1, contexts[0]), shape)
+    for name in args.models if "transformers" in args.peers else ():
+        peer = peers.transformers_model(config_of_peer(name), args.device)
         prompts = random_prompts(1, contexts[0], peer.config.vocab_size)
-        run = transformers_generate(peer, prompts, new_tokens, cache_implementation="static")
-        case = {"model": name, "precision": "bf16", "batch": 1, "context": contexts[0], "new_tokens": new_tokens}
+        run = peers.transformers_generate(peer, prompts, new_tokens, cache_implementation="static")
+        case = {"model": name, "precision": "bf16", **shape}
         yield from measure(args, {"transformers, static cache": run}, case)
         del peer, run
         release()
@@ -161,12 +137,12 @@ def sweep(
 
 
 def weights(args: argparse.Namespace) -> Iterator[dict]:
-    """What to choose weights by. Quality: of each trained --checkpoint_path, calibrate.py and quantize.py make each format
-    with --calibration_text (GPTQ with 32,768 tokens of it) in a temporary directory (TMPDIR), and eval.py compares it with
-    BF16 on --text; disk_mb is the file's. Sizes and speeds, on a GPU: disk_gib of the file, and what `sweep` measures at
-    batch 1, 8 and 64; GPTQ's weights have int4's layout, which is measured once for both."""
+    """What to choose weights by. Quality: of each trained --checkpoint_path, calibrate.py and quantize.py make each
+    format with --calibration_text (GPTQ with 32,768 tokens of it) in a temporary directory (TMPDIR), and eval.py
+    compares it with BF16 on --text; disk_mb is the file's. Sizes and speeds, on a GPU: disk_gib of the file, and what
+    `sweep` measures at batch 1, 8 and 64; GPTQ's weights have int4's layout, which is measured once for both."""
     for checkpoint in [open_checkpoint(path) for path in args.checkpoint_path or ()]:  # each is looked at first
-        yield from quality(args, checkpoint)
+        yield from quality(checkpoint, args.precisions, args.text, args.calibration_text)
     if args.device.type != "cuda":
         print("speeds are left out: they need a CUDA GPU", flush=True)
         return
@@ -228,7 +204,7 @@ def prefill(
     matrix_size: int = 8192,
 ) -> Iterator[dict]:
     """Prefill alone, 512 to 8,000 tokens, against a large matrix product, which is measured first: layers and causal
-    attention, without and with --compile_prefill."""
+    attention, without and with --compile_prefill, for each implementation of the operations, or for --ops."""
     peaks = {}
     for precision in args.precisions:
         peaks[precision] = matrix_rate(args.device, "fp8" in PRECISIONS[precision][0], matrix_size)
@@ -237,12 +213,16 @@ def prefill(
     release()
 
     def of_model(model: Transformer, kv_dtype, case: dict):
-        for (batch, tokens), compile_prefill in product(shapes, (False, True)):
-            runs = time_prefill(args, model, batch, tokens, kv_dtype, compile_prefill)
-            row = case | {"batch": batch, "context": tokens, "compile_prefill": compile_prefill} | seconds_of(runs)
-            rate = prefill_flop(model, batch, tokens) / row["seconds"]
-            row |= {"tokens_per_second": batch * tokens / row["seconds"], "tflop_per_second": rate / 1e12}
-            yield rounded(row | {"share_of_matrix_product": rate / peaks[case["precision"]]})
+        for ops in args.ops or OPS:
+            if not use_ops(model, ops):
+                continue
+            for (batch, tokens), compile_prefill in product(shapes, (False, True)):
+                runs = time_prefill(args, model, batch, tokens, kv_dtype, compile_prefill)
+                row = case | {"ops": ops, "batch": batch, "context": tokens, "compile_prefill": compile_prefill}
+                row |= seconds_of(runs)
+                rate = prefill_flop(model, batch, tokens) / row["seconds"]
+                row |= {"tokens_per_second": batch * tokens / row["seconds"], "tflop_per_second": rate / 1e12}
+                yield rounded(row | {"share_of_matrix_product": rate / peaks[case["precision"]]})
 
     yield from each_model(args, of_model)
 
@@ -268,15 +248,13 @@ def cpu(args: argparse.Namespace) -> Iterator[dict]:
     to the first token."""
     eager, compiled = (load_model(DEFAULT_CHECKPOINT, args.device)[0] for _ in range(2))
     peer = None
-    if args.peers and have_transformers():
-        from transformers import AutoModelForCausalLM
-
-        peer = AutoModelForCausalLM.from_pretrained(DEFAULT_CHECKPOINT, dtype=torch.bfloat16)
+    if "transformers" in args.peers:
+        peer = peers.transformers_checkpoint(DEFAULT_CHECKPOINT)
     for batch in (1, 16):
         prompts = random_prompts(batch, 32, eager.config.vocab_size)
         runners = {"eager": ours(eager, prompts, 200), "compile": ours(compiled, prompts, 200, compile=True)}
         if peer is not None:
-            runners["transformers"] = transformers_generate(peer, prompts, 200)
+            runners["transformers"] = peers.transformers_generate(peer, prompts, 200)
         rows = measure(args, runners, {"model": "tiny-gemma", "batch": batch, "context": 32, "new_tokens": 200})
         for row in rows:
             if peer is not None:
@@ -288,22 +266,29 @@ def cpu(args: argparse.Namespace) -> Iterator[dict]:
 
 
 class Protocol(NamedTuple):
+    """What yields its rows, the device that it needs, the defaults of its options, the peers that it knows, and the
+    options that only it takes."""
+
     rows: Callable[[argparse.Namespace], Iterator[dict]]
     device: str
     models: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
+TRAINED = ("checkpoint_path", "text", "calibration_text")
+BOTH = ("transformers", "vllm")
 PROTOCOLS = {
-    "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-kv", "fp8-all")),
-    "latency": Protocol(latency, "cuda", ("gemma-2b", "gemma-7b"), ("bf16", "fp8-all")),
-    "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all")),
-    "weights": Protocol(weights, "cuda", ("gemma-7b",), tuple(PRECISIONS)),
+    "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-kv", "fp8-all"), BOTH),
+    "latency": Protocol(latency, "cuda", ("gemma-2b", "gemma-7b"), ("bf16", "fp8-kv", "fp8-all"), BOTH),
+    "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all"), options=("batches", "picture")),
+    "weights": Protocol(weights, "cuda", ("gemma-7b",), tuple(PRECISIONS), options=TRAINED),
     "stop-check": Protocol(stop_check, "cuda", ("gemma-2b",), ("bf16", "fp8-all")),
     "startup": Protocol(startup, "cuda", ("gemma-7b",)),
-    "prefill": Protocol(prefill, "cuda", ("gemma-7b",), ("bf16", "fp8")),
+    "prefill": Protocol(prefill, "cuda", ("gemma-7b",), ("bf16", "fp8"), options=("ops",)),
     "memory": Protocol(memory, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-all")),
-    "cpu": Protocol(cpu, "cpu"),
+    "cpu": Protocol(cpu, "cpu", peers=("transformers",)),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,46 +311,17 @@ def each_model(args: argparse.Namespace, of_model: Callable[..., Iterator[dict]]
         release()
 
 
-def release():
-    gc.collect()
-    if "torch._dynamo" in sys.modules:  # a peer's compiled code holds its model
-        torch.compiler.reset()
-    torch.cuda.empty_cache()
+def use_ops(model: Transformer, name: str) -> bool:
+    """Lets a model compute with one implementation of its operations; returns False, and prints a line, where there is
+    none of that name."""
+    if name == "kernels":
+        return True
+    print(f"ops {name} is left out: the model can't be told to use it", file=sys.stderr)
+    return False
 
 
-def hf_config(config: ModelConfig) -> dict:
-    """config.json of a Gemma 1, as Hugging Face has it."""
-    return {
-        "model_type": "gemma",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context_length,
-    }
-
-
-def peer_model(name: str, device: torch.device):
-    """transformers' model of the same sizes, random weights, BF16."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with device:
-        config = AutoConfig.for_model(**hf_config(ModelConfig.from_name(name)))
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
-def have_transformers() -> bool:
-    try:
-        import transformers
-    except ImportError:
-        print("transformers is not installed: no peer is timed", file=sys.stderr)
-        return False
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return True
+def config_of_peer(name: str) -> dict:
+    return peers.hf_config(ModelConfig.from_name(name))
 
 
 def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
@@ -382,89 +338,6 @@ def tutorial_prompts(rows: int, longest: int, vocab_size: int) -> list[list[int]
     return [prompt[:length] for prompt, length in zip(random_prompts(rows, longest, vocab_size), lengths)]
 
 
-FP8_NAME = "gemma-fp8.safetensors"
-
-
-@contextmanager
-def synthetic_checkpoint(name: str, device: torch.device) -> Iterator[Path | None]:
-    """A temporary directory with an FP8 checkpoint of random weights; None, and a line, if the disk has no room."""
-    config = ModelConfig.from_name(name)
-    needed = sum(math.prod(shape) for parts in sources(config).values() for _, shape in parts)
-    with tempfile.TemporaryDirectory() as directory:
-        free = shutil.disk_usage(directory).free
-        if free < 1.1 * needed:
-            print(f"{name} is left out: {directory} has {free / GIB:.1f} GiB, its file needs {needed / GIB:.1f}")
-            yield None
-            return
-        write_checkpoint(Path(directory), config, device)
-        release()
-        yield Path(directory)
-
-
-def write_checkpoint(directory: Path, config: ModelConfig, device: torch.device):
-    """FP8 layers and head, factors of 1.0 for K and V, and tiny-gemma's tokenizer, whose ids are the first of many."""
-    weights = Transformer.random(config, device, fp8=True, head=True).state_dict()
-    weights |= {name: torch.ones(()) for name in fp8_scale_names(config) if name not in weights}
-    dtypes = {torch.bfloat16: "BF16", torch.float32: "F32", E4M3: FP8_DTYPE}
-    entries = {
-        name: (dtypes[weight.dtype], tuple(weight.shape), lambda weight=weight: [tensor_bytes(weight.cpu())])
-        for name, weight in weights.items()
-    }
-    write_safetensors(directory / FP8_NAME, entries, {"weight_format": "fp8"})
-    (directory / "config.json").write_text(json.dumps(hf_config(config)))
-    shutil.copy(DEFAULT_CHECKPOINT / "tokenizer.model", directory)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trained checkpoints
-
-
-def quality(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[dict]:
-    """BF16's row, which the others are compared with, and one for each of args.precisions."""
-    with tempfile.TemporaryDirectory() as temporary:
-        directory, bf16 = Path(temporary), None
-        convert(checkpoint, directory / CONVERTED_NAME)
-        for name in ("config.json", "generation_config.json", "tokenizer.model"):
-            if (checkpoint.directory / name).exists():
-                shutil.copy(checkpoint.directory / name, directory)
-        if any("fp8" in precision for precision in args.precisions):
-            output_of(calibrate, "--checkpoint_path", directory, "--text", args.calibration_text)
-        for precision in dict.fromkeys(("bf16", *args.precisions)):
-            file, options = directory / CONVERTED_NAME, ["--text", args.text]
-            if precision != "bf16":
-                output_of(quantize, "--checkpoint_path", directory, *quantize_options(precision, args.calibration_text))
-                file = directory / f"gemma-{re.sub('-(kv|all)$', '', precision)}.safetensors"
-                options += ["--against", directory / CONVERTED_NAME]
-            if PRECISIONS[precision][1] is not None:
-                options += ["--kv_cache_dtype", "fp8_e4m3"]
-            figures = json.loads(output_of(evaluation, "--json", "--checkpoint_path", file, *options))
-            bf16 = bf16 or figures["perplexity"]
-            row = {"checkpoint": checkpoint.directory.resolve().name, "precision": precision}
-            row |= {"disk_mb": file.stat().st_size / 1e6, **figures}
-            yield row | {"change_percent": 100 * (figures["perplexity"] / bf16 - 1)}
-            if precision != "bf16":
-                file.unlink()
-            release()
-
-
-def quantize_options(precision: str, text: Path) -> list:
-    """What makes quantize.py write the file of a precision."""
-    options, gptq = PRECISIONS[precision][0], "gptq" in precision
-    mode, head = ("fp8", "--fp8_head") if "fp8" in options else (f"int{options['bits']}", "--quantize_embedding")
-    arguments = ["--mode", mode + "-gptq" * gptq]
-    arguments += ["--group_size", options["group"]] if "group" in options else []
-    arguments += ["--text", text, "--max_tokens", 32768] if gptq else []
-    return arguments + [head] * ("head" in options)
-
-
-def output_of(program, *arguments) -> str:
-    """What calibrate.py, quantize.py or eval.py prints on stdout; its failure, which it has told, ends this program."""
-    with redirect_stdout(io.StringIO()) as output:
-        if status := program.main([str(argument) for argument in arguments]):
-            raise SystemExit(status)
-    return output.getvalue()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
@@ -475,21 +348,6 @@ def ours(model: Transformer, prompts: list[list[int]], new_tokens: int, **option
         options_of_all = {"temperature": 0, "stop_ids": (), "batch_size": len(prompts), "stats": stats}
         generate(model, prompts, new_tokens, **options_of_all, **options)
         return stats
-
-    return run
-
-
-def transformers_generate(model, prompts: list[list[int]], new_tokens: int, **options) -> Callable[[], None]:
-    """The peer's own loop: greedy, no stop token, dynamic cache unless `options` say otherwise; padded on the left."""
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-
-    def run():
-        output = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **options)
-        assert output.shape[1] == width + new_tokens
 
     return run
 
@@ -527,6 +385,21 @@ def measure(args: argparse.Namespace, runners: dict[str, Callable], case: dict, 
     return rows
 
 
+def vllm_rows(args: argparse.Namespace, prompts_of: Callable[[int], list[list[int]]], shape: dict) -> Iterator[dict]:
+    """A row for each model and each of vLLM's precisions beside ours, on the prompts that prompts_of(vocabulary size)
+    gives; a failure is told in a line and has no row."""
+    precisions = peers.vllm_precisions(args.precisions) if "vllm" in args.peers else ()
+    for name, precision in product(args.models, precisions):
+        config, new_tokens = config_of_peer(name), shape["new_tokens"]
+        prompts, settings = prompts_of(config["vocab_size"]), (args.repeats, args.vllm_site, args.peer_timeout)
+        try:
+            figures = peers.vllm_figures(config, precision, prompts, new_tokens, *settings)
+        except RuntimeError as error:
+            print(f"vLLM, {name} {precision}, is left out: {error}", file=sys.stderr, flush=True)
+        else:
+            yield rounded({"model": name, "precision": precision, **shape, **figures})
+
+
 def decode_figures(repeats: list[Stats], bandwidth: float) -> dict:
     """Of the same run, repeated; `bandwidth`, a copy's, in bytes a second."""
     rates, decode = [stats.decode_rate for stats in repeats], median(stats.decode_seconds for stats in repeats)
@@ -562,7 +435,8 @@ def prefill_flop(model: Transformer, batch: int, tokens: int) -> float:
 
 
 def matrix_rate(device: torch.device, fp8: bool, size: int) -> float:
-    """FLOP a second of square products of random values, summed as ours are (no fast accumulation); the best of five."""
+    """FLOP a second of square products of random values, summed as ours are (no fast accumulation); the best of
+    five."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     run, best, count = partial(torch.mm, a, b.t()), math.inf, 10
     if fp8:
@@ -652,7 +526,7 @@ def memory_of_load(directory: str, repeats: int) -> dict:
 def environment(device: torch.device) -> dict:
     """What the figures were measured with, the copy bandwidth among it."""
     versions = {}
-    for package in ("torch", "triton", "transformers", "transformer-engine"):
+    for package in ("torch", "triton", "transformers", "transformer-engine", "vllm"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -679,7 +553,7 @@ def cpu_name() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Printing
+# The program
 
 
 def rounded(row: dict) -> dict:
@@ -693,183 +567,95 @@ def rounded(row: dict) -> dict:
     return {key: short(value) for key, value in row.items()}
 
 
-def cell(value) -> str:
-    if isinstance(value, list):
-        return "..".join(map(cell, value))
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "" if value is None else str(value)
-
-
-def table(rows: Iterable[dict]) -> str:
-    """A column a key, aligned; the words of a key stand above each other."""
-    rows = list(rows)
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    words = [key.split("_") for key in keys]
-    height = max(map(len, words), default=0)
-    columns = []
-    for key, head in zip(keys, words):
-        column = [""] * (height - len(head)) + head + [cell(row.get(key)) for row in rows]
-        left = any(isinstance(row.get(key), str) for row in rows)
-        width = max(map(len, column))
-        columns.append([text.ljust(width) if left else text.rjust(width) for text in column])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
-
-
-def weights_tables(rows: list[dict]) -> str:
-    """`weights`' rows in Markdown: a table of each random model's sizes and speeds and each checkpoint's quality."""
-
-    def values(key: str) -> list:
-        return list(dict.fromkeys(row[key] for row in rows if key in row))
-
-    out, names = [], [name for name in PRECISIONS if name in values("precision")]
-    for model, checkpoint in product(values("model") or [None], values("checkpoint") or [None]) if rows else ():
-        heads, lines = {"weights": "weights"}, {name: {"weights": name} for name in names}
-        for row in sorted(rows, key=lambda row: "checkpoint" in row):
-            if (row.get("model", model), row.get("checkpoint", checkpoint)) == (model, checkpoint):
-                lines[row["precision"]] |= (cells := weights_cells(row))
-                heads |= dict(zip(cells, cells))
-        titles = (model and f"{model}: sizes and tokens/s", checkpoint and f"{checkpoint}: quality")
-        out += ["; ".join(filter(None, titles)), ""]
-        for line in (heads, dict.fromkeys(heads, "---"), *lines.values()):
-            out.append(f"| {' | '.join(line.get(head, '') for head in heads)} |")
-        out.append("")
-    return "\n".join(out)
-
-
-def weights_cells(row: dict) -> dict[str, str]:
-    if "model" in row:
-        rate = f"{row['decode_tokens_per_second']:,.0f}"
-        if row["batch"] > 1:
-            return {f"batch {row['batch']}": rate}
-        sizes = {"disk, GiB": f"{row['disk_gib']:.2f}", "GPU, GiB": f"{row['gpu_gib']:.2f}"}
-        return sizes | {"batch 1": f"{rate} ({100 * row['share_of_copy_bandwidth']:.0f} %)"}
-    cells = {"MB": f"{row['disk_mb']:.1f}", "perplexity": f"{row['perplexity']:.3f}"}
-    if "kl" in row:
-        cells["perplexity"] += f" ({row['change_percent']:+.2f} %)"
-        cells |= {"KL": f"{row['kl']:.4f}", "same top token": f"{100 * row['top1_agreement']:.1f} %"}
-    return cells
-
-
-COLOURS = ("#1f5fa8", "#c2501b", "#2e7d4f", "#7a4fa0", "#8a6d1a", "#a8325e")
-
-
-def sweep_picture(rows: list[dict], title: str) -> str:
-    """SVG of `sweep`'s rows: tokens/s, dashed at the floor, and share of the copy bandwidth, both over the batch."""
-    series = {}
-    for row in rows:
-        series.setdefault(f"{row['model']} {row['precision']}", []).append(row)
-    batches = sorted({row["batch"] for row in rows})
-    title += ", {context} prompt tokens, {new_tokens} new".format(**rows[0])
-    rates, floors, shares = [], [], []
-    for colour, values in zip(COLOURS, series.values()):
-        rates.append((colour, "", [(row["batch"], row["decode_tokens_per_second"]) for row in values]))
-        floors.append((colour, "5 4", [(row["batch"], 1e3 * row["batch"] / row["floor_ms"]) for row in values]))
-        shares.append((colour, "", [(row["batch"], 100 * row["share_of_copy_bandwidth"]) for row in values]))
-    points = [y for _, _, line in rates + floors for _, y in line]
-    powers = range(math.floor(math.log10(min(points))), math.ceil(math.log10(max(points))) + 1)
-    legend = [
-        f'<path d="M{70 + 190 * i} 46h24" stroke="{colour}" stroke-width="2.5"/>'
-        f'<text x="{100 + 190 * i}" y="50">{label}</text>'
-        for i, (colour, label) in enumerate(zip(COLOURS, series))
-    ]
-    return "\n".join((
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 430" font-family="sans-serif" font-size="13">',
-        '<rect width="960" height="430" fill="#fff"/>',
-        f'<text x="70" y="26" font-size="15">{title}</text>',
-        *legend,
-        *panel(70, "tokens/s while decoding; dashed: at the copy bandwidth", batches, rates + floors,
-               [10**power for power in powers], math.log10),
-        *panel(550, "share of the copy bandwidth, %", batches, shares, range(0, 101, 20), float),
-        "</svg>\n",
-    ))  # fmt: skip
-
-
-def panel(left: int, title: str, batches: list[int], lines: list, ticks: Iterable[int], scale: Callable) -> list[str]:
-    """Lines (colour, dashes, [(batch, y)]) over the logarithm of the batch; `scale` of y is linear on the paper."""
-    ticks, top, bottom, width = list(ticks), 90, 375, 370
-    low, high, octaves = scale(ticks[0]), scale(ticks[-1]), math.log2(batches[-1] / batches[0]) or 1
-
-    def x(batch: int) -> str:
-        return f"{left + width * math.log2(batch / batches[0]) / octaves:.1f}"
-
-    def y(value: float) -> float:
-        return round(bottom - (bottom - top) * (scale(value) - low) / (high - low), 1)
-
-    parts = [f'<text x="{left}" y="76">{title}</text>']
-    for tick in ticks:
-        parts.append(f'<path d="M{left} {y(tick)}h{width}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:,}</text>')
-    for batch in batches:
-        parts.append(f'<text x="{x(batch)}" y="{bottom + 20}" text-anchor="middle">{batch}</text>')
-    parts.append(f'<text x="{left + width / 2}" y="{bottom + 42}" text-anchor="middle">batch</text>')
-    for colour, dashes, values in lines:
-        points = " ".join(f"{x(batch)},{y(value)}" for batch, value in values)
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
-        )
-        if not dashes:
-            parts += [f'<circle cx="{x(batch)}" cy="{y(value)}" r="3.5" fill="{colour}"/>' for batch, value in values]
-    return parts
-
-
 def write_text(file: Path, text: str):
     write_atomically(file, lambda out: out.write(text.encode()))
 
 
 def program_parser() -> argparse.ArgumentParser:
-    protocols = "\n\n".join(f"{name}: {' '.join(p.rows.__doc__.split())}" for name, p in PROTOCOLS.items())
+    rows = {name: protocol.rows for name, protocol in PROTOCOLS.items()} | {"report": write_report}
+    protocols = "\n\n".join(f"{name}: {' '.join(function.__doc__.split())}" for name, function in rows.items())
     description, layout = f"{__doc__}\n{protocols}", argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="benchmark.py", description=description, formatter_class=layout)
-    add = parser.add_argument
-    add("protocol", choices=PROTOCOLS)
+    add = parser.add_argument  # every default is None: what was given is seen by that
+    add("protocol", choices=rows)
     add("--models", nargs="+", choices=("gemma-2b", "gemma-7b"), help="(default: the protocol's)")
     add("--precisions", nargs="+", choices=PRECISIONS, help="(default: the protocol's)")
     add("--batches", nargs="+", type=int, metavar="N", help="sweep: instead of its own")
+    add("--ops", nargs="+", choices=OPS, help="prefill: implementations of the operations (default: all)")
     add("--checkpoint_path", nargs="+", type=Path, metavar="DIR", help="weights: trained checkpoints in BF16")
     add("--text", type=Path, metavar="FILE", help="weights: to evaluate them on, as eval.py's")
     add("--calibration_text", type=Path, metavar="FILE", help="weights: for calibrate.py and GPTQ, as theirs")
-    add("--no_peers", dest="peers", action="store_false", help="leave out transformers")
-    add("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    peer = parser.add_mutually_exclusive_group()
+    peer.add_argument("--peers", nargs="+", choices=BOTH, help="to time beside ours (default: those installed)")
+    peer.add_argument("--no_peers", dest="peers", action="store_const", const=(), help="leave them out")
+    add("--vllm_site", type=Path, metavar="DIR", help="where vLLM's own process finds it, if it is not installed")
+    add(
+        "--peer_timeout", type=float, metavar="SECONDS", help="that vLLM may take for a row, loading too (default: 300)"
+    )
+    add("--repeats", type=int, metavar="N", help="(default: 5)")
     add("--output", type=Path, metavar="FILE", help="write the results as JSON")
     add("--picture", type=Path, metavar="FILE.svg", help="sweep: draw the results")
     return parser
 
 
-def run(args: argparse.Namespace):
-    protocol = PROTOCOLS[args.protocol]
-    if args.repeats < 1:
-        raise ValueError("--repeats must be at least 1")
-    if (args.picture or args.batches) and args.protocol != "sweep":
-        raise ValueError("--picture and --batches are sweep's")
+def check_options(args: argparse.Namespace):
+    """Raises ValueError for options that the protocol doesn't take, and fills in defaults."""
+    protocol = PROTOCOLS.get(args.protocol)
+    known = {"protocol"}
+    if protocol:
+        known |= {"repeats", "output", *protocol.options}
+        known |= {name for name in ("models", "precisions", "peers") if getattr(protocol, name)}
+        known |= {"vllm_site", "peer_timeout"} if "vllm" in protocol.peers else set()
+    given = [name for name, value in vars(args).items() if value is not None and name not in known]
+    if given:
+        names = ("no_peers" if name == "peers" and not args.peers else name for name in given)
+        raise ValueError(f"{args.protocol} takes no {', '.join(f'--{name}' for name in names)}")
+    for name, default, least in (("repeats", 5, 1), ("peer_timeout", 300.0, 1)):
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+        if not getattr(args, name) >= least:
+            raise ValueError(f"--{name} must be at least {least}")
     if min(args.batches or [1]) < 1:
         raise ValueError("--batches must be at least 1")
-    files = {f"--{name}": getattr(args, name) for name in ("checkpoint_path", "text", "calibration_text")}
-    if any(files.values()):
-        if args.protocol != "weights":
-            raise ValueError(f"{', '.join(files)} are weights'")
-        for name, value in files.items():
-            if not value:
-                raise ValueError(f"{', '.join(files)} need one another: {name} is missing")
-    elif protocol.device == "cuda" and not torch.cuda.is_available():
+    trained = {f"--{name}": getattr(args, name) for name in TRAINED}
+    for name, value in trained.items() if any(trained.values()) else ():
+        if not value:
+            raise ValueError(f"{', '.join(trained)} need one another: {name} is missing")
+
+
+def write_report():
+    """Writes benchmarks/README.md, the pictures beside it and the headline figures in README.md from
+    benchmarks/*.json."""
+    for file, text in report.pages(ROOT).items():
+        write_text(file, text)
+        print(f"wrote {file.relative_to(ROOT)}")
+
+
+def run(args: argparse.Namespace):
+    check_options(args)
+    if args.protocol == "report":
+        return write_report()
+    protocol = PROTOCOLS[args.protocol]
+    if protocol.device == "cuda" and not torch.cuda.is_available() and not args.checkpoint_path:
         raise ValueError(f"protocol {args.protocol} needs a CUDA GPU")
+    args.peers = peers.choose(args.protocol, protocol.peers, args.peers, args.vllm_site)
     args.device = pick_device(None if args.checkpoint_path else protocol.device)
     args.models, args.precisions = args.models or protocol.models, args.precisions or protocol.precisions
-    result = {"protocol": args.protocol, **environment(args.device)}
+    result = {"protocol": args.protocol, **environment(args.device), "repeats": args.repeats}
     args.bandwidth = 1e9 * result["copy_bandwidth_gb_per_second"]
     release()  # its buffers
     print(json.dumps(result), flush=True)
-    result["results"] = rows = []
+    rows = []
     try:
         for row in protocol.rows(args):
-            print("  ".join(f"{key} {cell(value)}" for key, value in row.items()), flush=True)
+            result |= row.pop("versions", {})  # a peer's, in its own process
+            print("  ".join(f"{key} {report.cell(value)}" for key, value in row.items()), flush=True)
             rows.append(row)
     finally:  # what was measured before a failure is kept
-        print(f"\n{weights_tables(rows) if args.protocol == 'weights' else table(rows)}", flush=True)
+        print(f"\n{report.weights_tables(rows) if args.protocol == 'weights' else report.table(rows)}", flush=True)
         if args.output:
-            write_text(args.output, json.dumps(result, indent=1) + "\n")
+            write_text(args.output, json.dumps(result | {"results": rows}, indent=1) + "\n")
         if args.picture and rows:
-            write_text(args.picture, sweep_picture(rows, f"{result['device']}, {result['date']}"))
+            write_text(args.picture, report.sweep_picture(rows, f"{result['device']}, {result['date']}"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import benchmark
 import calibrate
 import eval as evaluation
 import quantize
+from benchmarks import checkpoints, report
 from checkpoint import open_checkpoint, read_config, read_header
 from generate import Stats, generate, load_model
 from model import NAMED_CONFIGS, Transformer
@@ -27,7 +28,15 @@ def tiny(monkeypatch):
     """The arguments of a run on a model of two layers."""
     monkeypatch.setitem(NAMED_CONFIGS, "tiny", (1, 2, 64, 128, 4, 2, 32, None, 32, 1.0, 512, 256))
     return argparse.Namespace(
-        device=CPU, models=["tiny"], precisions=["bf16", "fp8-all"], repeats=1, peers=False, bandwidth=1e10
+        device=CPU,
+        models=["tiny"],
+        precisions=["bf16", "fp8-all"],
+        repeats=1,
+        bandwidth=1e10,
+        peers=(),
+        vllm_site=None,
+        peer_timeout=60.0,
+        ops=None,
     )
 
 
@@ -62,9 +71,15 @@ def test_help_names_every_protocol(capsys):
     ("arguments", "message"),
     [
         ("nonsense", "invalid choice: 'nonsense'"),
-        ("latency --picture a.svg", "--picture and --batches are sweep's"),
+        ("latency --picture a.svg --ops te", "error: latency takes no --ops, --picture"),
+        ("sweep --no_peers", "sweep takes no --no_peers"),
+        ("report --models gemma-2b --repeats 5", "report takes no --models, --repeats"),
+        ("cpu --peers vllm", "--peers vllm: protocol cpu has no such peer, only transformers"),
+        ("cpu --peers transformers --no_peers", "--no_peers: not allowed with argument --peers"),
+        ("cpu --vllm_site .", "cpu takes no --vllm_site"),
+        ("latency --peer_timeout 0", "--peer_timeout must be at least 1"),
         ("cpu --repeats 0", "--repeats must be at least 1"),
-        ("sweep --text a.txt", "--checkpoint_path, --text, --calibration_text are weights'"),
+        ("sweep --text a.txt", "sweep takes no --text"),
         ("weights --text a.txt --calibration_text b.txt", "need one another: --checkpoint_path is missing"),
         ("weights --checkpoint_path a --calibration_text b.txt", "need one another: --text is missing"),
         ("weights --checkpoint_path a --text a.txt", "need one another: --calibration_text is missing"),
@@ -132,8 +147,9 @@ def test_one_model_is_in_memory_at_a_time(tiny, monkeypatch):
 
 
 def test_prefill_rows(tiny):
-    tiny.precisions = ["bf16"]
+    tiny.precisions, tiny.ops = ["bf16"], ["kernels"]
     peak, eager, compiled = benchmark.prefill(tiny, shapes=((2, 16),), matrix_size=64)
+    assert eager["ops"] == "kernels"
     assert not eager["compile_prefill"]
     assert compiled["compile_prefill"]
     assert eager["share_of_matrix_product"] == pytest.approx(
@@ -152,7 +168,7 @@ def test_prefill_flop_of_gemma_7b():
 
 def test_table():
     rows = [{"name": "a", "seconds_spread": [0.5, 1.25]}, {"name": "long name", "step_ms": 12345.6}]
-    assert benchmark.table(rows).splitlines() == [
+    assert report.table(rows).splitlines() == [
         "             seconds    step",
         "name          spread      ms",
         "a          0.5..1.25",
@@ -167,13 +183,13 @@ def test_picture():
         for precision in ("bf16", "fp8-all")
         for batch in (1, 8, 64)
     ]
-    picture = xml.dom.minidom.parseString(benchmark.sweep_picture(rows, "one GPU"))
+    picture = xml.dom.minidom.parseString(report.sweep_picture(rows, "one GPU"))
     assert len(picture.getElementsByTagName("polyline")) == 6
     texts = [text.firstChild.data for text in picture.getElementsByTagName("text")]
     assert {"one GPU, 128 prompt tokens, 64 new", "gemma-7b bf16", "gemma-7b fp8-all", "64", "10,000", "100"} <= set(
         texts
     )
-    assert benchmark.sweep_picture(rows[:1], "")
+    assert report.sweep_picture(rows[:1], "")
 
 
 def test_quality_of_weights_is_what_eval_says_of_their_files(trained, tmp_path, monkeypatch, capsys):
@@ -196,7 +212,7 @@ def test_quality_of_weights_is_what_eval_says_of_their_files(trained, tmp_path, 
     out = output(benchmark, "weights", *texts, "--precisions", *cases, "--output", result)
     assert sorted(trained.iterdir()) == before
     assert "\nspeeds are left out: they need a CUDA GPU\n" in out
-    assert "\none-layer: quality\n\n| weights | MB | perplexity | KL | same top token |\n" in out
+    assert "\n| weights | MB | perplexity | KL | same top token |\n" in out
     bf16, *rows = json.loads(result.read_text())["results"]
     assert [row["precision"] for row in rows] == list(cases)
     perplexity = json.loads(output(evaluation, "--json", "--text", text))["perplexity"]
@@ -247,23 +263,25 @@ def test_table_of_weights():
         for name in ("one", "two")
     ]
     quality.append(quality[0] | {"precision": "int8", "change_percent": 0.016, "kl": 0.00031, "top1_agreement": 0.9931})
-    assert benchmark.weights_tables(quality + speeds).splitlines()[:6] == [
+    assert report.weights_tables(quality + speeds).splitlines()[:8] == [
         "gemma-7b: sizes and tokens/s; one: quality",
         "",
         "| weights | disk, GiB | GPU, GiB | batch 1 | batch 8 | batch 64 | MB | perplexity | KL | same top token |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| bf16 | 5.00 | 5.25 | 432 (88 %) | 3,457 | 27,654 | 44.1 | 3.830 |  |  |",
+        "| BF16 | 5.00 | 5.25 | 432 (88 %) | 3,457 | 27,654 | 44.1 | 3.830 |  |  |",
         "| int8 | 5.00 | 5.25 | 432 (88 %) | 3,457 | 27,654 | 44.1 | 3.830 (+0.02 %) | 0.0003 | 99.3 % |",
+        "",
+        "The fastest: at batch 1, 8 and 64 BF16.",
     ]
-    assert benchmark.weights_tables(speeds).splitlines()[2] == (
+    assert report.weights_tables(speeds).splitlines()[2] == (
         "| weights | disk, GiB | GPU, GiB | batch 1 | batch 8 | batch 64 |"
     )
-    assert benchmark.weights_tables(quality).count(": quality\n") == 2
-    assert benchmark.weights_tables([]) == ""
+    assert report.weights_tables(quality).count(": quality\n") == 2
+    assert report.weights_tables([]) == ""
 
 
 def test_synthetic_checkpoint_loads_and_runs(tiny):
-    with benchmark.synthetic_checkpoint("tiny", CPU) as directory:
+    with checkpoints.synthetic_checkpoint("tiny", CPU) as directory:
         assert open_checkpoint(directory, ("fp8",)).weight_format == "fp8"
         model, _ = load_model(directory, CPU, fp8=True)
         assert model.has_kv_scales
@@ -276,7 +294,7 @@ def test_synthetic_checkpoint_loads_and_runs(tiny):
 
 
 def test_a_full_disk_is_told(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
     assert list(benchmark.startup(tiny)) == []
     assert "tiny is left out: " in capsys.readouterr().out
 

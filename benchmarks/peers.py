@@ -1,0 +1,271 @@
+"""The programs that benchmark.py measures beside ours: transformers in this process, vLLM in processes of its own.
+
+`python benchmarks/peers.py DIR` is such a process: it reads DIR/job.json and writes DIR/result.json. It imports nothing
+of this project, so that vLLM may bring its own versions of what we use, too.
+"""
+
+import ctypes
+import glob
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+
+VLLM = "vLLM"
+VLLM_PRECISIONS = {  # our name of it, arguments of vllm.LLM; FP8: layers and cache, not the head
+    "bf16": {},
+    "fp8-kv": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
+}
+VLLM_CONTEXT = 2048
+VLLM_SETTINGS = {  # what the environment says goes before
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the process that we time and can end
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy decoding doesn't need it
+    "VLLM_USE_DEEP_GEMM": "0",  # is of FP8 in blocks and of mixtures of experts only
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",  # there is nothing to download
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",  # one process on one GPU needs no network
+    "VLLM_LOOPBACK_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def hf_config(config) -> dict:
+    """Returns config.json of a Gemma 1 as Hugging Face has it, of our ModelConfig."""
+    return {
+        "model_type": "gemma",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.context_length,
+    }
+
+
+def choose(
+    protocol: str, known: Iterable[str], wanted: Iterable[str] | None, vllm_site: Path | None
+) -> tuple[str, ...]:
+    """Returns those of a protocol's `known` peers that are to be measured: the `wanted` ones, or, if that is None,
+    those that are installed, with a line on stderr for each that is not.
+
+    `vllm_site` is a directory that holds vLLM for its own process only. Raises ValueError if a peer that was asked for
+    by name is not known or not installed."""
+    if vllm_site is not None and not (vllm_site / "vllm").is_dir():
+        raise ValueError(f"--vllm_site {vllm_site} has no package vllm in it")
+    found = {name for name in known if importlib.util.find_spec(name) or (name == "vllm" and vllm_site)}
+    for name in known if wanted is None else wanted:
+        if name not in known:
+            raise ValueError(f"--peers {name}: protocol {protocol} has no such peer, only {', '.join(known)}")
+        if name not in found:
+            if wanted is not None:
+                raise ValueError(f"--peers {name}: it is not installed")
+            print(f"{name} is not installed: it is not timed", file=sys.stderr)
+    return tuple(name for name in known if name in found and (wanted is None or name in wanted))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers, in this process
+
+
+def transformers_model(config: dict, device):
+    """Makes transformers' model of a Hugging Face config: random weights in BF16 on a torch.device."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    transformers.utils.logging.set_verbosity_error()
+    with device:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+
+
+def transformers_checkpoint(directory):
+    """Loads a checkpoint into transformers' model, in BF16 on the CPU."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+
+
+def transformers_generate(model, prompts: list[list[int]], new_tokens: int, **options) -> Callable[[], None]:
+    """Returns a function that runs the peer's own loop once: greedy, no stop token, a dynamic cache unless `options`
+    say otherwise, prompts padded on the left."""
+    import torch
+
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+
+    def run():
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **options)
+        assert output.shape[1] == width + new_tokens
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vLLM, in a process of its own
+
+
+def vllm_precisions(ours: Iterable[str]) -> list[str]:
+    """Returns the names of vLLM's precisions that stand beside those of ours: BF16 beside BF16, FP8 beside any FP8."""
+    return [name for name in VLLM_PRECISIONS if any(other.split("-")[0] == name.split("-")[0] for other in ours)]
+
+
+def vllm_figures(
+    config: dict,
+    precision: str,
+    prompts: list[list[int]],
+    new_tokens: int,
+    repeats: int,
+    site: Path | None,
+    timeout: float,
+) -> dict:
+    """Measures vLLM with random weights on a list of prompts of token ids, greedy, without a stop; returns the figures
+    of a row, and under "versions" those of vLLM and of the torch that it ran on.
+
+    `config` is Hugging Face's, `site` a directory that only that process imports from, `timeout` in seconds. vLLM
+    doesn't say when prefill ends, so that every repeat has two calls, one with `new_tokens` new tokens and one with a
+    single one: the second takes "prefill_seconds", and the difference is what the other steps took, "decode_seconds".
+    "load_seconds" is the time to make vllm.LLM ready, compiling included. Raises RuntimeError, in a line, if vLLM fails
+    or takes too long."""
+    job = {"precision": precision, "prompts": prompts, "new_tokens": new_tokens, "repeats": repeats}
+    result = _in_process(config, job, site, timeout)
+    first, *whole = result["seconds"]
+    _, *single = result["single_token_seconds"]
+    decode = [long - short for long, short in zip(whole, single)]
+    rates = [len(prompts) * (new_tokens - 1) / seconds for seconds in decode]
+    return {
+        "name": VLLM,
+        "seconds": median(whole),
+        "seconds_spread": [min(whole), max(whole)],
+        "first_run_seconds": first,
+        "tokens_per_second": len(prompts) * new_tokens / median(whole),
+        "prefill_seconds": median(single),
+        "decode_seconds": median(decode),
+        "decode_tokens_per_second": median(rates),
+        "decode_spread": [min(rates), max(rates)],
+        "load_seconds": result["load_seconds"],
+        "versions": result["versions"],
+    }
+
+
+def _in_process(config: dict, job: dict, site: Path | None, timeout: float) -> dict:
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        (directory / "model").mkdir()
+        activation = dict.fromkeys(("hidden_act", "hidden_activation"), "gelu_pytorch_tanh")
+        config = config | {"architectures": ["GemmaForCausalLM"], "torch_dtype": "bfloat16", **activation}
+        (directory / "model" / "config.json").write_text(json.dumps(config))
+        (directory / "job.json").write_text(json.dumps(job))
+        log = directory / "log"
+        with log.open("wb") as out:
+            # In that directory, since a Python that vLLM starts imports from the working directory first.
+            process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).resolve()), temporary],
+                env=_environment(site),
+                cwd=temporary,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that what it starts can be ended with it
+            )
+            try:
+                status = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"it was not done after {timeout:g} seconds (--peer_timeout)") from None
+            finally:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+                process.wait()
+        if status:
+            raise RuntimeError(f"exit status {status}: {_last_error(log.read_text(errors='replace'))}")
+        return json.loads((directory / "result.json").read_text())
+
+
+def _environment(site: Path | None) -> dict[str, str]:
+    environment = VLLM_SETTINGS | os.environ
+    for name, folder in (("PYTHONPATH", site and site.resolve()), ("LD_LIBRARY_PATH", _nvml_folder())):
+        if folder is not None:
+            environment[name] = os.pathsep.join(filter(None, (str(folder), environment.get(name))))
+    return environment
+
+
+def _nvml_folder() -> Path | None:
+    """Returns where NVIDIA's management library is, if the loader doesn't find it: without it vLLM sees no GPU."""
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        found = glob.glob("/usr/local/nvidia/**/libnvidia-ml.so.1", recursive=True)
+        return Path(found[0]).parent if found else None
+
+
+def _last_error(log: str) -> str:
+    """Returns the last line that tells an exception, since vLLM prints warnings on its way out, or the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it printed nothing"]
+    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception|Interrupt)\b", line)]
+    return (errors or lines)[-1][:300]
+
+
+def main(directory: Path):
+    from vllm import LLM, SamplingParams, __version__
+
+    job = json.loads((directory / "job.json").read_text())
+    config = json.loads((directory / "model" / "config.json").read_text())
+    start = time.perf_counter()
+    llm = LLM(
+        model=str(directory / "model"),
+        load_format="dummy",
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_model_len=min(VLLM_CONTEXT, config["max_position_embeddings"]),
+        gpu_memory_utilization=0.9,
+        enable_prefix_caching=False,  # each repeat has the prompts of the one before
+        seed=0,
+        **VLLM_PRECISIONS[job["precision"]],
+    )
+    load_seconds = time.perf_counter() - start
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+
+    def generate(new_tokens: int) -> float:
+        settings = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, settings, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        counts = {len(output.outputs[0].token_ids) for output in outputs}
+        if counts != {new_tokens}:
+            raise ValueError(f"{new_tokens} tokens were asked for, {sorted(counts)} came")
+        return seconds
+
+    runs = [(generate(job["new_tokens"]), generate(1)) for _ in range(1 + job["repeats"])]
+    whole, single = zip(*runs)
+    result = {"load_seconds": load_seconds, "seconds": whole, "single_token_seconds": single}
+    result["versions"] = {"vllm": __version__, "vllm_torch": importlib.metadata.version("torch")}
+    (directory / "result.json").write_text(json.dumps(result))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the way out may take long, and there is nothing left to do
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
