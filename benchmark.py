@@ -30,21 +30,16 @@ import torch
 
 from benchmarks import peers, report
 from benchmarks.checkpoints import E4M3, FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
+from cache import KVScales, cache_bytes, codec_of
 from checkpoint import open_checkpoint, write_atomically
-from generate import (
-    DEFAULT_CHECKPOINT,
-    Parser,
-    Sampling,
-    Stats,
-    _now,
-    copy_bandwidth,
-    decoder_for,
-    generate,
-    load_model,
-    pick_device,
-    run_program,
-)
-from model import ModelConfig, Transformer
+from cli import DEFAULT_CHECKPOINT, Parser, Stats, run_program
+from config import ModelConfig
+from device import copy_bandwidth, now, pick_device
+from generate import generate, load_model
+from model import Transformer
+from ops import choose
+from runner import Runner, lease
+from sampling import Sampling
 
 ROOT = Path(__file__).parent
 OURS = "gemma-fast"
@@ -207,7 +202,7 @@ def prefill(
     attention, without and with --compile_prefill, for each implementation of the operations, or for --ops."""
     peaks = {}
     for precision in args.precisions:
-        peaks[precision] = matrix_rate(args.device, "fp8" in PRECISIONS[precision][0], matrix_size)
+        peaks[precision] = matrix_rate(args.device, PRECISIONS[precision][0].get("format") == "fp8", matrix_size)
         name = f"matrix product, {matrix_size} cubed"
         yield rounded({"name": name, "precision": precision, "tflop_per_second": peaks[precision] / 1e12})
     release()
@@ -299,7 +294,7 @@ def random_model(name: str, precision: str, device: torch.device) -> tuple[Trans
     """A model of random weights, as `load_model` would have made it, and the dtype of its KV cache."""
     options, kv_dtype = PRECISIONS[precision]
     model = Transformer.random(ModelConfig.from_name(name), device, **options)
-    model.has_kv_scales = True  # of 1.0, which does for random values
+    model.kv_scales = KVScales([(1.0, 1.0)] * model.config.n_layers)  # which do for random values
     return model, kv_dtype
 
 
@@ -312,12 +307,14 @@ def each_model(args: argparse.Namespace, of_model: Callable[..., Iterator[dict]]
 
 
 def use_ops(model: Transformer, name: str) -> bool:
-    """Lets a model compute with one implementation of its operations; returns False, and prints a line, where there is
-    none of that name."""
-    if name == "kernels":
-        return True
-    print(f"ops {name} is left out: the model can't be told to use it", file=sys.stderr)
-    return False
+    """Lets a model compute with one implementation of its operations; returns False, and prints a line, where that one
+    can't run."""
+    try:
+        model.ops = choose(name, model.device)
+    except ValueError as error:
+        print(f"ops {name} is left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def config_of_peer(name: str) -> dict:
@@ -358,9 +355,9 @@ def time_in_turn(runners: dict[str, Callable], repeats: int, device: torch.devic
     runs = {name: [] for name in runners}
     for _ in range(1 + repeats):
         for name, run in runners.items():
-            start = _now(device)
+            start = now(device)
             result = run()
-            runs[name].append((_now(device) - start, result))
+            runs[name].append((now(device) - start, result))
     return runs
 
 
@@ -420,10 +417,10 @@ def time_prefill(
     args: argparse.Namespace, model: Transformer, batch: int, tokens: int, kv_dtype, compile_prefill: bool
 ):
     length = min(-(-(tokens + 1) // 64) * 64, model.config.context_length)
-    decoder = decoder_for(model, batch, length, kv_dtype, True, compile_prefill)
-    decoder.start(model, batch, Sampling(temperature=0), ())
+    runner = Runner(model, batch, length, codec_of(kv_dtype, model.dtype), False, compile_prefill)
+    runner.start(model, batch, Sampling(temperature=0), ())
     prompts = random_prompts(batch, tokens, model.config.vocab_size)
-    run = partial(decoder.prefill, model, prompts, [], 1)
+    run = partial(runner.prefill, model, prompts, [], 1)
     return time_in_turn({"prefill": run}, args.repeats, args.device)["prefill"]
 
 
@@ -444,10 +441,10 @@ def matrix_rate(device: torch.device, fp8: bool, size: int) -> float:
         options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": False}
         run = partial(torch._scaled_mm, a.to(E4M3), b.to(E4M3).t(), **options)
     for _ in range(6):
-        start = _now(device)
+        start = now(device)
         for _ in range(count):
             run()
-        best = min(best, _now(device) - start)
+        best = min(best, now(device) - start)
     return count * 2 * size**3 / best
 
 
@@ -487,14 +484,17 @@ def memory_of_run(name: str, precision: str, batch: int, prompt_tokens: int = 12
     torch.cuda.reset_peak_memory_stats()
     prompts = random_prompts(batch, prompt_tokens, model.config.vocab_size)
     ours(model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)()
-    shape = model.decoder.batch_size, model.decoder.length
-    cache, allocated = model.cache_bytes(*shape, kv_dtype), torch.cuda.max_memory_allocated()
+    allocated = torch.cuda.max_memory_allocated()
+    length = prompt_tokens + new_tokens
+    with lease(model, batch, length, codec_of(kv_dtype, model.dtype), compile=True) as runner:  # the one that has run
+        cache, length = runner.whole_cache.bytes, runner.length
+        of_bf16 = cache_bytes(model.config, runner.batch_size, length, codec_of("bf16", model.dtype))
     reserved = torch.cuda.max_memory_reserved()
     figures = {
-        "kv_cache_length": shape[1],
+        "kv_cache_length": length,
         "weights_gib": model.weight_bytes / GIB,
         "kv_cache_gib": cache / GIB,
-        "kv_cache_of_bf16": cache / model.cache_bytes(*shape, torch.bfloat16),
+        "kv_cache_of_bf16": cache / of_bf16,
         "peak_allocated_gib": allocated / GIB,
         "peak_reserved_gib": reserved / GIB,
         "fragmentation": 1 - allocated / reserved,
@@ -509,9 +509,9 @@ def memory_of_load(directory: str, repeats: int) -> dict:
     def load():
         release()
         torch.cuda.reset_peak_memory_stats()
-        start = _now(device)
+        start = now(device)
         model = load_model(directory, device, fp8=True)[0]
-        seconds = _now(device) - start
+        seconds = now(device) - start
         sizes[:] = model.weight_bytes, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return seconds
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from checkpoint import (
     FP8_DTYPE,
     FP8_SCHEME,
-    GROUPS,
+    INT_FORMATS,
     LINEAR_WEIGHTS,
     QUANTIZED_FORMATS,
     SCALES_NAME,
@@ -42,7 +42,7 @@ from checkpoint import (
 )
 from cli import Parser, add_model_options, run_program
 from device import pick_device
-from formats import EMBEDDING_FORMAT, FORMATS, Weight, group_parameters
+from formats import EMBEDDING_FORMAT, FORMATS, GROUPS, Weight, group_parameters
 from model import Residual, Transformer
 from ops import TORCH
 from ops.common import round_fp8
@@ -322,10 +322,11 @@ def _forward(model: Transformer, layer: int, streams: list) -> list:
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
+MODES = (*QUANTIZED_FORMATS, "int4-gptq")
 OPTIONS = {  # what only some modes take
     ("fp8",): ("fp8_head", "export_hf"),
-    ("int8", "int4", "int4-gptq"): ("quantize_embedding",),
-    ("int4", "int4-gptq"): ("group_size",),
+    (*INT_FORMATS, "int4-gptq"): ("quantize_embedding",),
+    (*(name for name in INT_FORMATS if FORMATS[name].grouped), "int4-gptq"): ("group_size",),
     ("int4-gptq",): ("text", "window", "max_tokens", "damping", "act_order", "device"),
 }
 
@@ -333,7 +334,7 @@ OPTIONS = {  # what only some modes take
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="quantize.py", description=__doc__)
     add = parser.add_argument
-    add("--mode", choices=(*QUANTIZED_FORMATS, "int4-gptq"), required=True)
+    add("--mode", choices=MODES, required=True)
     add_model_options(parser, "checkpoint_path")
     add("--fp8_head", action="store_true", help="fp8: the embedding, which is the output head, too")
     add("--export_hf", type=Path, metavar="OUT", help="fp8: write a directory for vLLM, TGI and transformers instead")

@@ -24,22 +24,26 @@ from checkpoint import (
     Checkpoint,
     convert,
     fp8_scale_names,
+    parameter_name,
     sources,
     tensor_bytes,
     write_safetensors,
 )
-from generate import DEFAULT_CHECKPOINT
-from model import ModelConfig, Transformer
+from cli import DEFAULT_CHECKPOINT
+from config import ModelConfig
+from model import Transformer
 
 E4M3, GIB = torch.float8_e4m3fn, 2**30
 FP8_NAME = "gemma-fp8.safetensors"
-INTEGERS = {"int8": {"bits": 8}}
-INTEGERS |= {f"{mode}-g{group}": {"bits": 4, "group": group} for mode in ("int4", "int4-gptq") for group in (32, 128)}
+INTEGERS = {"int8": {"format": "int8"}}
+INTEGERS |= {
+    f"{mode}-g{group}": {"format": "int4", "group": group} for mode in ("int4", "int4-gptq") for group in (32, 128)
+}
 PRECISIONS = {  # options of Transformer.random, dtype of the KV cache; "all": the embedding, which is the head, too
     "bf16": ({}, None),
-    "fp8": ({"fp8": True}, None),
-    "fp8-kv": ({"fp8": True}, E4M3),
-    "fp8-all": ({"fp8": True, "head": True}, E4M3),
+    "fp8": ({"format": "fp8"}, None),
+    "fp8-kv": ({"format": "fp8"}, E4M3),
+    "fp8-all": ({"format": "fp8", "head": True}, E4M3),
     **{
         name + end: (options | head, None)
         for name, options in INTEGERS.items()
@@ -75,8 +79,9 @@ def synthetic_checkpoint(name: str, device: torch.device) -> Iterator[Path | Non
 def write_checkpoint(directory: Path, config: ModelConfig, device: torch.device):
     """Writes FP8 layers and head, factors of 1.0 for K and V, and tiny-gemma's tokenizer, whose ids are the first of
     many."""
-    weights = Transformer.random(config, device, fp8=True, head=True).state_dict()
-    weights |= {name: torch.ones(()) for name in fp8_scale_names(config) if name not in weights}
+    parameters = Transformer.random(config, device, format="fp8", head=True).state_dict()
+    names = (*sources(config), *fp8_scale_names(config))
+    weights = {name: parameters.get(parameter_name(name), torch.ones(())) for name in names}
     dtypes = {torch.bfloat16: "BF16", torch.float32: "F32", E4M3: FP8_DTYPE}
     entries = {
         name: (dtypes[weight.dtype], tuple(weight.shape), lambda weight=weight: [tensor_bytes(weight.cpu())])
@@ -119,7 +124,8 @@ def quality(checkpoint: Checkpoint, precisions: list[str], text: Path, calibrati
 def quantize_options(precision: str, text: Path) -> list:
     """Returns the arguments with which quantize.py writes the file of a precision."""
     options, gptq = PRECISIONS[precision][0], "gptq" in precision
-    mode, head = ("fp8", "--fp8_head") if "fp8" in options else (f"int{options['bits']}", "--quantize_embedding")
+    mode = options["format"]
+    head = "--fp8_head" if mode == "fp8" else "--quantize_embedding"
     arguments = ["--mode", mode + "-gptq" * gptq]
     arguments += ["--group_size", options["group"]] if "group" in options else []
     arguments += ["--text", text, "--max_tokens", 32768] if gptq else []
