@@ -86,10 +86,15 @@ class Weight(nn.Module):
     def data(self) -> Tensor:
         return self.weight
 
+    @property
+    def source(self) -> tuple[int, int]:
+        """Address and version of `weight`: others, once it has changed."""
+        return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
+
     def pack(self):
         """Keeps a bf16 weight in oneDNN's layout, too, until it changes; the next products on a CPU take that."""
         if self.weight.dtype == torch.bfloat16 and self.format.name == "bf16":
-            source = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
+            source = self.source
             if self.packed is None or self.packed.source != source:
                 layout = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
                 self.packed = PackedWeight(layout, source)

@@ -233,7 +233,9 @@ class Transformer(nn.Module):
         """`forward`, in the dtype that the head's product has: that of activations, or float32 with a softcap."""
         (batch, count), dtype, ops = tokens.shape, self.dtype, self.ops
         kinds = self.positions(tokens, cache, position, lengths)
-        x = ops.embed(tokens.flatten(), self.embedding.data, self.normalizers[dtype], dtype, self.embedding.scale)
+        x = ops.embed(
+            tokens.flatten().contiguous(), self.embedding.data, self.normalizers[dtype], dtype, self.embedding.scale
+        )
         residual = Residual(x)
         for index, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
@@ -260,13 +262,14 @@ class Transformer(nn.Module):
     ) -> dict[bool, Positions]:
         """What all global (False) and all local (True) layers share in a forward."""
         (batch, count), config = tokens.shape, self.config
+        position, lengths = (x if x is None else x.contiguous() for x in (position, lengths))
         if position is not None and count == 1:
             query = position[:, None]
         else:
             query = torch.arange(count, device=tokens.device)[None]  # [1 or B, T]
             query = query if position is None else query + position[:, None]
         local = any(map(config.is_local, range(config.n_layers)))
-        ropes = self.ops.rope(query.flatten(), self.rope_frequency, *[self.rope_frequency_local] * local)
+        ropes = self.ops.rope(query.flatten().contiguous(), self.rope_frequency, *[self.rope_frequency_local] * local)
         kinds = {}
         for index in range(config.n_layers):
             kind = config.is_local(index)

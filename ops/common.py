@@ -1,18 +1,19 @@
 """What kernels have in common: how they are launched, and small pieces that several of them use.
 
 Shapes are named by letters everywhere in ops/: B rows of the batch, T tokens a row in this forward, M = B * T rows of a
-matrix, N outputs and K inputs of a weight [N, K], S slots of a KV cache, D head_dim, V vocabulary. Every tensor is
-contiguous. In kernels everything is computed in float32, and `.to(dtype).to(tl.float32)` rounds where the PyTorch
-definition rounds: kernel and definition differ by the order of summation only.
+matrix, N outputs and K inputs of a weight [N, K], S slots of a KV cache, D head_dim, V vocabulary. Counts of heads are
+spelled out: HEADS of queries, KV_HEADS of keys and values, GROUP = HEADS / KV_HEADS. Every tensor is contiguous. In
+kernels everything is computed in float32, and `.to(dtype).to(tl.float32)` rounds where the PyTorch definition rounds:
+kernel and definition differ by the order of summation only.
 
 **Early starts.** What the author of a kernel has to know, said once:
 - A kernel is launched with programmatic dependent launch where the GPU has it (Hopper and newer, constexpr PDL): it may
   start while the kernel before it still runs, as soon as all programs of that one have called `launch_dependents`,
   which every kernel does first. So the launch costs nothing, and loads can begin early.
-- Before `wait_for_previous` a kernel may read what no kernel of the same step writes: weights, scales, norms, positions,
-  and the keys and values of older tokens. After it, everything that earlier kernels wrote is there.
-- Every kernel has to wait, also one that needs nothing from the one before: only then does "the one before has finished"
-  mean that all before it have. Nothing may be written before the wait.
+- Before `wait_for_previous` a kernel may read what no kernel of the same step writes: weights, scales, norms,
+  positions, and the keys and values of older tokens. After it, everything that earlier kernels wrote is there.
+- Every kernel has to wait, also one that needs nothing from the one before: only then does "the one before has
+  finished" mean that all before it have. Nothing may be written before the wait.
 - `rope`, the first kernel of a step, is launched without an early start (`early=False`), so that the step before, which
   wrote positions and keys, has finished by then.
 
@@ -45,18 +46,18 @@ USE_PDL = True  # early starts, where the GPU has them; a switch for tests, whic
 
 
 def available(device: torch.device) -> bool:
-    """Whether these kernels run on `device`: CUDA with Triton installed, or anything under Triton's interpreter."""
+    """Says whether these kernels run on `device`: CUDA with Triton, or anything under Triton's interpreter."""
     return triton is not None and (device.type == "cuda" or triton.knobs.runtime.interpret)
 
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether `device` is a GPU of compute capability 9.0 or newer: it has early starts, and arithmetic on bf16 pairs."""
+    """Says whether `device` is a GPU of compute capability 9.0 or newer, with early starts and bf16x2 arithmetic."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launch(kernel, grid: tuple[int, ...], *args, early: bool = True, **constants):
-    """Launches `kernel`, whose last constant is PDL, on `grid`; with `early` it may start before the one before ends."""
+    """Launches `kernel`, whose last constant is PDL; with `early` it may start before the previous one ends."""
     pdl = USE_PDL and is_hopper(args[0].device)
     options = {"launch_pdl": True} if pdl and early else {}
     kernel[grid](*args, PDL=pdl, **constants, **options)
@@ -88,8 +89,10 @@ def wait_for_previous(PDL: tl.constexpr):
 
 @jit
 def prefetch_l2(ptr, stride, count, SIZE: tl.constexpr, PDL: tl.constexpr):
-    """Has `count` pieces of SIZE bytes, `stride` bytes apart, brought to L2, one by each thread. SIZE and stride are multiples
-    of 16."""
+    """Has `count` pieces of SIZE bytes, `stride` bytes apart, brought to L2, one by each thread.
+
+    SIZE and stride are multiples of 16.
+    """
     if PDL and SIZE > 0:
         tl.inline_asm_elementwise(
             """{
@@ -112,7 +115,7 @@ def prefetch_l2(ptr, stride, count, SIZE: tl.constexpr, PDL: tl.constexpr):
 
 @jit
 def load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K: tl.constexpr, dtype: tl.constexpr):
-    """Loads columns of a row of a product [rows, N] in `dtype`, or sums them over SPLIT_K float32 partial sums of it."""
+    """Loads columns of a row of a product [rows, N] in `dtype`, or adds up SPLIT_K float32 partial sums of them."""
     if SPLIT_K == 0:
         y = tl.load(y_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
     else:
@@ -125,13 +128,13 @@ def load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K: tl.constexpr, dtype: t
 
 @jit
 def inverse_rms_of(x, N, eps):
-    """1 / sqrt(mean(x²) + eps) of a row of N numbers."""
+    """Computes 1 / sqrt(mean(x²) + eps) of a row of N numbers."""
     return tl.rsqrt(tl.sum(x * x, axis=0) / N + eps)
 
 
 @jit
 def normed(x, inverse_rms, weight, dtype: tl.constexpr):
-    """x * inverse_rms * (1 + weight), rounded to `dtype`."""
+    """Computes x * inverse_rms * (1 + weight), rounded to `dtype`."""
     x = x * inverse_rms
     x = x + x * weight.to(tl.float32)
     return x.to(dtype).to(tl.float32)
@@ -139,8 +142,10 @@ def normed(x, inverse_rms, weight, dtype: tl.constexpr):
 
 @jit
 def load_scalar(ptr):
-    """What ptr points to, if it is not None. Kernels load constants before their wait: at its end a program would wait for
-    memory once more."""
+    """Loads what ptr points to, or returns None if ptr is None.
+
+    Kernels load constants before their wait: at its end a program would wait for memory once more.
+    """
     value = None
     if ptr is not None:
         value = tl.load(ptr)
@@ -149,7 +154,7 @@ def load_scalar(ptr):
 
 @jit
 def to_e4m3(x, scale):
-    """`round_fp8`, to E4M3."""
+    """Rounds x / scale to E4M3, as `round_fp8` does."""
     # div_rn: a plain division is not correctly rounded, and PyTorch's is
     x = x * tl.div_rn(1.0, scale)
     return tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
@@ -166,13 +171,13 @@ def store_rounded(ptrs, y, scale, mask, dtype: tl.constexpr):
 
 @jit
 def tanh(x):
-    """To 1e-7, which is as close to -1 as PyTorch's gets: its GELU of -10 is 0."""
+    """Computes tanh(x) to 1e-7, as close to -1 as PyTorch's gets, whose GELU of -10 is 0."""
     return 2.0 / (1.0 + tl.exp2(x * (-2.0 * LOG2E))) - 1.0  # of large negative x: 2 / inf - 1
 
 
 @jit
 def gelu_times(gate, up, dtype: tl.constexpr):
-    """gelu(gate) * up, with the approximation by tanh."""
+    """Computes gelu(gate) * up, with the approximation of GELU by tanh."""
     t = tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate))
     gelu = 0.5 * gate * (1.0 + t)
     return (gelu.to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)

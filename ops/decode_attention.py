@@ -1,7 +1,8 @@
 """Attention of one query a row over the KV cache, the decode step's: rotation, cache write and attention in one kernel.
 
-A program has one row and one key head, and `kv_splits` programs share the slots of those: each leaves a maximum, a sum and
-an unscaled result, which a second kernel combines (FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+A program has one row and one key head, and `kv_splits` programs share the slots of those: each leaves a maximum, a sum
+and an unscaled result, which a second kernel combines (FlashDecoding,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 """
 
 from typing import NamedTuple
@@ -49,7 +50,7 @@ class AttentionConfig(NamedTuple):
 
 
 def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtype) -> AttentionConfig:
-    """How `group` query heads on each of `pairs` rows' key heads attend; what was fastest in whole steps on an H200."""
+    """Picks how `group` query heads on each of `pairs` rows' key heads attend: what was fastest in steps on an H200."""
     if group > 1:
         return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
     if pairs >= SMS:
@@ -62,14 +63,14 @@ def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtyp
 
 
 def pick_kv_splits(pairs: int, slots: int, block_s: int, num_warps: int = 4) -> int:
-    """How many programs share one row and key head, of which there are `pairs`: enough to fill the GPU."""
+    """Picks how many programs share one row and key head, of which there are `pairs`: enough to fill the GPU."""
     programs = SMS * 4 // num_warps if pairs < SMS else SMS
     return min(power_of_2(-(-programs // pairs)), power_of_2(-(-slots // (2 * block_s))), 64)
 
 
 @jit
 def _log2_scores(products, scale, softcap):
-    """Scores of products q · k, times log2(e), for exp2."""
+    """Computes scores of products q · k, and multiplies them by log2(e), since exp2 follows."""
     if softcap is None:
         scores = products * (scale * LOG2E)
     else:
@@ -79,7 +80,7 @@ def _log2_scores(products, scale, softcap):
 
 @jit
 def _kv_split(position, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
-    """The slots [start, end) of a program: its part, in whole blocks, of those that are in use."""
+    """Returns the slots [start, end) of a program: its part, in whole blocks, of those that are in use."""
     used = tl.minimum(position + 1, S).to(tl.int32)
     size = tl.cdiv(tl.cdiv(used, BLOCK_S), KV_SPLITS) * BLOCK_S
     start = tl.program_id(2) * size
@@ -88,8 +89,10 @@ def _kv_split(position, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
 
 @jit
 def _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them are in use; the new token's slot is
-    not, since its key and value never come from memory."""
+    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them are in use.
+
+    The new token's slot is not, since its key and value never come from memory.
+    """
     used = (s + lane < end) & (s + lane != slot)
     mask = used[:, None] & (d < D)[None, :] if D < BLOCK_D else used[:, None]
     offsets = base + s * D + lane[:, None] * D + d[None, :]
@@ -97,18 +100,20 @@ def _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D: tl.constexpr, BLOCK_D: 
 
 
 @jit
-def _place(position_ptr, S, K: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
-    """Where program (row, key head, split) works: the slot of the row's new token, where the head begins in the caches, and
-    the slots [start, end) of the program."""
+def _place(position_ptr, S, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
+    """Returns where program (row, key head, split) works.
+
+    That is the slot of the row's new token, the offset of the head in the caches, and the program's slots [start, end).
+    """
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(position_ptr + row)
     start, end = _kv_split(position, S, BLOCK_S, KV_SPLITS)
-    return (position % S).to(tl.int32), (row * K + tl.program_id(1)) * S * D, start, end
+    return (position % S).to(tl.int32), (row * KV_HEADS + tl.program_id(1)) * S * D, start, end
 
 
 @jit
 def _prefetch_slots(k_ptr, v_ptr, base, start, end, D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):
-    """Has AHEAD slots brought to L2."""
+    """Has keys and values of the first AHEAD slots of [start, end) brought to L2."""
     if PDL and AHEAD > 0:
         PIECE: tl.constexpr = 1024
         ITEM: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -126,21 +131,21 @@ def _new_kv(
     eps,
     rows,
     d,
-    K: tl.constexpr,
-    G: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     SPLIT_K: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """Loads the rotation at the row's position, and makes the row's new key and value."""
-    WIDTH: tl.constexpr = (G + 2) * K * D
+    WIDTH: tl.constexpr = (GROUP + 2) * KV_HEADS * D
     row = tl.program_id(0).to(tl.int64)
     in_head = d < D
     cos = tl.load(rope_ptr + row * D + d, mask=in_head, other=0.0)
     sin = tl.load(rope_ptr + (rows + row) * D + d, mask=in_head, other=0.0)
-    head = (G * K + tl.program_id(1)) * D
+    head = (GROUP * KV_HEADS + tl.program_id(1)) * D
     k = _normed_rotated(qkv_ptr, row, rows, head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, dtype)
-    v = load_sum(qkv_ptr, row, rows, head + K * D + d, in_head, WIDTH, SPLIT_K, dtype)
+    v = load_sum(qkv_ptr, row, rows, head + KV_HEADS * D + d, in_head, WIDTH, SPLIT_K, dtype)
     return cos, sin, k, v
 
 
@@ -148,8 +153,8 @@ def _new_kv(
 def _write_new(k, v, k_ptr, v_ptr, own, inverse_k_scale, inverse_v_scale, d, D: tl.constexpr, LIMIT: tl.constexpr):
     """Rounds the new key and value as the caches store them; the first split writes them from offset `own` on.
 
-    They are used from registers. Loads that come after these stores would wait for them, since a load may be of what was
-    stored: so the first block is loaded before.
+    They are used from registers. Loads that come after these stores would wait for them, since a load may be of what
+    was stored: so the first block is loaded before.
     """
     mask = d < tl.where(tl.program_id(2) == 0, D, 0)
     k = _write(k, k_ptr, own + d, inverse_k_scale, mask, LIMIT)
@@ -159,7 +164,7 @@ def _write_new(k, v, k_ptr, v_ptr, own, inverse_k_scale, inverse_v_scale, d, D: 
 
 @jit
 def _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap):
-    """Adds a block to the running softmax of each lane: its maximum m, its sum l and its unscaled result acc."""
+    """Adds a block of slots to each lane's running softmax: its maximum m, its sum l and its unscaled result acc."""
     scores = _log2_scores(tl.sum(q[None, :] * k.to(tl.float32), axis=1), scale, softcap)
     scores = tl.where(used, scores, float("-inf"))
     m_new = tl.maximum(m, scores)
@@ -189,10 +194,10 @@ def _attention_by_sums_kernel(
     eps,
     rows,
     S,
-    K: tl.constexpr,
-    G: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     KV_SPLITS: tl.constexpr,
@@ -203,19 +208,22 @@ def _attention_by_sums_kernel(
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One query on each key head. Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the
-    loop exchanges nothing between warps; they are joined at the end. The first block is loaded before the wait."""
+    """Attends where each key head has one query; program (row, key head, split).
+
+    Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the loop exchanges nothing
+    between warps; the lanes are joined at the end. The first block is loaded before the wait.
+    """
     launch_dependents(PDL)
-    WIDTH: tl.constexpr = 3 * K * D
+    WIDTH: tl.constexpr = 3 * KV_HEADS * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     output_scale = load_scalar(scale_ptr)
-    slot, base, start, end = _place(position_ptr, S, K, D, BLOCK_S, KV_SPLITS)
+    slot, base, start, end = _place(position_ptr, S, KV_HEADS, D, BLOCK_S, KV_SPLITS)
     k, v, used = _block(k_ptr, v_ptr, base, start, end, slot, lane, d, D, BLOCK_D)
     _prefetch_slots(k_ptr, v_ptr, base, start + BLOCK_S, end, D, AHEAD, PDL)
     wait_for_previous(PDL)
-    cos, sin, own_k, own_v = _new_kv(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, K, G, D, SPLIT_K, dtype)
+    cos, sin, own_k, own_v = _new_kv(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, KV_HEADS, GROUP, D, SPLIT_K, dtype)
     q = _normed_rotated(
         qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, dtype
     )
@@ -236,14 +244,14 @@ def _attention_by_sums_kernel(
     y = tl.sum(acc * weight[:, None], axis=0)
     if KV_SPLITS == 1:
         store_rounded(
-            out_ptr + (row * K + head) * D + d,
+            out_ptr + (row * KV_HEADS + head) * D + d,
             (y / l_all * v_scale).to(dtype).to(tl.float32),
             output_scale,
             in_head,
             dtype,
         )
     else:
-        entry = (tl.program_id(2) * rows + row) * K + head
+        entry = (tl.program_id(2) * rows + row) * KV_HEADS + head
         tl.store(stats_ptr + entry * 2, m_all)
         tl.store(stats_ptr + entry * 2 + 1, l_all)
         if start < end:
@@ -271,10 +279,10 @@ def _attention_kernel(
     eps,
     rows,
     S,
-    K: tl.constexpr,
-    G: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     KV_SPLITS: tl.constexpr,
@@ -285,22 +293,25 @@ def _attention_kernel(
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The G queries on a key head, as rows of one matrix, for tensor cores; the rest is as above."""
+    """Attends where each key head has GROUP queries, which tensor cores take as rows of one matrix.
+
+    The programs are those of `_attention_by_sums_kernel`.
+    """
     launch_dependents(PDL)
     # FP8 is exact in float16, and converted faster than to bfloat16
     is_fp8: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 8
     factor: tl.constexpr = tl.float16 if is_fp8 and dtype == tl.bfloat16 else dtype
-    WIDTH: tl.constexpr = (G + 2) * K * D
+    WIDTH: tl.constexpr = (GROUP + 2) * KV_HEADS * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    g, lane, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    g, lane, d = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
-    q_mask = (g < G)[:, None] & in_head[None, :]
+    q_mask = (g < GROUP)[:, None] & in_head[None, :]
     output_scale = load_scalar(scale_ptr)
-    slot, base, start, end = _place(position_ptr, S, K, D, BLOCK_S, KV_SPLITS)
+    slot, base, start, end = _place(position_ptr, S, KV_HEADS, D, BLOCK_S, KV_SPLITS)
     _prefetch_slots(k_ptr, v_ptr, base, start, end, D, AHEAD, PDL)
     wait_for_previous(PDL)
-    cos, sin, own_k, own_v = _new_kv(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, K, G, D, SPLIT_K, dtype)
-    heads = (head * G + g)[:, None] * D
+    cos, sin, own_k, own_v = _new_kv(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, KV_HEADS, GROUP, D, SPLIT_K, dtype)
+    heads = (head * GROUP + g)[:, None] * D
     q = _normed_rotated(
         qkv_ptr,
         row,
@@ -323,8 +334,8 @@ def _attention_kernel(
     )
     first = tl.program_id(2) == 0
     m = tl.where(first, _log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
-    l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.where(first, own_v[None, :], 0.0) + tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_GROUP], tl.float32)
+    acc = tl.where(first, own_v[None, :], 0.0) + tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
     query = q.to(factor)
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         k, v, used = _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D, BLOCK_D)
@@ -337,14 +348,14 @@ def _attention_kernel(
         acc = tl.dot(p.to(factor), v.to(factor), acc * alpha[:, None], input_precision="ieee")
         m = m_new
     if KV_SPLITS == 1:
-        offsets = heads + row * G * K * D + d[None, :]
+        offsets = heads + row * GROUP * KV_HEADS * D + d[None, :]
         store_rounded(
             out_ptr + offsets, (acc / l[:, None] * v_scale).to(dtype).to(tl.float32), output_scale, q_mask, dtype
         )
     else:
-        entry = ((tl.program_id(2) * rows + row) * K + head) * G + g
-        tl.store(stats_ptr + entry * 2, m, mask=g < G)
-        tl.store(stats_ptr + entry * 2 + 1, l, mask=g < G)
+        entry = ((tl.program_id(2) * rows + row) * KV_HEADS + head) * GROUP + g
+        tl.store(stats_ptr + entry * 2, m, mask=g < GROUP)
+        tl.store(stats_ptr + entry * 2 + 1, l, mask=g < GROUP)
         if start < end:
             tl.store(acc_ptr + entry[:, None] * D + d[None, :], acc, mask=q_mask)
 
@@ -363,6 +374,7 @@ def _combine_kernel(
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Combines the results of KV_SPLITS programs for BLOCK elements of a query head; program (row and head, block)."""
     launch_dependents(PDL)
     row_head = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -373,7 +385,7 @@ def _combine_kernel(
     l = tl.load(stats_ptr + entry * 2 + 1)
     acc = tl.load(acc_ptr + entry[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
     weight = tl.exp2(m - tl.max(m, axis=0))
-    acc = tl.where((l > 0)[:, None], acc, 0.0)  # a share without slots has written no sums
+    acc = tl.where((l > 0)[:, None], acc, 0.0)  # a split without slots has written no sums
     y = tl.sum(acc * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
     store_rounded(out_ptr + row_head * D + d, (y * v_scale).to(dtype).to(tl.float32), scale, d < D, dtype)
 
@@ -388,12 +400,12 @@ def decode_attention(
     kv_splits: int | None = None,
     config: AttentionConfig | None = None,
 ) -> Tensor:
-    """Does what `ops.attention.attend` does for one new token a row, with one kernel or two: [B, H * D] in `dtype` or,
-    with output_scale, in E4M3.
+    """Does what `ops.attention.attend` does for one new token a row, with one kernel or two.
 
-    qkv [B, (H + 2 * K) * D] is in `dtype` or in float32 partial sums. Queries and keys are normed and rotated, keys and
-    values are written to slot position % S, and of the caches only slots 0 to min(position, S - 1) are read. kv_splits
-    programs, a power of 2, share a row's slots.
+    qkv [B, (HEADS + 2 * KV_HEADS) * D] is in `dtype` or in float32 partial sums. The result is [B, HEADS * D] in
+    `dtype` or, with output_scale, in E4M3. Queries and keys are normed and rotated, keys and values are written to slot
+    position % S, and of the caches only slots 0 to min(position, S - 1) are read. kv_splits programs, a power of 2,
+    share a row's slots.
     """
     m, kv_heads, slots, d = cache.k.shape
     n_heads = layer.n_heads
@@ -412,10 +424,10 @@ def decode_attention(
         *(qkv, positions.rope, layer.q_norm, layer.k_norm, cache.k, cache.v, positions.position),
         *(output_scale, out, acc, stats, layer.scale * k_scale, v_scale, layer.softcap),
         *(1 / k_scale, 1 / v_scale, layer.eps, m, slots),
-        K=kv_heads,
-        G=group,
+        KV_HEADS=kv_heads,
+        GROUP=group,
         D=d,
-        BLOCK_G=max(16, power_of_2(group)),
+        BLOCK_GROUP=max(16, power_of_2(group)),
         BLOCK_D=max(16, power_of_2(d)),
         BLOCK_S=config.block_s,
         KV_SPLITS=kv_splits,

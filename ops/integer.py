@@ -1,4 +1,106 @@
-"""Products by weights in 8 and 4 bits."""
+"""Products by weights in int8 and int4.
+
+A weight [N, K] is stored as integer codes q and what turns them into numbers; `group` is 0 for int8:
+
+    int8    data [N, K] int8         scale [N] bf16                  number = q * scale
+    int4    data [N, K / 8] int32    scale [N, K / group, 2] bf16    number = (q - zero) * scale,  q from 0 to 15
+
+In int4, `group` adjacent columns of a row (a multiple of 32) share a scale and a zero. The first paragraphs say where
+everything lies in memory, those from "Units" on how `_int_gemv_kernel` multiplies up to 8 rows.
+
+**Words and chunks.** Kernels read codes as int32 words. 16 words of a row are a *chunk*: 64 columns of int8, 128 of
+int4.
+
+    int8, word w of a chunk          bits  31..24   23..16    15..8     7..0
+                                   column    4w+3     4w+2     4w+1       4w
+
+    int4, word w of a chunk          bits  31..28   27..24   23..20   19..16   15..12    11..8     7..4     3..0
+                                   column   2w+97    2w+65    2w+33     2w+1    2w+96    2w+64    2w+32       2w
+                                 nibble p       3        2        1        0        3        2        1        0
+
+Two adjacent columns of int4 lie 16 bits apart, so that `word >> 4 * p & 0x000F000F` has them in the two halves of a
+register, where the tensor cores and the instructions for pairs of bf16 expect two adjacent numbers. Where 128 does not
+divide K, a chunk has W = 4 or 8 words instead of 16: nibble p of word w is column 2 * W * p + 2 * w, 16 bits above it
+is the next column. The products take no such weight; it is dequantized in each call.
+
+**Scale and zero.** The scale and the zero of an int4 group are read as one int32, a *pair*:
+
+    bits  31..16   15..0
+            zero   scale       both bf16
+
+A zero is a whole number of sixteenths, from 0 to 255 / 16. So q - zero is fewer than 256 sixteenths, and bf16, which
+has 8 significant bits, holds it exactly.
+
+**Units.** A *unit* is 32 columns of a chunk, which two products of 16 columns each multiply. Thread t of 4 loads words
+4t to 4t + 3 of the chunk, 16 bytes, and so has 8 columns of each unit:
+
+    words                     0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12 13 14 15
+    thread t                           0 |           1 |           2 |           3
+    int4, unit u = nibble u   u  u  u  u |  u  u  u  u |  u  u  u  u |  u  u  u  u    columns 32u + 8t to 32u + 8t + 7
+    int8, unit                0  0  1  1 |  0  0  1  1 |  0  0  1  1 |  0  0  1  1    columns 16t + 8u to 16t + 8u + 7
+
+Of a thread's words in a unit, the first half (int4: two words, int8: one) is for the unit's first product, the second
+half for its second one. A mask takes two columns out of a word at once: adjacent ones of int4, but columns 4w and
+4w+2 of int8, or 4w+1 and 4w+3, since its bytes lie 8 bits apart. x is brought into the same order.
+
+**The fragments of a product.** The instruction mma.m16n8k16 multiplies 16 rows of the weight by 8 rows of x, over 16
+columns, and adds the products to float32 sums. The three matrices are spread over the 32 threads of a warp. Thread
+4g + t, with g from 0 to 7 and t from 0 to 3, holds these elements:
+
+    weight [16 rows, 16 columns]      x [16 columns, 8 rows]            sums [16 rows of the weight, 8 rows of x]
+    rows g and g + 8                  row g                             rows g and g + 8
+    columns 2t, 2t+1, 2t+8, 2t+9      columns 2t, 2t+1, 2t+8, 2t+9      columns 2t, 2t+1
+
+The order of the 16 columns changes nothing, as long as the weight and x have the same one. So a thread's four columns
+may be any four, and they are four that it loaded: thread 4g + t loads row g of each block of eight rows of the weight,
+and row g of x. Every code and every number of x is then with the thread that multiplies it, and nothing goes through
+shared memory until the warps' sums are added.
+
+Tensors of the GEMV are therefore [4, 8, W, B, C], where each dimension is one of threads, warps or registers:
+
+    4   threads: t, for words 4t to 4t + 3 of a chunk
+    8   threads: g, the row of the weight in its block of eight rows, or the row of x and column n of the sums
+    W   warps: each has other columns of the weight and x (other tiles)
+    B   registers: the blocks of eight rows of the weight; 1 for x
+    C   registers: the four words that were loaded, or the two words or four numbers of one product
+
+Triton chooses which dimensions the threads of a load lie along. Older versions begin with the first dimensions, newer
+ones with the last. For newer ones (LANES_LAST) the same tensors are [B, W, 8, 4, C]; only `_along_dimension` and the
+permutations depend on it.
+
+**Tiles.** A *tile* is what a warp multiplies at a time: CHUNKS adjacent chunks of every row of the weight that its
+program owns. The warps of a program, and the split_k programs that own the same rows, share the tiles of those rows.
+
+**Slots.** A product takes 8 rows of x, one for each column of its sums. With fewer rows of x, those 8 columns are
+divided among SLOTS units, 8 / SLOTS columns for each; a unit's part is its *slot*. Of 2 rows of x, for example, SLOTS
+is 4, if a tile has as many units:
+
+    column n of the sums     0  1 | 2  3 | 4  5 | 6  7
+    row m of x               0  1 | 0  1 | 0  1 | 0  1
+    slot, a unit each           0 |    1 |    2 |    3
+
+So all 32 threads load x of SLOTS units at once, 16 bytes each. For the product of one unit, x is set to zero in the
+other slots, whose sums stay as they are. At the end the SLOTS sums of each row are added.
+
+**Codes as bf16.** Converting integers to bf16 would cost more than all else. But 16 bits whose value u is below 256 are
+the bf16 number u * 2**-133 as they stand: a denormal one for u < 128, and from 128 on the next binade, which has the
+same steps. So codes are only masked, and x is multiplied by 2**80 to make up for the small factor, which works while
+|x| < 2**47. In odd units of int4 the mask leaves the code in bits 4 to 7, 16 times as large, and x is multiplied by
+2**76 instead. The sums are 2**-53 times what they should be, and are multiplied by 2**53 at the end. In int8 the code
+is in two's complement: its highest bit is flipped, which makes it u = q + 128.
+
+**Zeros.** The sum of (u - zero) * x is the sum of u * x less zero times the sum of x. A further product computes the
+sums of x, by a weight of ones: one product for all slots, whose sums lie in the same threads and registers as those of
+u * x. For int8 every zero is 128, and the weight is -128 instead of 1, so that both sums are just added.
+
+**Periods.** A *period* is PERIOD units. After each, int4's sums are scaled and added to those of earlier periods. A
+period is as many units as a group and a tile have in common or, if that is more, SLOTS units: their sums lie in
+different columns, and each column takes the scale and zero of its own unit. int8's sums are scaled once, at the end.
+
+**9 to 64 rows.** `_int4_gemm_kernel` converts codes to numbers: the bits 0x4300 + q are the bf16 number 128 + q, from
+which 128 and zero are subtracted, both exactly, before the product by the scale is rounded. int8 is multiplied by
+`_gemm_kernel` of ops/matmul.py.
+"""
 
 from math import gcd
 from typing import NamedTuple
@@ -22,19 +124,20 @@ from ops.common import (
 from ops.matmul import GemmConfig, linear_config, pick_split_k, split_k_output, store_partial, with_config
 from ops.norm import geglu_triton
 
-LANES_LAST = tl.constexpr(
-    TRITON_VERSION >= (3, 7)
-)  # a load's threads lie along its last dimensions first, not its first ones
-PAIRS_APART = tl.constexpr(TRITON_VERSION >= (3, 8))  # of int4's operands a thread has pairs of neighbours, not four
+# Versions of Triton differ in two things. With LANES_LAST it spreads the threads of a load over the last dimensions
+# first, not over the first ones. With PAIRS_APART it gives thread t columns 2t, 2t + 1, 2t + 8, 2t + 9 of int4's
+# operands, as the instruction has them, not columns 4t to 4t + 3.
+LANES_LAST = tl.constexpr(TRITON_VERSION >= (3, 7))
+PAIRS_APART = tl.constexpr(TRITON_VERSION >= (3, 8))
 DEQUANTIZE_BLOCK, DEQUANTIZE_WARPS = 4096, 4
 
 
 class IntGemvConfig(NamedTuple):
-    """How up to 8 rows are multiplied by integers: a program owns block_n outputs.
+    """How `_int_gemv_kernel` multiplies up to 8 rows: a program owns block_n outputs, a tile has block_k columns.
 
-    Its warps, and those of the split_k programs that own the same outputs, each add up a part of the columns, block_k of
-    them at a time. With `ahead` the next ones are loaded before these are multiplied; without it the compiler puts loads
-    behind products, which takes fewer registers.
+    The num_warps warps of a program, and those of the split_k programs that own the same outputs, share the tiles of a
+    row. With `ahead` a warp loads its next tile before it multiplies this one; without, the compiler puts the loads
+    behind the products, which takes fewer registers.
     """
 
     block_n: int
@@ -45,10 +148,10 @@ class IntGemvConfig(NamedTuple):
 
 
 def int_config(m: int, n: int, k: int, group: int) -> GemmConfig | IntGemvConfig | None:
-    """How m rows are multiplied by a weight [n, k] in int4 groups of `group` or, if that is 0, in int8.
+    """Picks how m rows are multiplied by a weight [n, k] in int4 with groups of `group`, or in int8 if that is 0.
 
-    None where the weight is made in bf16 in each call. What was fastest in whole steps of gemma-7b and gemma-2b on an
-    H200.
+    None means that the weight is dequantized in each call and multiplied by cuBLAS. The choices are those that were
+    fastest in whole steps of gemma-7b and gemma-2b on an H200.
     """
     if group and (m > 64 or k % 128):
         return None
@@ -77,30 +180,33 @@ def int_config(m: int, n: int, k: int, group: int) -> GemmConfig | IntGemvConfig
     return IntGemvConfig(block_n=16, block_k=256, num_warps=4, split_k=2, ahead=m == 1)
 
 
-def _int4_words(k: int) -> int:
-    """W of IntWeight, for k columns, a multiple of 32."""
+def _words_per_chunk(k: int) -> int:
+    """Returns how many words W a chunk of int4 has, in rows of k columns, a multiple of 32: 16 if 128 divides k."""
     return min(16, (k & -k) // 8)
 
 
-def _int4_shifts(device: torch.device) -> Tensor:
-    """[4, 1, 2] int32: of each p, and of the first and second of two columns."""
+def _nibble_shifts(device: torch.device) -> Tensor:
+    """Returns the lowest bit [4, 1, 2] int32 of nibble p of the first and of the second of two columns, for each p."""
     return torch.arange(8, dtype=torch.int32, device=device).view(2, 1, 4).permute(2, 1, 0) * 4
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """[N, K / 8] int32 of q [N, K], integers from 0 to 15, K a multiple of 32: IntWeight's layout."""
-    q = q.unflatten(1, (-1, 4, _int4_words(q.shape[1]), 2)).int()
-    return (q << _int4_shifts(q.device)).sum((2, 4), dtype=torch.int32).flatten(1)
+    """Packs codes q [N, K], from 0 to 15, into int32 words [N, K / 8], as the head of this file shows.
+
+    K is a multiple of 32.
+    """
+    q = q.unflatten(1, (-1, 4, _words_per_chunk(q.shape[1]), 2)).int()
+    return (q << _nibble_shifts(q.device)).sum((2, 4), dtype=torch.int32).flatten(1)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """[N, K] int32, from 0 to 15, of `pack_int4`'s result."""
-    words = packed.unflatten(1, (-1, 1, _int4_words(8 * packed.shape[1]), 1))
-    return (words >> _int4_shifts(packed.device) & 15).flatten(1)
+    """Returns the codes [N, K] int32, from 0 to 15, of words [N, K / 8] that `pack_int4` made."""
+    words = packed.unflatten(1, (-1, 1, _words_per_chunk(8 * packed.shape[1]), 1))
+    return (words >> _nibble_shifts(packed.device) & 15).flatten(1)
 
 
 def dequantize(weight, dtype: torch.dtype) -> Tensor:
-    """A weight in int8 or int4 as numbers [N, K] in `dtype`, rounded once."""
+    """Computes the numbers [N, K] of a weight in int8 or int4, in `dtype`, rounded once."""
     data, scale = weight.data, weight.scale
     if not weight.group:
         return data.to(dtype) * scale.to(dtype)[:, None]
@@ -109,7 +215,7 @@ def dequantize(weight, dtype: torch.dtype) -> Tensor:
 
 
 def int_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
-    """`matmul` by a weight in int8 or int4, which is rounded to `dtype`."""
+    """Multiplies x [M, K] by a weight in int8 or int4, dequantized to `dtype`: the definition of `matmul`, [M, N]."""
     return F.linear(x, dequantize(weight, dtype))
 
 
@@ -124,6 +230,7 @@ def _dequantize_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Dequantizes BLOCK columns of a row; program (row, block). GROUP is 0 for int8; WORDS is W of int4's chunks."""
     launch_dependents(PDL)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     out_ptr += row * IN
@@ -137,10 +244,10 @@ def _dequantize_kernel(
         word = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
         mask = word < IN // 8
         words = tl.load(weight_ptr + row * (IN // 8) + word, mask=mask, other=0)
-        for i in tl.static_range(8):
+        for i in tl.static_range(8):  # bits 4i to 4i + 3: nibble i % 4 of the first or second column
             columns = word // WORDS * (8 * WORDS) + i % 4 * (2 * WORDS) + word % WORDS * 2 + i // 4
             pair = tl.load(scale_ptr + row * (IN // GROUP) + columns // GROUP, mask=mask, other=0)
-            scale, zero = _int4_scale(pair)
+            scale, zero = _scale_and_zero(pair)
             y = (((words >> (4 * i)) & 15).to(tl.float32) - zero) * scale
             tl.store(out_ptr + columns, y.to(dtype), mask=mask)
 
@@ -156,7 +263,7 @@ def dequantize_triton(weight, dtype: torch.dtype) -> Tensor:
         *(weight.data, weight.scale.view(torch.int32) if group else weight.scale, out),
         IN=k,
         GROUP=group,
-        WORDS=_int4_words(k),
+        WORDS=_words_per_chunk(k),
         BLOCK=block,
         num_warps=DEQUANTIZE_WARPS,
     )
@@ -164,23 +271,21 @@ def dequantize_triton(weight, dtype: torch.dtype) -> Tensor:
 
 
 @jit
-def _int4_scale(pair):
-    """(scale, zero) of their bits."""
+def _scale_and_zero(pair):
+    """Splits pairs, int32 each, into scales and zeros, float32 each."""
     return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
 
 
 @jit
 def _bf16_pairs(words):
-    """[..., 2]: the two bf16 that lie in an int32."""
+    """Splits int32 words [...] into the two bf16 numbers in each: [..., 2], the lower half first."""
     low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
     return tl.join(low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True))
 
 
 @jit
-def _along(x, D: tl.constexpr):
-    """x [N] along dimension D of [4, 8, W, B, C]: those are threads (two), warps and registers (two). The integer GEMV is
-    written so that its loads leave everything where its products want it, in Triton's own choice of layouts; with
-    LANES_LAST this takes [B, W, 8, 4, C], and what follows says [4, 8, W, B, C] of both."""
+def _along_dimension(x, D: tl.constexpr):
+    """Gives x [N] five dimensions: N at dimension D, from 0 to 3, of [4, 8, W, B, C], and 1 at the others."""
     AT: tl.constexpr = 3 - D if LANES_LAST else D
     if AT == 0:
         y = x[:, None, None, None, None]
@@ -194,8 +299,12 @@ def _along(x, D: tl.constexpr):
 
 
 @jit
-def _int_rows(block, g, OUT: tl.constexpr, GEGLU: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Row g of the program's block of eight; with GEGLU eight rows of gate, and then the same of up: a thread has both."""
+def _weight_rows(block, g, OUT: tl.constexpr, GEGLU: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns which row of the weight is row g of block `block` of the program's blocks of eight rows.
+
+    With GEGLU the blocks are eight rows of gate and the same eight of up, in turn, so that a thread has both. A row
+    behind the last one is replaced by the last one.
+    """
     if GEGLU:
         n = tl.program_id(0) * (BLOCK_N // 2) + block // 2 * 8 + g
         row = tl.minimum(n, OUT - 1) + block % 2 * OUT
@@ -205,7 +314,7 @@ def _int_rows(block, g, OUT: tl.constexpr, GEGLU: tl.constexpr, BLOCK_N: tl.cons
 
 
 @jit
-def _int_tile(
+def _load_weight_tile(
     weight_ptr,
     scale_ptr,
     tile,
@@ -219,54 +328,63 @@ def _int_tile(
     SLOTS: tl.constexpr,
     PERIOD: tl.constexpr,
 ):
-    """CHUNKS times 16 words of the weight's rows, if the warps' tiles [W, 1, 1] are before `end`: words [4, 8, W, B, 4] of
-    each, of `_int_rows` b and g at [:, g, :, b]. Of int4, for each PERIOD units of 32 columns scale and zero
-    [4, 8, W, B, 2], too, where [t, ..., j] is what a product's column 2t + j needs, which has the slots of `_int_x`; [..., 1]
-    where they do not depend on j. The order of dimensions is that of threads, warps and registers."""
-    BOTH: tl.constexpr = 2 if GROUP == 32 and SLOTS == 8 else 1
-    COUNT: tl.constexpr = IN // (128 if GROUP else 64)
-    t, g, block = _along(tl.arange(0, 4), 0), _along(tl.arange(0, 8), 1), _along(tl.arange(0, BLOCK_N // 8), 3)
+    """Loads each warp's tile of the weight, and of int4 its scales and zeros. `tile` [1, 1, W, 1, 1] numbers the tiles.
+
+    Returns two tuples. `words` has [4, 8, W, B, 4] int32 for each chunk: element [t, g, w, b, i] is word 4t + i of row
+    g of block b. `pairs`, empty for int8, has [4, 8, W, B, 1 or 2] int32 for each PERIOD units: element [t, g, w, b, j]
+    is the pair that column 2t + j of the sums needs, that of the unit in whose slot the column is. It is one element
+    for both columns where they have the same pair. Tiles from `end` on, and chunks behind the row, are 0 and not read.
+    """
+    BOTH: tl.constexpr = 2 if GROUP == 32 and SLOTS == 8 else 1  # columns 2t and 2t + 1 of the sums are of two groups
+    ROW_CHUNKS: tl.constexpr = IN // (128 if GROUP else 64)
+    t, g = _along_dimension(tl.arange(0, 4), 0), _along_dimension(tl.arange(0, 8), 1)
+    block = _along_dimension(tl.arange(0, BLOCK_N // 8), 3)
     j, four = tl.arange(0, BOTH), tl.arange(0, 4)
-    row = _int_rows(block, g, OUT, GEGLU, BLOCK_N).to(tl.int64)
+    row = _weight_rows(block, g, OUT, GEGLU, BLOCK_N).to(tl.int64)
     words, pairs = (), ()
     for c in tl.static_range(CHUNKS):
-        ptrs = weight_ptr + row * (COUNT * 16) + (tile * CHUNKS + c) * 16 + 4 * t + four
-        words = words + (tl.load(ptrs, mask=_before(tile, c, end, COUNT, CHUNKS), other=0),)
+        ptrs = weight_ptr + row * (ROW_CHUNKS * 16) + (tile * CHUNKS + c) * 16 + 4 * t + four
+        words = words + (tl.load(ptrs, mask=_has_chunk(tile, c, end, ROW_CHUNKS, CHUNKS), other=0),)
     for first in tl.static_range(0, 4 * CHUNKS if GROUP else 0, PERIOD):
         unit = first + (2 * t + j) // (8 // SLOTS)
         ptrs = scale_ptr + row * (IN // GROUP) + (tile * (4 * CHUNKS) + unit) // (GROUP // 32)
-        pairs = pairs + (tl.load(ptrs, mask=_before(tile, unit // 4, end, COUNT, CHUNKS), other=0),)
+        pairs = pairs + (tl.load(ptrs, mask=_has_chunk(tile, unit // 4, end, ROW_CHUNKS, CHUNKS), other=0),)
     return words, pairs
 
 
 @jit
-def _before(tile, chunk, end, COUNT: tl.constexpr, CHUNKS: tl.constexpr):
-    """Whether tiles are before `end`, and have such chunks, of COUNT in all."""
-    if COUNT % CHUNKS == 0:  # they have all
+def _has_chunk(tile, chunk, end, ROW_CHUNKS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Says whether tiles are before `end` and have a chunk of number `chunk`; a row has ROW_CHUNKS chunks in all."""
+    if ROW_CHUNKS % CHUNKS == 0:  # every tile has every chunk
         chunk = 0 * chunk
-    return tile * CHUNKS + chunk < tl.where(tile < end, COUNT, 0)
+    return tile * CHUNKS + chunk < tl.where(tile < end, ROW_CHUNKS, 0)
 
 
 @jit
-def _int_x(x_ptr, rows, tile, end, IN: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr):
-    """The warps' tiles of x, two numbers in an int32: [4, 8, W, 1, 4] for each SLOTS units of 32 columns. A product has 8
-    columns: a unit takes 8 / SLOTS of them, for as many rows, and SLOTS units are loaded at once. Of the four, the first two
-    are for its first product."""
+def _load_x_tile(
+    x_ptr, rows, tile, end, IN: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Loads each warp's tile of x: a tuple of [4, 8, W, 1, 4] int32 words for each SLOTS units.
+
+    A word has two numbers. Element [t, n, w, 0, i] is word i of the four that thread t multiplies by its codes of the
+    unit in slot n // (8 / SLOTS), and is of row n % (8 / SLOTS) of x. Words 0 and 1 are for the unit's first product, 2
+    and 3 for its second one. Rows from `rows` on, tiles from `end` on and chunks behind the row are 0 and not read.
+    """
     UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
-    COUNT: tl.constexpr = IN // (32 * UNITS)
-    t, n = _along(tl.arange(0, 4), 0), _along(tl.arange(0, 8), 1)
+    ROW_CHUNKS: tl.constexpr = IN // (32 * UNITS)
+    t, n = _along_dimension(tl.arange(0, 4), 0), _along_dimension(tl.arange(0, 8), 1)
     slot, m, four = n // (8 // SLOTS), n % (8 // SLOTS), tl.arange(0, 4)
     xs = ()
     for first in tl.static_range(0, UNITS * CHUNKS, SLOTS):
         unit = first + slot
-        mask = m < tl.where(_before(tile, unit // UNITS, end, COUNT, CHUNKS), rows, 0)
+        mask = m < tl.where(_has_chunk(tile, unit // UNITS, end, ROW_CHUNKS, CHUNKS), rows, 0)
         unit = tile * (CHUNKS * UNITS) + unit
         if GROUP:
             offsets = unit * 16 + 4 * t
         else:
             offsets = unit // 2 * 32 + unit % 2 * 4 + 8 * t
         x = tl.load(x_ptr + m * (IN // 2) + offsets + four, mask=mask, other=0)
-        if not GROUP:  # columns 0 and 2, 1 and 3, as a word's bytes make pairs
+        if not GROUP:  # columns 0 and 2, then 1 and 3, as masks take the bytes of a word of codes
             low, high = tl.split(tl.reshape(x, x.shape[:4] + [2, 2]))
             pairs = tl.join((low & 65535) | (high << 16), ((low >> 16) & 65535) | (high & -65536))
             x = tl.reshape(pairs, x.shape)
@@ -275,33 +393,39 @@ def _int_x(x_ptr, rows, tile, end, IN: tl.constexpr, GROUP: tl.constexpr, CHUNKS
 
 
 @jit
-def _int_operands(x, unit: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr):
-    """x of `unit`, multiplied as _int_gemv_kernel says, and zero in the slots of other units, as the operands [W, 16, 8] of
-    its two products."""
-    other = _along(tl.arange(0, 8), 1) // (8 // SLOTS) - unit % SLOTS
-    # Twice 2**76 or 2**80 where `other` is 0. (A comparison would give the operands another layout.)
+def _x_operands(x, unit: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, BF16X2: tl.constexpr):
+    """Makes the operands [W, 16, 8] of the two products of `unit`, of its words x [4, 8, W, 1, 4].
+
+    x is multiplied by 2**80 or, for odd units of int4, by 2**76, and by 0 in the slots of other units.
+    """
+    other = _along_dimension(tl.arange(0, 8), 1) // (8 // SLOTS) - unit % SLOTS
+    # A pair of 2**76 or of 2**80 where `other` is 0, else of 0. (A comparison would give the operands another layout.)
     factor = ((other * other - 1) >> 31) & (0x65806580 if GROUP and unit % 2 else 0x67806780)
     factor = factor + tl.zeros_like(x)
-    if PAIRS:
+    if BF16X2:
         x = tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, factor], tl.int32, True, 1)
         x = _bf16_pairs(x)
     else:
         x = (_bf16_pairs(x).to(tl.float32) * _bf16_pairs(factor).to(tl.float32)).to(tl.bfloat16)
     first, second = tl.split(tl.permute(tl.reshape(x, x.shape[:4] + [2, 4]), [0, 1, 2, 3, 5, 4]))
-    return tl.permute(_int_operand(first, GROUP), [0, 2, 1]), tl.permute(_int_operand(second, GROUP), [0, 2, 1])
+    return tl.permute(_as_operand(first, GROUP), [0, 2, 1]), tl.permute(_as_operand(second, GROUP), [0, 2, 1])
 
 
 @jit
-def _int_halves(words, unit: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr):
-    """A unit of a chunk's words [4, 8, W, B, 4], for its two products: the bits [4, 8, W, B, 2] of four numbers each."""
+def _code_bits(words, unit: tl.constexpr, GROUP: tl.constexpr, BF16X2: tl.constexpr):
+    """Takes the codes of a unit out of a chunk's words [4, 8, W, B, 4].
+
+    Returns those for its first and for its second product, each [4, 8, W, B, 2] int32 words of two 16-bit patterns. The
+    pattern of a code is u or, in odd units of int4, 16 * u.
+    """
     SHAPE: tl.constexpr = words.shape[:4] + [2, 2]
-    if GROUP:  # of two words the same nibbles
+    if GROUP:  # a product takes the same two nibbles of two words
         words = (words >> (unit % 4 // 2 * 8)) & (0x00F000F0 if unit % 2 else 0x000F000F)
         first, second = tl.split(tl.permute(tl.reshape(words, SHAPE), [0, 1, 2, 3, 5, 4]))
-    else:  # of one word even and odd bytes, which are q + 128
+    else:  # a product takes even and odd bytes of one word; with the highest bit flipped they are q + 128
         units = tl.split(tl.permute(tl.reshape(words, SHAPE), [0, 1, 2, 3, 5, 4]))
         words = units[unit % 2]
-        if PAIRS:  # two instructions instead of four
+        if BF16X2:  # two instructions instead of four
             even, odd = tl.inline_asm_elementwise(
                 """{
                 .reg .b32 sign, high;
@@ -323,18 +447,21 @@ def _int_halves(words, unit: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.conste
 
 
 @jit
-def _by_rows(x):
-    """[4, 8, W, B, C] as [W, 8 B, 4 C]."""
+def _as_matrices(x):
+    """Returns x [4, 8, W, B, C] as a matrix for each warp, [W, 8 * B, 4 * C]: rows 8b + g, columns C * t + c."""
     x = tl.permute(x, [1, 0, 2, 3, 4] if LANES_LAST else [2, 3, 1, 0, 4])
     SHAPE: tl.constexpr = [x.shape[0], 8 * x.shape[1], 4 * x.shape[4]]
     return tl.reshape(x, SHAPE)
 
 
 @jit
-def _int_operand(x, GROUP: tl.constexpr):
-    """[4, 8, W, B, 4] as [W, 8 B, 16]; a product does not mind the order of its 16 columns."""
+def _as_operand(x, GROUP: tl.constexpr):
+    """Returns numbers [4, 8, W, B, 4] as an operand of a product, [W, 8 * B, 16].
+
+    Thread t's four numbers become those columns that Triton wants it to have.
+    """
     if not (GROUP and PAIRS_APART):
-        x = _by_rows(x)
+        x = _as_matrices(x)
     else:
         SPLIT: tl.constexpr = x.shape[:4] + [2, 2]
         x = tl.permute(tl.reshape(x, SPLIT), [1, 0, 2, 4, 3, 5] if LANES_LAST else [2, 3, 1, 4, 0, 5])
@@ -344,10 +471,10 @@ def _int_operand(x, GROUP: tl.constexpr):
 
 
 @jit
-def _int_bits(words, GROUP: tl.constexpr):
-    """[4, 8, W, B, 2] as [W, 8 B, 16] in bf16."""
+def _code_operand(words, GROUP: tl.constexpr):
+    """Returns 16-bit patterns, two in each word of [4, 8, W, B, 2], as the bf16 operand [W, 8 * B, 16] of a product."""
     SHAPE: tl.constexpr = words.shape[:4] + [4]
-    return _int_operand(tl.reshape(_bf16_pairs(words), SHAPE), GROUP)
+    return _as_operand(tl.reshape(_bf16_pairs(words), SHAPE), GROUP)
 
 
 @jit
@@ -367,63 +494,61 @@ def _int_gemv_kernel(
     SLOTS: tl.constexpr,
     WARPS: tl.constexpr,
     AHEAD: tl.constexpr,
-    PAIRS: tl.constexpr,
+    BF16X2: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Up to 8 rows x in bf16, `tiles` times CHUNKS times 16 words of the weight's rows a warp.
+    """Multiplies up to 8 rows of x in bf16 by a weight in int8 or int4; the head of this file explains how.
 
-    Nothing goes through shared memory before the warps' sums do: a thread loads what the tensor cores want of it, the next
-    tile while this one is multiplied, the first weights while the kernel before still runs. What would cost most is to make
-    numbers of integers. But 16 bits that are 0 except for the lowest eight are the bf16 u * 2**-133 as they stand (denormal
-    ones, and the binade after, whose steps are the same). So x is multiplied, by 2**80, which |x| < 2**47 allows, and by
-    2**76 for nibbles in bits 4 to 7. The sum of (q - zero) * x is that of q * x less zero times the sum of x, which a
-    product by ones gives to all; int8's zero is 128, and that product is by -128.
+    Program (block of BLOCK_N outputs, split) has WARPS warps, and each warp has `tiles` tiles. A warp loads its first
+    tile of the weight while the kernel before still runs, and each further tile while it multiplies the one before.
     """
     launch_dependents(PDL)
     UNITS: tl.constexpr = 4 if GROUP else 2  # of a chunk
-    first = (tl.program_id(1) * WARPS + _along(tl.arange(0, WARPS), 2)) * tiles
+    first = (tl.program_id(1) * WARPS + _along_dimension(tl.arange(0, WARPS), 2)) * tiles
     end = tl.minimum(first + tiles, tl.cdiv(IN, 32 * UNITS * CHUNKS))
     acc = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
-    y, total = acc, acc
+    y, total = acc, acc  # sums of u * x and of x, of a period in int4 and of everything in int8
     PERIOD: tl.constexpr = max(SLOTS, min(GROUP // 32, 4 * CHUNKS))  # units whose sums are scaled at once
-    words, pairs = _int_tile(weight_ptr, scale_ptr, first, end, OUT, IN, GROUP, GEGLU, BLOCK_N, CHUNKS, SLOTS, PERIOD)
+    words, pairs = _load_weight_tile(
+        weight_ptr, scale_ptr, first, end, OUT, IN, GROUP, GEGLU, BLOCK_N, CHUNKS, SLOTS, PERIOD
+    )
     SHAPE: tl.constexpr = words[0].shape[:4] + [2]
-    ones = tl.full(SHAPE, 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)
+    ones = tl.full(SHAPE, 0x00010001 if GROUP else -0x7F7F7F80, tl.int32)  # pairs of 1, or of -128 (0x80808080)
     i = tl.arange(0, BLOCK_N)
     if not GROUP:
-        scale = tl.load(scale_ptr + _int_rows(i // 8, i % 8, OUT, GEGLU, BLOCK_N))
+        scale = tl.load(scale_ptr + _weight_rows(i // 8, i % 8, OUT, GEGLU, BLOCK_N))
     wait_for_previous(PDL)
-    xs = _int_x(x_ptr, rows, first, end, IN, GROUP, CHUNKS, SLOTS)
+    xs = _load_x_tile(x_ptr, rows, first, end, IN, GROUP, CHUNKS, SLOTS)
     for count in tl.range(tiles, num_stages=1):
         tile = first + count + 1
         if not AHEAD or count + 1 < tiles:  # a branch is what keeps loads in front
-            next_words, next_pairs = _int_tile(
+            next_words, next_pairs = _load_weight_tile(
                 weight_ptr, scale_ptr, tile, end, OUT, IN, GROUP, GEGLU, BLOCK_N, CHUNKS, SLOTS, PERIOD
             )
-            next_xs = _int_x(x_ptr, rows, tile, end, IN, GROUP, CHUNKS, SLOTS)
+            next_xs = _load_x_tile(x_ptr, rows, tile, end, IN, GROUP, CHUNKS, SLOTS)
         else:
             next_words, next_pairs, next_xs = words, pairs, xs
         for unit in tl.static_range(UNITS * CHUNKS):
-            x = _int_operands(xs[unit // SLOTS], unit, SLOTS, GROUP, PAIRS)
-            halves = _int_halves(words[unit // UNITS], unit, GROUP, PAIRS)
+            x = _x_operands(xs[unit // SLOTS], unit, SLOTS, GROUP, BF16X2)
+            halves = _code_bits(words[unit // UNITS], unit, GROUP, BF16X2)
             if GROUP and unit % PERIOD == 0:
                 y = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
                 total = tl.zeros([WARPS, BLOCK_N, 8], tl.float32)
             for half in tl.static_range(2):
-                y = tl.dot(_int_bits(halves[half], GROUP), x[half], y)
-            if unit % SLOTS == 0:  # of all slots at once
-                x = _int_operands(xs[unit // SLOTS], unit, 1, GROUP, PAIRS)
+                y = tl.dot(_code_operand(halves[half], GROUP), x[half], y)
+            if unit % SLOTS == 0:  # the sums of x of all slots at once
+                x = _x_operands(xs[unit // SLOTS], unit, 1, GROUP, BF16X2)
                 for half in tl.static_range(2):
-                    total = tl.dot(_int_bits(ones << (unit % 2 * 4 if GROUP else 0), GROUP), x[half], total)
+                    total = tl.dot(_code_operand(ones << (unit % 2 * 4 if GROUP else 0), GROUP), x[half], total)
             if GROUP and unit % PERIOD == PERIOD - 1:
                 pair = tl.broadcast_to(pairs[unit // PERIOD], SHAPE)
-                scale, zero = _int4_scale(_by_rows(pair))
+                scale, zero = _scale_and_zero(_as_matrices(pair))
                 acc += scale * (y - zero * total)
         words, pairs, xs = next_words, next_pairs, next_xs
     if not GROUP:
         acc = y + total
     acc = tl.sum(acc, axis=0)
-    acc = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS, 8 // SLOTS]), axis=1) * 2.0**53  # 133 - 80
+    acc = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS, 8 // SLOTS]), axis=1) * 2.0**53  # 2**-133 * 2**80 is undone
     if not GROUP:
         acc *= scale.to(tl.float32)[:, None]
     if GEGLU:
@@ -451,10 +576,13 @@ def _int4_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    PAIRS: tl.constexpr,
+    BF16X2: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """As _gemm_kernel, 128 columns at a time: a product of 32 for each fourth of them, by weights in bf16."""
+    """Multiplies up to BLOCK_M rows of x by a weight in int4, as `_gemm_kernel` does, by codes converted to bf16.
+
+    Program (block of BLOCK_N outputs, split) takes `tiles` chunks of 128 columns, and of each its 4 units in turn.
+    """
     launch_dependents(PDL)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     n, m, word = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, 16)
@@ -473,20 +601,20 @@ def _int4_gemm_kernel(
         for unit in tl.static_range(4):
             column = chunk * 128 + unit * 32
             x = tl.load(x_ptrs + column, mask=(m < rows)[None, :], other=0.0)
-            acc = tl.dot(_int4_weights(words, tl.load(pair_ptrs + column // GROUP), unit, PAIRS), x, acc)
+            acc = tl.dot(_int4_weights(words, tl.load(pair_ptrs + column // GROUP), unit, BF16X2), x, acc)
             if GEGLU:
                 pair = tl.load(pair_ptrs + OUT * (IN // GROUP) + column // GROUP)
-                up = tl.dot(_int4_weights(up_words, pair, unit, PAIRS), x, up)
+                up = tl.dot(_int4_weights(up_words, pair, unit, BF16X2), x, up)
     if GEGLU:
         acc = gelu_times(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
     store_partial(out_ptr, acc, None, n, m, rows, OUT)
 
 
 @jit
-def _int4_weights(words, pair, unit: tl.constexpr, PAIRS: tl.constexpr):
-    """A unit of words [R, 16], with scale and zero in pair [R], as weights [R, 32] in bf16."""
+def _int4_weights(words, pair, unit: tl.constexpr, BF16X2: tl.constexpr):
+    """Dequantizes a unit of words [R, 16], one chunk of R rows with a pair [R] each: [R, 32] in bf16, rounded once."""
     words = words >> (4 * unit)
-    if PAIRS:  # 0x4300 + q is 128 + q
+    if BF16X2:  # the bits 0x4300 + q are the bf16 128 + q
         y = tl.inline_asm_elementwise(
             """{
             .reg .b32 y, scale, zero, offset;
@@ -506,7 +634,7 @@ def _int4_weights(words, pair, unit: tl.constexpr, PAIRS: tl.constexpr):
         )
         y = tl.reshape(_bf16_pairs(y), [words.shape[0], 32])
     else:
-        scale, zero = _int4_scale(pair[:, None, None])
+        scale, zero = _scale_and_zero(pair[:, None, None])
         y = tl.join(words & 15, (words >> 16) & 15).to(tl.float32)
         y = tl.reshape((y - zero) * scale, [words.shape[0], 32]).to(tl.bfloat16)
     return y
@@ -515,7 +643,7 @@ def _int4_weights(words, pair, unit: tl.constexpr, PAIRS: tl.constexpr):
 def int_triton(
     x: Tensor, weight, dtype: torch.dtype, partials: bool = False, geglu: bool = False, next_scale: Tensor | None = None
 ) -> Tensor:
-    """`matmul_triton` or, with `geglu`, `matmul_geglu_triton` for weights in int8 and int4."""
+    """Multiplies x [M, K] by a weight in int8 or int4: `matmul_triton` or, with `geglu`, `matmul_geglu_triton`."""
     config = int_config(len(x), *weight.shape, weight.group)
     if config is None or dtype != torch.bfloat16:  # made in each call; of few rows unrounded, as by the kernels
         wide = torch.float32 if len(x) <= 8 else dtype
@@ -531,9 +659,10 @@ def int_triton(
 
 
 def int_matmul(x: Tensor, weight, geglu: bool = False, config: GemmConfig | IntGemvConfig | None = None) -> Tensor:
-    """`matmul`, or with `geglu` `matmul_geglu`, of rows in bf16, as float32 partial sums if config.split_k > 1.
+    """Multiplies x [M, K] in bf16 as `config` says: `matmul` or, with `geglu`, `matmul_geglu`.
 
-    Up to 8 rows by int8, with K a multiple of 64; up to 64 by int4, with K a multiple of 128.
+    int8 takes up to 8 rows, and K a multiple of 64; int4 takes up to 64 rows, and K a multiple of 128. The result is
+    [M, N] in bf16 or, if config.split_k > 1 and without `geglu`, float32 partial sums [split_k, M, N].
     """
     (n, k), m, group = weight.shape, len(x), weight.group
     config = config or int_config(m, n, k, group)
@@ -543,7 +672,7 @@ def int_matmul(x: Tensor, weight, geglu: bool = False, config: GemmConfig | IntG
     tiles, split_k, out = split_k_output(x, n, block_k, 1 if geglu else config.split_k, x.dtype)
     operands = weight.data.view(torch.int32), weight.scale.view(torch.int32) if group else weight.scale
     constants = {"OUT": n, "IN": k, "GROUP": group, "GEGLU": geglu, "BLOCK_N": config.block_n}
-    constants |= {"PAIRS": is_hopper(x.device), "num_warps": config.num_warps}
+    constants |= {"BF16X2": is_hopper(x.device), "num_warps": config.num_warps}
     if few:
         units = config.block_k // 32
         launch(

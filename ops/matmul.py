@@ -1,7 +1,7 @@
 """Matrix products: of a few rows by Triton kernels that read each weight once, of many by cuBLAS.
 
-A weight is a `formats.Weight` [N, K]: `data` as it is stored, `scale` and, for products in FP8, `input_scale`. Which format
-takes which function stands in formats.py.
+A weight is a `formats.Weight` [N, K]: `data` as it is stored, `scale` and, for products in FP8, `input_scale`. Which
+format takes which function stands in formats.py.
 """
 
 from typing import NamedTuple
@@ -34,8 +34,8 @@ if triton is not None:
 def matmul(x: Tensor, weight, dtype: torch.dtype, partials: bool = False) -> Tensor:
     """x @ weight.T [M, N] in `dtype`, of x [M, K] in `dtype`, or in E4M3 for a weight in E4M3.
 
-    With `partials` the result may instead be float32 partial sums [split_k, M, N], if that is faster: `add_norm`, `geglu`
-    and `attend` add them up as they read them. This definition leaves none.
+    With `partials` the result may instead be float32 partial sums [split_k, M, N], if that is faster: `add_norm`,
+    `geglu` and `attend` add them up as they read them. This definition leaves none.
     """
     return weight.format.product(x, weight, dtype)
 
@@ -46,7 +46,10 @@ def matmul_triton(x: Tensor, weight, dtype: torch.dtype, partials: bool = False)
 
 
 def matmul_geglu(x: Tensor, weight, dtype: torch.dtype, next_scale: Tensor | None = None) -> Tensor:
-    """gelu(x @ gate.T) * (x @ up.T) [M, F] in `dtype` or, with next_scale, in E4M3; weight is gate over up [2 * F, K]."""
+    """Computes gelu(x @ gate.T) * (x @ up.T) [M, F] in `dtype` or, with next_scale, in E4M3.
+
+    weight [2 * F, K] is gate over up.
+    """
     return geglu(matmul(x, weight, dtype), dtype, next_scale)
 
 
@@ -61,9 +64,12 @@ def matmul_geglu_triton(x: Tensor, weight, dtype: torch.dtype, next_scale: Tenso
 
 def dense_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
     """`matmul` by a weight in bf16 or float32."""
-    if weight.packed is None or torch.compiler.is_compiling():  # Inductor packs by itself
-        return F.linear(x, weight.data)
-    return torch.ops.mkldnn._linear_pointwise(x, weight.packed.weight, None, "none", [], "")
+    data, packed = weight.data, weight.packed
+    if packed is None or torch.compiler.is_compiling():  # Inductor packs by itself
+        return F.linear(x, data)
+    if packed.source != weight.source or (torch.is_grad_enabled() and (x.requires_grad or data.requires_grad)):
+        return F.linear(x, data)  # it has changed since, or a gradient is wanted, which oneDNN's product has not
+    return torch.ops.mkldnn._linear_pointwise(x, packed.weight, None, "none", [], "")
 
 
 def fp8_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
@@ -97,8 +103,8 @@ class GemvConfig(NamedTuple):
 class GemmConfig(NamedTuple):
     """How up to 64 rows are multiplied: a program owns block_n outputs of all rows, at most block_m of them.
 
-    split_k programs share those outputs, each with a part of the columns; then the results are partial sums. The rest is
-    as in `GemvConfig`.
+    split_k programs share those outputs, each with a part of the columns; then the results are partial sums. The rest
+    is as in `GemvConfig`.
     """
 
     block_m: int
@@ -110,7 +116,7 @@ class GemmConfig(NamedTuple):
 
 
 def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) -> GemvConfig | GemmConfig | None:
-    """How m rows are multiplied by a weight [n, k] of `dtype`; None for cuBLAS.
+    """Picks how m rows are multiplied by a weight [n, k] of `dtype`; None means cuBLAS.
 
     What was fastest in whole steps of gemma-7b and gemma-2b on an H200.
     """
@@ -139,7 +145,7 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
 
 
 def pick_split_k(n: int, k: int, block_n: int, wanted: float, least: int) -> int:
-    """A power of 2 up to 8 that brings the number of programs to `wanted`, while each has at least `least` columns."""
+    """Picks a power of 2 up to 8 that brings the programs to `wanted`, while each has at least `least` columns."""
     split_k = 1
     while -(-n // block_n) * split_k < wanted and split_k < 8 and k >= 2 * split_k * least:
         split_k *= 2
@@ -201,6 +207,7 @@ def _gemv_kernel(
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Multiplies one row of x by BLOCK_N rows of the weight or, with GEGLU, by as many of gate and of up."""
     launch_dependents(PDL)
     first = tl.program_id(0) * BLOCK_N
     if GEGLU:  # gate and up in turn: rows n and n + OUT; what is read twice is not stored
@@ -273,7 +280,7 @@ def gemv(
 
 @jit
 def store_partial(out_ptr, y, scale, n, m, rows, OUT: tl.constexpr):
-    """Stores y [outputs n, rows m], which program (·, split) made of its part of the columns."""
+    """Stores y [outputs n, rows m], which program (block of outputs, split) made of its part of the columns."""
     offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
     store_rounded(out_ptr + offsets, y, scale, (n < OUT)[:, None] & (m < rows)[None, :], out_ptr.dtype.element_ty)
 
@@ -298,9 +305,10 @@ def _gemm_kernel(
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiplies with the weight's rows as the wide side of the product and x's few rows as the narrow one.
+    """Multiplies up to BLOCK_M rows of x by BLOCK_N rows of the weight; program (block of outputs, split).
 
-    What tiles hold outside of their matrix is zero.
+    The weight's rows are the wide side of the product, x's few rows the narrow one. What tiles hold outside of their
+    matrix is zero.
     """
     launch_dependents(PDL)
     first_row = tl.program_id(0) * BLOCK_N
@@ -342,7 +350,7 @@ def _gemm_kernel(
 
 
 def split_k_output(x: Tensor, n: int, block_k: int, split_k: int, dtype: torch.dtype) -> tuple[int, int, Tensor]:
-    """How the columns of x [M, K] are shared by split_k programs that take block_k at a time, and memory for the product.
+    """Shares the columns of x [M, K] among split_k programs that take block_k at a time, and allocates the product.
 
     Returns the tiles of each program, the number of programs (fewer than split_k, if some would have no tile), and an
     empty result: [M, N] in `dtype`, or float32 partial sums [programs, M, N].

@@ -23,8 +23,11 @@ def append_token(state, token: Tensor):
 
 
 def greedy_next_token(logits: Tensor, state):
-    """Ends a greedy step: of logits [B, V] takes each row's largest, of equal ones the first, advances the position of rows
-    that are not done, and appends the token. In place in a `runner.State` of B rows."""
+    """Ends a greedy step, in place in a `runner.State` of B rows.
+
+    Takes each row's largest of logits [B, V], of equal ones the first, appends it as a token, and advances the position
+    of rows that are not done.
+    """
     state.position += ~state.done
     append_token(state, logits.float().argmax(-1))
 

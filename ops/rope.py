@@ -1,4 +1,4 @@
-"""Rotary embedding, and what happens to queries, keys and values before attention: norms, rotation, the cache's rounding."""
+"""Rotary embedding, and what queries, keys and values go through before attention: norms, rotation, rounding."""
 
 from typing import NamedTuple
 
@@ -22,8 +22,8 @@ from ops.common import (
 class AttentionLayer(NamedTuple):
     """What distinguishes the attention of one layer.
 
-    `scale` multiplies the scores, `softcap` c turns scores s into c * tanh(s / c), `window` counts the keys that a query
-    sees, its own included (None: all), q_norm and k_norm [D] are weights of RMSNorm with `eps` (None: no norm).
+    `scale` multiplies the scores, `softcap` c turns scores s into c * tanh(s / c), `window` counts the keys that a
+    query sees, its own included (None: all), q_norm and k_norm [D] are weights of RMSNorm with `eps` (None: no norm).
     """
 
     n_heads: int
@@ -40,10 +40,11 @@ class AttentionLayer(NamedTuple):
 class Positions(NamedTuple):
     """Where the tokens of one forward are: what all local layers, or all global ones, share in it.
 
-    batch B and tokens T are its shape. position [B] counts the tokens that each row has in the cache already (None: none
-    anywhere), lengths [B] the new tokens a row that count, the rest being padding on the right (None: all). rope [2, R, D]
-    holds cosines and sines, of R = T positions, which rows share, or of R = B * T. mask [B, 1, T, keys] is 0 where a query
-    sees a key, else -inf; None means causal over the new tokens. slot is the index of one new token a row in the cache.
+    batch B and tokens T are its shape. position [B] counts the tokens that each row has in the cache already (None:
+    none anywhere), lengths [B] the new tokens a row that count, the rest being padding on the right (None: all). rope
+    [2, R, D] holds cosines and sines, of R = T positions, which rows share, or of R = B * T. mask [B, 1, T, keys] is 0
+    where a query sees a key, else -inf; None means causal over the new tokens. slot is the index of one new token a row
+    in the cache.
     """
 
     batch: int
@@ -67,8 +68,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope(position: Tensor, *frequencies: Tensor) -> Tensor:
     """Cosines and sines of angles: [kinds, 2, M, D] in float32.
 
-    The angles are position [M] (int64) * frequency [D], in radians, for each of one or two frequencies. The first half of
-    a frequency is negative, so that its sines carry the sign that `rotate` wants.
+    The angles are position [M] (int64) * frequency [D], in radians, for each of one or two frequencies. The first half
+    of a frequency is negative, so that its sines carry the sign that `rotate` wants.
     """
     angles = [position.float()[:, None] * frequency for frequency in frequencies]
     return torch.stack([torch.stack((angle.cos(), angle.sin())) for angle in angles])
@@ -78,6 +79,7 @@ def rope(position: Tensor, *frequencies: Tensor) -> Tensor:
 def _rope_kernel(
     position_ptr, frequency_ptr, local_ptr, out_ptr, rows, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
+    """Computes a row's cosines and sines, of the first frequencies or, in programs (row, 1), of the second ones."""
     launch_dependents(PDL)
     row, kind = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK)
@@ -127,8 +129,8 @@ def _normed_rotated(
     SPLIT_K: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Loads elements d, which lie along AXIS, of the heads that begin at column `first`; norms them, if they have a norm, and
-    rotates them."""
+    """Loads elements d of the heads that begin at column `first` of a row of qkv, norms them, if they have a norm, and
+    rotates them. The elements of a head lie along AXIS of d."""
     partner = (d + D // 2) % D
     x = load_sum(qkv_ptr, row, rows, first + d, mask, WIDTH, SPLIT_K, dtype)
     y = load_sum(qkv_ptr, row, rows, first + partner, mask, WIDTH, SPLIT_K, dtype)
@@ -165,11 +167,11 @@ def _prefill_rope_kernel(
     rows,
     T,
     S,
-    H: tl.constexpr,
-    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KV_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLIT_K: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -178,7 +180,7 @@ def _prefill_rope_kernel(
 ):
     """Programs (token, 0) make the queries of a token, programs (token, 1) its keys and values."""
     launch_dependents(PDL)
-    WIDTH: tl.constexpr = (H + 2 * K) * D
+    WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
     token = tl.program_id(0).to(tl.int64)
     row, t = token // T, token % T
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -186,28 +188,29 @@ def _prefill_rope_kernel(
     cos = tl.load(rope_ptr + t * D + d, mask=d < D, other=0.0)
     sin = tl.load(rope_ptr + (T + t) * D + d, mask=d < D, other=0.0)
     if tl.program_id(1) == 0:
-        query = tl.arange(0, BLOCK_H)[:, None]
-        is_query = (query < H) & (d < D)
+        query = tl.arange(0, BLOCK_HEADS)[:, None]
+        is_query = (query < HEADS) & (d < D)
         q = _normed_rotated(
             qkv_ptr, token, rows, query * D, d, is_query, cos, sin, q_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, dtype
         )
         tl.store(out_ptr + token * WIDTH + query * D + d, q.to(dtype), mask=is_query)
     else:
-        head = tl.arange(0, BLOCK_K)[:, None]
-        mask = (head < K) & (d < D)
-        first = (H + head) * D
+        head = tl.arange(0, BLOCK_KV_HEADS)[:, None]
+        mask = (head < KV_HEADS) & (d < D)
+        first = (HEADS + head) * D
         k = _normed_rotated(
             qkv_ptr, token, rows, first, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, dtype
         )
-        v = load_sum(qkv_ptr, token, rows, first + K * D + d, mask, WIDTH, SPLIT_K, dtype)
+        v = load_sum(qkv_ptr, token, rows, first + KV_HEADS * D + d, mask, WIDTH, SPLIT_K, dtype)
         length = tl.load(lengths_ptr + row)
-        offsets = ((row * K + head) * S + t % S) * D + d
-        heads = tl.where(t < length, tl.where(t + S >= length, K, 0), 0)  # of tokens that share a slot, the newest's
+        offsets = ((row * KV_HEADS + head) * S + t % S) * D + d
+        # of tokens that share a slot, the newest is kept
+        heads = tl.where(t < length, tl.where(t + S >= length, KV_HEADS, 0), 0)
         kept = (head < heads) & (d < D)
         k = _write(k, k_ptr, offsets, inverse_k_scale, kept, LIMIT)
         v = _write(v, v_ptr, offsets, inverse_v_scale, kept, LIMIT)
         tl.store(out_ptr + token * WIDTH + first + d, k.to(dtype), mask=mask)
-        tl.store(out_ptr + token * WIDTH + first + K * D + d, v.to(dtype), mask=mask)
+        tl.store(out_ptr + token * WIDTH + first + KV_HEADS * D + d, v.to(dtype), mask=mask)
 
 
 def prefill_rope(
@@ -215,9 +218,9 @@ def prefill_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norms and rotates queries and keys of a prompt, rounds keys and values as the cache stores them, and writes them.
 
-    qkv is [B * T, (H + 2 * K) * D] in `dtype` or partial sums of it, of tokens at positions 0 to T - 1. Returns q
-    [B, T, H, D], and k and v [B, T, K, D] as the cache stores them, divided by their scales. Of each row, the tokens before
-    its length, or the newest S of them, are written to slots position % S.
+    qkv is [B * T, (HEADS + 2 * KV_HEADS) * D] in `dtype` or partial sums of it, of tokens at positions 0 to T - 1.
+    Returns q [B, T, HEADS, D], and k and v [B, T, KV_HEADS, D] as the cache stores them, divided by their scales. Of
+    each row, the tokens before its length, or the newest S of them, are written to slots position % S.
     """
     (batch, kv_heads, slots, d), (m, width) = cache.k.shape, qkv.shape[-2:]
     out = torch.empty(m, width, dtype=dtype, device=qkv.device)
@@ -226,11 +229,11 @@ def prefill_rope(
         (m, 2),
         *(qkv, positions.rope, layer.q_norm, layer.k_norm, positions.lengths, cache.k, cache.v, out),
         *(1 / cache.k_scale, 1 / cache.v_scale, layer.eps, m, m // batch, slots),
-        H=layer.n_heads,
-        K=kv_heads,
+        HEADS=layer.n_heads,
+        KV_HEADS=kv_heads,
         D=d,
-        BLOCK_H=power_of_2(layer.n_heads),
-        BLOCK_K=power_of_2(kv_heads),
+        BLOCK_HEADS=power_of_2(layer.n_heads),
+        BLOCK_KV_HEADS=power_of_2(kv_heads),
         BLOCK_D=power_of_2(d),
         SPLIT_K=split_k_of(qkv),
         LIMIT=cache.codec.limit,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,6 +19,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 TINY_GEMMA = ROOT / "checkpoints" / "tiny-gemma"
 GREEDY = dict(temperature=0, stop_ids=())
+CODE = (  # to calibrate on
+    "import os\n\n\ndef walk(path):\n    for name in os.listdir(path):\n        yield os.path.join(path, name)\n" * 20
+)
 TEXTS = (  # prompts of different lengths
     "def fibonacci(n):\n",
     "import os\n\n\nclass Path:\n    def __init__(self, path):\n",
@@ -105,6 +109,66 @@ def save_checkpoint(model, directory: Path, **options) -> Path:
     model.save_pretrained(directory, **options)
     shutil.copy(TINY_GEMMA / "tokenizer.model", directory)
     return directory
+
+
+ONE_LAYER = dict(num_hidden_layers=1, vocab_size=4096)  # settings of models that are compiled; tiny-gemma's tokenizer
+
+
+def tiny_config(case: str = "gemma-gqa", **settings):
+    """The settings of a case as a `ModelConfig`."""
+    from config import ModelConfig
+
+    model_type, own = CASES[case]
+    return ModelConfig.from_hf(SIZES | own | {"model_type": model_type} | settings)
+
+
+def small_model(seed: int = 0, case: str = "gemma-gqa", **settings):
+    """A random model in float32 whose greedy tokens vary; it needs no transformers."""
+    from model import Transformer
+
+    model = Transformer.random(tiny_config(case, **settings), dtype=torch.float32, seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)
+        model.embedding.weight.div_(3)
+    return model
+
+
+def made_once(tmp_path_factory, name: str, make) -> Path:
+    """A directory that `make`(directory) filled, once for all of xdist's workers. Whoever changes it takes a copy."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    directory = base / name
+    with FileLock(base / f"{name}.lock"):
+        if not directory.exists():
+            partial = base / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            partial.rename(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """tiny-gemma in float32, where a different batch or kernel moves no greedy token, and its tokenizer."""
+    from generate import load_model
+
+    return load_model(TINY_GEMMA, device="cpu", precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory):
+    """A copy of tiny-gemma with factors from a short text."""
+    import calibrate
+
+    def make(directory):
+        copy_tiny_gemma(directory)
+        (directory / "text.txt").write_text(CODE)
+        arguments = ["--checkpoint_path", str(directory), "--text", str(directory / "text.txt"), "--window", "128"]
+        assert calibrate.main([*arguments, "--device", "cpu"]) == 0
+
+    return made_once(tmp_path_factory, "calibrated", make)
 
 
 @pytest.fixture(scope="session", params=list(CASES))

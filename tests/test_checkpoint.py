@@ -1,31 +1,32 @@
-"""Files: conversion, every way in which a checkpoint can be incomplete, settings, and the two scripts."""
+"""Files: conversion, every way in which a checkpoint can be incomplete, and the two scripts."""
 
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma, reference_model, save_checkpoint
+from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma, made_once, reference_model, save_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint as checkpoint_file
-from checkpoint import convert, open_checkpoint, write_atomically
+from checkpoint import convert, open_checkpoint, sources, write_atomically
+from config import ModelConfig
 from generate import load_model
-from model import ModelConfig
+from model import Transformer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sharded(tmp_path_factory):
     """A small Gemma 3 in several shards."""
-    directory = tmp_path_factory.mktemp("sharded")
-    save_checkpoint(reference_model("gemma3-window-small"), directory, max_shard_size="100KB")
-    assert len(list(directory.glob("model-*.safetensors"))) > 3
-    return directory
+
+    def make(directory):
+        save_checkpoint(reference_model("gemma3-window-small"), directory, max_shard_size="100KB")
+        assert len(list(directory.glob("model-*.safetensors"))) > 3
+
+    return made_once(tmp_path_factory, "sharded", make)
 
 
 @pytest.fixture
@@ -233,83 +234,6 @@ def test_other_formats_are_refused_by_name(copy, metadata, message):
         load(file)
 
 
-# --- settings
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "llama"}, "architecture 'llama' is not supported"),
-        ({"model_type": "gemma4"}, r"another generation or kind of Gemma \(gemma4\)"),
-        ({"model_type": "gemma3n"}, r"Gemma \(gemma3n\)"),
-        ({"model_type": "recurrent_gemma"}, r"Gemma \(recurrent_gemma\)"),
-        ({"model_type": None}, "architecture 'None'"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
-        ({"use_bidirectional_attention": True}, "embedding model"),
-        ({"hidden_activation": "silu"}, "activation 'silu'"),
-        ({"hidden_size": "big"}, "positive number as 'hidden_size'"),
-        ({"num_attention_heads": 0}, "positive number as 'num_attention_heads'"),
-        ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
-        ({"layer_types": ["full_attention"] * 2}, "2 layer types are given for 7 layers"),
-        ({"layer_types": ["chunked_attention"] * 7}, "layer type 'chunked_attention'"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "RoPE type 'yarn'"),
-    ],
-)
-def test_settings_that_are_not_supported_are_named(copy, change, message):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=message):
-        load(copy)
-
-
-def test_gemma_3_text_config_of_the_hub_takes_the_reference_defaults():
-    """gemma-3-4b-it's config.json leaves out heads, vocabulary and context, and has the older RoPE keys."""
-    hub = {
-        "model_type": "gemma3",
-        "eos_token_id": [1, 106],
-        "text_config": {
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "model_type": "gemma3_text",
-            "num_hidden_layers": 34,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-            "sliding_window": 1024,
-        },
-    }
-    assert ModelConfig.from_hf(hub) == ModelConfig.from_name("gemma-3-4b")
-
-
-def test_older_keys_of_gemma_1_to_3():
-    gemma = {
-        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
-        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
-        "hidden_act": "gelu", "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 8192,
-    }  # fmt: skip
-    assert ModelConfig.from_hf(gemma | {"eos_token_id": [1, 107]}) == ModelConfig.from_name("gemma-2b")
-    gemma2 = {
-        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000,
-        "sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "eos_token_id": [1, 107],
-        "final_logit_softcapping": 30.0, "rope_theta": 10000.0, "hidden_activation": "gelu_pytorch_tanh",
-    }  # fmt: skip
-    assert ModelConfig.from_hf(gemma2) == ModelConfig.from_name("gemma-2-2b")
-    gemma3 = {
-        "model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
-        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
-        "sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1000000, "rope_local_base_freq": 10000,
-        "max_position_embeddings": 32768, "query_pre_attn_scalar": 256, "eos_token_id": [1, 106],
-        "attn_logit_softcapping": None, "final_logit_softcapping": None,
-    }  # fmt: skip
-    assert ModelConfig.from_hf(gemma3) == ModelConfig.from_name("gemma-3-1b")
-
-
-def test_a_published_models_wrong_setting_is_followed_with_a_warning():
-    right = ModelConfig.from_name("gemma-2-9b")
-    assert right.differences_from_published() == ""
-    first = replace(right, query_pre_attn_scalar=224)
-    assert first.differences_from_published() == "query_pre_attn_scalar 224 (gemma-2-9b: 256)"
-
-
 def test_stop_ids_come_from_the_generation_config_and_the_tokenizer(copy):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 77]}))
     assert load(copy).config.stop_ids == (1, 77, 5)  # 5 is the tokenizer's <end_of_turn>
@@ -320,38 +244,37 @@ def test_stop_ids_come_from_the_generation_config_and_the_tokenizer(copy):
 # --- scripts
 
 
-def run_script(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment or None,
-        check=False,
-    )
-
-
-def test_convert_script(copy):
-    done = run_script("scripts/convert_hf_checkpoint.py", copy)
+def test_convert_script(copy, monkeypatch):
+    command = [sys.executable, "scripts/convert_hf_checkpoint.py", copy]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0
     assert "writing gemma.safetensors: 100%" in done.stderr
     before = (copy / "gemma.safetensors").read_bytes()
-    assert run_script("scripts/convert_hf_checkpoint.py", copy).returncode == 0  # again, from the shards
+    assert run_script(monkeypatch, copy) == 0  # again, from the shards
     assert (copy / "gemma.safetensors").read_bytes() == before
 
 
-def test_convert_script_says_what_is_wrong(copy, tmp_path):
+def run_script(monkeypatch, *arguments) -> int:
+    """As `python scripts/convert_hf_checkpoint.py` does, in this process."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import convert_hf_checkpoint
+
+    monkeypatch.setattr(sys, "argv", ["convert_hf_checkpoint.py", *map(str, arguments)])
+    return convert_hf_checkpoint.main()
+
+
+def test_convert_script_says_what_is_wrong(copy, tmp_path, monkeypatch, capsys):
     next(copy.glob("model-00002*")).unlink()
     for directory, message in (
         (copy, "shard"),
         (tmp_path / "none", "no checkpoint at"),
         (copy / "config.json", "is a file"),
     ):
-        done = run_script("scripts/convert_hf_checkpoint.py", directory)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+        assert run_script(monkeypatch, directory) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ")
+        assert message in err
+        assert err.count("\n") == 1
     assert not (copy / "gemma.safetensors").exists()
 
 
@@ -426,11 +349,9 @@ def test_prepare_script_wants_a_repository():
 
 def test_names_cover_the_model():
     """Our names and shapes for a checkpoint are those of the modules, for each generation."""
-    from model import Transformer
-
     for name in ("gemma-2b", "gemma-2-9b", "gemma-3-4b"):
         config = ModelConfig.from_name(name)
         with torch.device("meta"):
             shapes = {key: tuple(value.shape) for key, value in Transformer(config).state_dict().items()}
-        table = checkpoint_file.sources(config)
+        table = sources(config)
         assert {k: (sum(s[0] for _, s in parts), *parts[0][1][1:]) for k, parts in table.items()} == shapes

@@ -10,8 +10,10 @@ import torch
 from conftest import ROOT, TINY_GEMMA, reference_model, save_checkpoint
 
 import eval as program
-from eval import evaluate, read_texts, windows
+from cache import KVCache
+from eval import evaluate
 from generate import load_model
+from text import read_texts, windows
 
 FUNCTION = """
 def read_file(path):
@@ -27,11 +29,6 @@ class Path:
         return os.path.exists(os.path.join(*self.parts))
 """
 TEXTS = [FUNCTION + CLASS, "import os\n\n" + CLASS + FUNCTION]
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load_model(TINY_GEMMA, device="cpu", precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +130,27 @@ def test_a_model_agrees_with_itself(pair):
     assert result["top1_agreement"] == 1
 
 
-def test_the_kv_cache_has_the_dtype_asked_for(pair):
+def test_the_kv_cache_has_the_dtype_asked_for(pair, monkeypatch):
     (_, model), (_, reference) = pair
-    evaluate(model, random_windows(40), kv_dtype=torch.bfloat16, reference=reference)
-    assert {layer.attention.cache.k.dtype for layer in model.layers} == {torch.bfloat16}
-    assert {layer.attention.cache.k.dtype for layer in reference.layers} == {torch.float32}
+    caches, empty = [], KVCache.empty
+
+    def record(*arguments):
+        caches.append(empty(*arguments))
+        return caches[-1]
+
+    monkeypatch.setattr(KVCache, "empty", record)
+    for dtype in (torch.bfloat16, "bf16"):
+        evaluate(model, random_windows(40), kv_cache_dtype=dtype, reference=reference)
+        of_model, of_reference = ({layer.k.dtype for layer in cache.layers} for cache in caches[-2:])
+        assert (of_model, of_reference) == ({torch.bfloat16}, {torch.float32})
 
 
 def test_an_fp8_cache_changes_the_predictions_a_little(tiny):
+    """Of one and the same model, too, whose reference has a cache of its own."""
     model, tokenizer = tiny
     pieces = windows(TEXTS, tokenizer, 64)
-    reference, _ = load_model(TINY_GEMMA, device="cpu", precision="fp32")
     coarse, fine = (
-        evaluate(model, pieces, kv_dtype=dtype, reference=reference)
+        evaluate(model, pieces, kv_cache_dtype=dtype, reference=model)
         for dtype in (torch.float8_e5m2, torch.float8_e4m3fn)
     )
     assert 1e-6 < fine["kl"] < coarse["kl"] < 0.5
@@ -198,16 +203,15 @@ def test_readable_and_json_output(capsys, file):
 def test_fp8_is_asked_for_by_name(capsys, monkeypatch, file):
     calls = []
 
-    def load(path, device, precision, **options):
-        calls.append((str(path), options))
-        return load_model(path, device, precision)
+    def load(path, device, precision, fp8, ops):
+        calls.append((str(path), fp8))
+        return load_model(path, device, precision, ops=ops)
 
     monkeypatch.setattr(program, "load_model", load)
     for options in ((), ("--fp8",), ("--against", TINY_GEMMA, "--against_fp8"), ("--fp8", "--against", TINY_GEMMA)):
         status, _, err = run(capsys, "--text", file, "--window", 64, *options)
         assert status == 0, err
-    path, fp8 = str(TINY_GEMMA), {"fp8": True}
-    assert calls == [(path, {}), (path, fp8), (path, {}), (path, fp8), (path, fp8), (path, {})]
+    assert calls == [(str(TINY_GEMMA), fp8) for fp8 in (False, True, False, True, True, False)]
 
 
 def test_from_a_shell(file):

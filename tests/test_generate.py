@@ -1,38 +1,22 @@
-"""The engine: stops, batches, sampling and its seed, compiled against eager, mistakes from Python."""
+"""`generate`: stops, batches, sampling and its seed, settings, mistakes from Python."""
 
 import collections
-import gc
 import random
-import weakref
 
 import pytest
 import torch
-from conftest import GREEDY, SIZES, TEXTS, TINY_GEMMA, reference_model, save_checkpoint
+from conftest import GREEDY, TEXTS, TINY_GEMMA, reference_model, save_checkpoint, small_model
 
-import generate as program
-from generate import Decoder, Sampling, Stats, generate, load_model, sample
-from model import ModelConfig, Transformer
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """tiny-gemma in float32, where a different batch or kernel moves no greedy token."""
-    return load_model(TINY_GEMMA, device="cpu", precision="fp32")
+import device as device_file
+from cli import Stats
+from generate import generate, load_model
+from runner import held_bytes
+from sampling import Sampling
 
 
 @pytest.fixture(scope="module")
 def prompts(tiny):
     return [tiny[1].encode(text) for text in TEXTS]
-
-
-def small_model(seed: int = 0, dtype=torch.float32) -> Transformer:
-    config = ModelConfig.from_hf({"model_type": "gemma", **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2})
-    model = Transformer.random(config, dtype=dtype, seed=seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(10)
-        model.embedding.weight.div_(3)
-    return model
 
 
 # --- stops and batches
@@ -58,14 +42,14 @@ def test_no_more_steps_than_the_last_row_needs(tiny, prompts):
     assert (stats.new_tokens, stats.rows, stats.prompt_tokens) == (expected + 1, 1, len(prompts[0]))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 9])
-def test_a_row_does_not_depend_on_its_neighbours(tiny, prompts, batch_size):
+def test_a_row_does_not_depend_on_its_neighbours(tiny, prompts):
     model, _ = tiny
     options = dict(temperature=0.9, top_k=50, seed=3)
-    alone = [generate(model, prompts, 20, **options)]
-    assert generate(model, prompts, 20, batch_size=batch_size, **options) == alone[0]
+    sampled = generate(model, prompts, 20, **options)
     greedy = [generate(model, [prompt], 20, **GREEDY)[0] for prompt in prompts]
-    assert generate(model, prompts, 20, batch_size=batch_size, **GREEDY) == greedy
+    for batch_size in (1, 2, 3, 4, 9):
+        assert generate(model, prompts, 20, batch_size=batch_size, **options) == sampled
+        assert generate(model, prompts, 20, batch_size=batch_size, **GREEDY) == greedy
 
 
 def test_samples_stand_side_by_side_in_the_order_of_the_prompts(tiny, prompts):
@@ -97,29 +81,29 @@ def test_on_token_sees_every_token_once(tiny, prompts):
     assert seen == tokens
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.bfloat16])
-def test_cache_dtype(tiny, prompts, kv_dtype):
+@pytest.mark.parametrize("kv_cache_dtype", [None, "auto", "bf16", torch.bfloat16, "fp8_e5m2"])
+def test_cache_dtype(tiny, prompts, kv_cache_dtype):
     model, _ = tiny
-    generate(model, prompts, 3, kv_cache_dtype=kv_dtype, **GREEDY)
-    assert model.layers[0].attention.cache.k.dtype == (kv_dtype or torch.float32)
+    seen = set()
+
+    def on_step(step, runner):
+        seen.update(layer.k.dtype for layer in runner.cache.layers)
+
+    generate(model, prompts, 3, kv_cache_dtype=kv_cache_dtype, on_step=on_step, **GREEDY)
+    wanted = {None: torch.float32, "auto": torch.float32, "fp8_e5m2": torch.float8_e5m2}
+    assert seen == {wanted.get(kv_cache_dtype, torch.bfloat16)}
 
 
-def test_conversation_behind_its_cache_is_the_conversation_at_once(tiny):
-    model, tokenizer = tiny
-    decoder = Decoder(model, 1, 256)
-    turns = [tokenizer.encode("def add(a, b):\n"), tokenizer.encode("class A:\n", bos=False), [300]]
-    history, cached = [], 0
-    with torch.inference_mode():
-        for turn in turns:
-            unread = history[cached:] + turn
-            decoder.start(model, 1, Sampling(temperature=0), ())
-            decoder.prefill(model, [unread], [], 10, cached)
-            decoder.decode(model, 9)
-            (answer,) = decoder.results(1)
-            history += turn
-            assert answer == generate(model, [history], 10, **GREEDY)[0]
-            model_length = len(history) + len(answer) - 1
-            history, cached = history + answer, model_length
+def test_on_step_is_called_before_prefill_and_each_step(tiny, prompts):
+    model, _ = tiny
+    calls = []
+
+    def on_step(step, runner):
+        calls.append((step, len(runner.state.token), runner.state.count.max().item() if step else None))
+
+    generate(model, prompts, 4, batch_size=2, on_step=on_step, **GREEDY)
+    assert calls == [(0, 2, None), (1, 2, 1), (2, 2, 2), (3, 2, 3)] * 2
+    assert held_bytes(model) > 0
 
 
 # --- against the reference
@@ -132,7 +116,7 @@ def test_loss_on_text_is_the_references(tiny):
 
     model, tokenizer = load_model(TINY_GEMMA, device="cpu", precision="bf16")
     with open(random.__file__, encoding="utf-8") as f:
-        tokens = torch.tensor(tokenizer.encode(f.read())[: 8 * 512]).view(8, 512)
+        tokens = torch.tensor(tokenizer.encode(f.read())[: 4 * 512]).view(4, 512)
     theirs = AutoModelForCausalLM.from_pretrained(TINY_GEMMA, dtype=torch.bfloat16)
 
     def loss(logits):
@@ -167,53 +151,6 @@ def test_repetition_penalty_is_the_references(tmp_path, penalty):
 
 # --- sampling
 
-FILTERS = {
-    "temperature": dict(temperature=0.7),
-    "hot": dict(temperature=2.5),
-    "top_k": dict(temperature=1.0, top_k=7),
-    "top_k of 1": dict(temperature=1.0, top_k=1),
-    "top_k of all": dict(temperature=1.0, top_k=50),
-    "top_p": dict(temperature=1.0, top_p=0.6),
-    "tiny top_p": dict(temperature=1.0, top_p=1e-4),
-    "min_p": dict(temperature=1.0, min_p=0.1),
-    "min_p of 1": dict(temperature=1.0, min_p=1.0),
-    "top_k, top_p": dict(temperature=0.9, top_k=20, top_p=0.8),
-    "top_p, min_p": dict(temperature=1.3, top_p=0.9, min_p=0.05),
-    "all": dict(temperature=1.5, top_k=25, top_p=0.95, min_p=0.04),
-}
-
-
-@pytest.mark.parametrize("name", list(FILTERS))
-def test_sampling_follows_the_exact_distribution(name):
-    """The reference's own filters give the exact probabilities. Noise on a grid of N makes ours exact to 1 / N."""
-    from transformers.generation import logits_process as reference
-
-    settings = FILTERS[name]
-    logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(5))
-    exact = reference.TemperatureLogitsWarper(settings["temperature"])(None, logits)
-    if "top_k" in settings:
-        exact = reference.TopKLogitsWarper(settings["top_k"])(None, exact)
-    if "top_p" in settings:
-        exact = reference.TopPLogitsWarper(settings["top_p"])(None, exact)
-    if "min_p" in settings:
-        exact = reference.MinPLogitsWarper(settings["min_p"])(None, exact)
-    exact = exact.softmax(-1)[0].double()
-
-    n = 20_000
-    noise = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tokens = sample(logits.expand(n, -1), noise, **settings)
-    frequency = torch.bincount(tokens, minlength=50).double() / n
-    assert (frequency[exact == 0] == 0).all()
-    torch.testing.assert_close(frequency, exact, atol=1.5 / n, rtol=0)
-
-
-def test_the_ends_of_the_noise_draw_tokens_that_the_filters_kept():
-    logits = torch.tensor([[0.0, 3.0, -2.0, 1.0]]).expand(2, -1)
-    noise = torch.tensor([0.0, 1 - 2**-32], dtype=torch.float64)
-    assert sample(logits, noise, 1.0, min_p=0.1).tolist() == [1, 3]
-    assert sample(logits, noise, 1.0, top_p=0.5).tolist() == [1, 1]
-    assert sample(logits, noise, 1e-30).tolist() == [1, 1]  # next to nothing is greedy, not NaN
-
 
 def test_generated_samples_follow_the_models_distribution():
     """3,000 first tokens against the model's own probabilities: chi-square, far out in whose tail a bug would land."""
@@ -237,67 +174,30 @@ def test_the_same_seed_gives_the_same_samples(tiny, prompts):
     assert generate(model, prompts, 15) != generate(model, prompts, 15)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_a_decoder_is_freed_as_soon_as_nobody_uses_it(compile):
-    """It holds device memory; one that waited in a cycle for the garbage collector made memory grow."""
-    model = small_model()
-    for _ in range(2 if compile else 1):  # the compiler itself keeps the first one that it saw for a while
-        gc.collect()
-        gc.disable()
-        try:
-            with torch.inference_mode():
-                decoder = Decoder(model, 2, 64, compile=compile)
-                decoder.start(model, 2, Sampling(), ())
-                decoder.prefill(model, [[2, 3]], [[0.5] * 9], 9)
-                decoder.decode(model, 8)
-            alive = weakref.ref(decoder)
-            del decoder
-            freed = alive() is None
-        finally:
-            gc.enable()
-    assert freed
-
-
-# --- compiled
-
-
-def test_compiled_is_eager(tiny, prompts):
-    """Several calls through one compiled step: other prompts, other settings; and another model of the same shape."""
+def test_settings_as_one_value_and_by_name(tiny, prompts):
+    """`sampling` is what names change; what is left out has its defaults."""
     model, _ = tiny
-    for batch in (prompts, prompts[::-1]):
-        expected = generate(model, batch, 40, **GREEDY)
-        assert generate(model, batch, 40, compile=True, **GREEDY) == expected
-    options = dict(top_p=0.9, min_p=0.01, repetition_penalty=1.1)
-    for seed, temperature in ((1, 0.7), (2, 1.2)):
-        expected = generate(model, prompts, 20, seed=seed, temperature=temperature, **options)
-        assert generate(model, prompts, 20, seed=seed, temperature=temperature, compile=True, **options) == expected
-    stop = expected[1][4]
-    expected = generate(model, prompts, 20, temperature=0, stop_ids=(stop,))
-    assert generate(model, prompts, 20, temperature=0, stop_ids=(stop,), compile=True) == expected
+    sampling = Sampling(temperature=1.3, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.1)
+    by_name = dict(temperature=1.3, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.1)
+    expected = generate(model, prompts, 12, seed=1, **by_name)
+    assert generate(model, prompts, 12, seed=1, sampling=sampling) == expected
+    changed = generate(model, prompts, 12, seed=1, sampling=sampling, temperature=0.7, top_k=0)
+    assert changed == generate(model, prompts, 12, seed=1, **by_name | dict(temperature=0.7, top_k=0)) != expected
+    assert generate(model, prompts, 12, sampling=sampling, temperature=0, repetition_penalty=1.0, stop_ids=()) == (
+        generate(model, prompts, 12, **GREEDY)
+    )
+    assert generate(model, prompts, 12, seed=1) == generate(model, prompts, 12, seed=1, sampling=Sampling())
 
 
-def test_two_models_of_one_shape_do_not_share_compiled_weights():
-    """Inductor bakes weights into what it compiles for a CPU: the second model must not get the first one's."""
-    prompt = [[2, 9, 81, 4]]
-    for seed in (0, 1, 0):
-        model = small_model(seed)
-        assert generate(model, prompt, 30, compile=True, **GREEDY) == generate(model, prompt, 30, **GREEDY)
+def test_prompts_may_be_tuples(tiny, prompts):
+    assert generate(tiny[0], tuple(map(tuple, prompts)), 3, **GREEDY) == generate(tiny[0], prompts, 3, **GREEDY)
 
 
-def test_compiled_prefill_serves_every_length():
-    import torch._dynamo
-
-    model = small_model()
-    rng = random.Random(0)
-    batches = [[[2, *rng.choices(range(10, 120), k=length)] for _ in range(2)] for length in (30, 5, 1, 0, 47)]
-    expected = [generate(model, batch, 8, **GREEDY) for batch in batches]
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    assert generate(model, batches[0], 8, compile_prefill=True, **GREEDY) == expected[0]
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for batch, tokens in zip(batches, expected):
-        assert generate(model, batch, 8, compile_prefill=True, **GREEDY) == tokens
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled == 1
+@pytest.mark.parametrize(("name", "dtype"), [("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
+def test_cache_dtypes_by_name_are_those_by_dtype(calibrated, prompts, name, dtype):
+    model, _ = load_model(calibrated, device="cpu", precision="fp32")
+    by_name, by_dtype = (generate(model, prompts, 12, kv_cache_dtype=each, **GREEDY) for each in (name, dtype))
+    assert by_name == by_dtype
 
 
 # --- mistakes
@@ -312,10 +212,25 @@ def test_compiled_prefill_serves_every_length():
         ([[2, -1]], {}, "token id outside"),
         ([[2] * 8000], {}, r"8000 tokens, and with 200 new ones exceeds the context of 8192.*at most 192"),
         ([[2] * 8192], {}, "shorten the prompt"),
+        ("text", {}, "prompts must be lists of token ids, which tokenizer.encode.text. makes"),
+        (["text"], {}, "prompts must be lists of token ids"),
+        ([["2"]], {}, "the prompt must be a list of token ids"),
+        ([[2], [2.0]], {}, "prompt 2 must be a list of token ids"),
+        ([[2]], {"max_new_tokens": "10"}, "max_new_tokens must be a whole number, not '10'"),
+        ([[2]], {"max_new_tokens": 2.0}, "max_new_tokens must be a whole number, not 2.0"),
+        ([[2]], {"batch_size": "4"}, "batch_size must be a whole number, not '4'"),
+        ([[2]], {"num_samples": None}, "num_samples must be a whole number, not None"),
+        ([[2]], {"temperature": "hot"}, "temperature must be a number, at least 0, not 'hot'"),
+        ([[2]], {"top_k": 2.5}, "top_k must be a whole number, .* not 2.5"),
+        ([[2]], {"seed": "x"}, "seed must be a whole number, not 'x'"),
+        ([[2]], {"kv_cache_dtype": "int3"}, "kv_cache_dtype must be one of auto, bf16, .*, not 'int3'"),
+        ([[2]], {"kv_cache_dtype": torch.int8}, "kv_cache_dtype must be one of auto, .*, not torch.int8"),
+        ([[2]], {"sampling": {}}, "sampling must be a Sampling, not {}"),
+        ([[2]], {"sampling": {"temperature": 1}}, "sampling must be a Sampling, not {'temperature': 1}"),
         ([[2]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[2]], {"batch_size": 0}, "batch_size must be at least 1"),
         ([[2]], {"num_samples": -1}, "num_samples must be at least 1"),
-        ([[2]], {"temperature": -0.1}, "temperature must be at least 0"),
+        ([[2]], {"temperature": -0.1}, "temperature must be a number, at least 0, not -0.1"),
         ([[2]], {"temperature": float("nan")}, "temperature"),
         ([[2]], {"top_k": -1}, "top_k"),
         ([[2]], {"top_p": 0.0}, "top_p"),
@@ -326,33 +241,24 @@ def test_compiled_prefill_serves_every_length():
     ],
 )
 def test_mistakes_are_value_errors(tiny, prompts, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         generate(tiny[0], prompts, **options)
+    assert "\n" not in str(error.value)
 
 
 def test_too_little_memory_is_said_before_it_is_taken(tiny, monkeypatch):
-    monkeypatch.setattr(program, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(device_file, "free_memory", lambda device: 2**20)
     with pytest.raises(ValueError, match=r"rows of .* tokens needs .* GiB, 0\.0 GiB is free; lower --batch_size"):
         generate(tiny[0], [[2]] * 64, 4000)
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
-)
-def test_a_capture_without_memory_says_what_to_lower(tiny, monkeypatch, error):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(Decoder, "_make_step", fail)
-    with pytest.raises(ValueError, match=r"out of cpu memory with 2 rows of 64 tokens; lower --batch_size"):
-        generate(tiny[0], [[2], [2]], 20, compile=True)
-    monkeypatch.undo()
-    assert len(generate(tiny[0], [[2], [2]], 3, **GREEDY)) == 2
-
-
-def test_unknown_precision_and_device(tiny):
+def test_unknown_precision_device_and_operations():
     with pytest.raises(ValueError, match="precision 'fp16'"):
         load_model(TINY_GEMMA, precision="fp16")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device"):
             load_model(TINY_GEMMA, device="cuda")
+    with pytest.raises(ValueError, match="device must be cuda or cpu, not 'gpu'"):
+        load_model(TINY_GEMMA, device="gpu")
+    with pytest.raises(ValueError, match="ops must be one of auto, kernels, te, torch, not 'cuda'"):
+        load_model(TINY_GEMMA, device="cpu", ops="cuda")

@@ -1,14 +1,13 @@
-"""int8 and int4 weights: layout, rounding, GPTQ, files and what runs them; all of it on a CPU."""
+"""int8 and int4 weights: GPTQ, files and what runs them; all of it on a CPU."""
 
 import json
 import shutil
 import sysconfig
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, SIZES, TINY_GEMMA, copy_tiny_gemma
+from conftest import GREEDY, TINY_GEMMA, copy_tiny_gemma, made_once
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -16,12 +15,13 @@ import calibrate
 import eval as evaluation
 import generate as program
 import quantize
-from checkpoint import read_header
-from eval import evaluate, windows
+from checkpoint import open_checkpoint, read_header
+from eval import evaluate
+from formats import Weight, group_parameters, quantize_int4
 from generate import generate, load_model
-from kernels import IntWeight, dequantise_reference, int_linear, int_linear_reference, pack_int4, unpack_int4
-from model import IntLinear, ModelConfig, Transformer
-from quantize import gptq, quantise_int4, quantise_int8
+from ops.integer import dequantize, unpack_int4
+from quantize import gptq
+from text import windows
 
 MODES = {  # name of the file -> arguments
     "gemma-int8": ("int8",),
@@ -30,17 +30,19 @@ MODES = {  # name of the file -> arguments
     "gemma-int4-gptq-g32": ("int4-gptq", "--max_tokens", "2048", "--device", "cpu"),
     "gemma-int4-gptq-g128": ("int4-gptq", "--max_tokens", "2048", "--device", "cpu", "--group_size", "128"),
 }
-GROUPS = pytest.mark.parametrize("group", [32, 64, 128, 256])
 
 
-@pytest.fixture(scope="module")
-def quantised(tmp_path_factory):
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory):
     """A copy of tiny-gemma with a file of each mode beside it."""
-    directory = copy_tiny_gemma(tmp_path_factory.mktemp("quantised"))
-    for name, arguments in MODES.items():
-        assert quantize.main(["--checkpoint_path", str(directory), "--mode", *arguments]) == 0
-        assert (directory / f"{name}.safetensors").exists()
-    return directory
+
+    def make(directory):
+        copy_tiny_gemma(directory)
+        for name, arguments in MODES.items():
+            assert quantize.main(["--checkpoint_path", str(directory), "--mode", *arguments]) == 0
+            assert (directory / f"{name}.safetensors").exists()
+
+    return made_once(tmp_path_factory, "quantized", make)
 
 
 @pytest.fixture(scope="module")
@@ -59,75 +61,6 @@ def copy(tmp_path):
 
 def load(path, precision="fp32"):
     return load_model(path, device="cpu", precision=precision)[0]
-
-
-# --- layout and rounding
-
-
-@pytest.mark.parametrize("shape", [(1, 32), (3, 96), (5, 256)])
-def test_packing_and_unpacking_are_inverses(shape):
-    q = torch.randint(0, 16, shape)
-    packed = pack_int4(q)
-    assert (packed.dtype, packed.shape) == (torch.int32, (shape[0], shape[1] // 8))
-    assert torch.equal(unpack_int4(packed).long(), q)
-    words = torch.randint(-(2**31), 2**31, (shape[0], shape[1] // 8)).to(torch.int32)
-    assert torch.equal(pack_int4(unpack_int4(words)), words)
-
-
-@pytest.mark.parametrize(("k", "words"), [(96, 4), (192, 8), (384, 16), (512, 16)])
-def test_layout_is_as_described(k, words):
-    for word, p, high in product(range(words), range(4), range(2)):
-        expected = torch.zeros(1, k // 8, dtype=torch.long)
-        expected[0, k // 8 - words + word] = 15 << (4 * p + 16 * high)
-        q = torch.zeros(1, k, dtype=torch.long)
-        q[0, k - 8 * words + 2 * words * p + 2 * word + high] = 15
-        assert torch.equal(pack_int4(q).long() & 0xFFFFFFFF, expected)
-
-
-@GROUPS
-def test_int4_values_are_within_half_a_step(group):
-    weight = torch.randn(7, 512, generator=torch.Generator().manual_seed(0))
-    weight[0] = 0
-    weight[1] = 0.25  # one sign only: 0 is a bound then
-    weight[2] = -3
-    weight[3, :group] *= 1e-3
-    quantised = quantise_int4(weight, group)
-    assert (quantised.shape, quantised.group) == ((7, 512), group)
-    assert [part.dtype for part in quantised] == [torch.int32, torch.bfloat16]
-    rounded = dequantise_reference(quantised, torch.float32)
-    scale, zero = quantised.scale.float().unbind(-1)
-    assert torch.equal(16 * zero, (16 * zero).round())
-    step = scale.repeat_interleave(group, 1)
-    assert ((rounded - weight).abs() <= 0.57 * step).all()  # a zero's and a scale's own rounding are in it
-    assert (rounded[0] == 0).all()
-    torch.testing.assert_close(rounded[1:3], weight[1:3], rtol=0.005, atol=0)
-
-
-def test_int8_values_are_within_half_a_step():
-    weight = torch.randn(7, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
-    weight[0] = 0
-    quantised = quantise_int8(weight)
-    assert [part.dtype for part in quantised] == [torch.int8, torch.bfloat16]
-    rounded = dequantise_reference(quantised, torch.float32)
-    inside = (quantised.packed.abs() < 127) | (weight == 0)
-    assert ((rounded - weight.float()).abs() <= 0.501 * quantised.scale.float()[:, None])[inside].all()
-    torch.testing.assert_close(rounded, weight.float(), rtol=0.005, atol=0.5 * quantised.scale.max().item())
-    with pytest.raises(ValueError, match="not finite"):
-        quantise_int8(torch.tensor([[1.0, float("nan")]]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("group", [0, 32, 64])
-def test_int_linear_is_its_definition(dtype, group):
-    weight, x = torch.randn(20, 192), torch.randn(2, 3, 192).to(dtype)
-    weight = quantise_int4(weight, group) if group else quantise_int8(weight)
-    layer = IntLinear(192, 20, group)
-    layer.load_state_dict(dict(zip(("weight", "scale"), weight)))
-    y, expected = layer(x), int_linear_reference(x, weight)
-    assert y.dtype == dtype
-    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
-    assert torch.equal(y, int_linear(x, weight))
 
 
 # --- GPTQ
@@ -149,12 +82,12 @@ def direct(weight, hessian, group, act_order, damping):
     weight, k = weight.clone(), weight.shape[1]
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(k).double()
     order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(k))
-    parameters = [quantize.group_parameters(weight[:, g : g + group]) for g in range(0, k, group)]
+    parameters = [group_parameters(weight[:, g : g + group]) for g in range(0, k, group)]
     codes = torch.zeros(weight.shape, dtype=torch.long)
     for i, column in enumerate(order):
         g = column // group
         if not act_order and column % group == 0:
-            parameters[g] = quantize.group_parameters(weight[:, column : column + group])
+            parameters[g] = group_parameters(weight[:, column : column + group])
         scale, zero = parameters[g].double().unbind(-1)
         codes[:, column] = (weight[:, column] / scale + zero).round().clamp(0, 15)
         error = weight[:, column] - (codes[:, column] - zero) * scale
@@ -171,23 +104,23 @@ def test_gptq_is_the_direct_solution(act_order, k, group, block, monkeypatch):
     weight, hessian = problem(k=k)
     expected = direct(weight, hessian, group, act_order, 0.01)
     result = gptq(weight, hessian.clone(), group, act_order)
-    assert torch.equal(unpack_int4(result.packed).long(), expected)
-    assert result.shape == weight.shape
+    assert torch.equal(unpack_int4(result[0]).long(), expected)
 
-    def loss(quantised):
-        error = dequantise_reference(quantised, torch.float64) - weight
+    def loss(parameters):
+        quantized = Weight.of("int4", *parameters, shape=tuple(weight.shape), group=group)
+        error = dequantize(quantized, torch.float64) - weight
         return (error @ hessian * error).sum()
 
-    assert loss(result) < 0.6 * loss(quantise_int4(weight, group))
+    assert loss(result) < 0.6 * loss(quantize_int4(weight, group))
     in_float32 = gptq(weight.float(), hessian.float(), group, act_order)
-    assert (unpack_int4(in_float32.packed) != expected).float().mean() < 0.02
+    assert (unpack_int4(in_float32[0]) != expected).float().mean() < 0.02
 
 
 def test_gptq_with_inputs_that_are_always_zero_and_without_text():
     weight, hessian = problem()
     hessian[5], hessian[:, 5] = 0, 0
-    result = gptq(weight, hessian, 32)
-    error = (dequantise_reference(result, torch.float64) - weight)[:, 5].abs()
+    result = Weight.of("int4", *gptq(weight, hessian, 32), shape=tuple(weight.shape), group=32)
+    error = (dequantize(result, torch.float64) - weight)[:, 5].abs()
     assert (error <= 0.6 * result.scale[:, 0, 0].double()).all()
     with pytest.raises(ValueError, match="not positive definite: raise --damping"):
         gptq(weight, -torch.eye(96).double(), 32)
@@ -197,14 +130,14 @@ def test_gptq_with_inputs_that_are_always_zero_and_without_text():
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_file_says_what_it_is_and_runs(quantised, name, capsys):
-    file = quantised / f"{name}.safetensors"
+def test_file_says_what_it_is_and_runs(quantized, name, capsys):
+    file = quantized / f"{name}.safetensors"
     with safe_open(file, "pt") as f:
         metadata = f.metadata()
     assert metadata["weight_format"] == ("int8" if "int8" in name else "int4")
     assert metadata.get("group_size") == {"g32": "32", "g128": "128"}.get(name.rsplit("-", 1)[1])
     assert metadata.get("method") == (None if "int8" in name else "gptq" if "gptq" in name else "rounded")
-    model, exact = load(file), load(quantised)
+    model, exact = load(file), load(quantized)
     assert exact.layers[0].attention.wqkv.weight.dtype == torch.float32  # a directory's are its BF16 weights
     assert model.layers[0].feed_forward.w2.weight.dtype == (torch.int8 if "int8" in name else torch.int32)
     assert (model.embedding.weight.dtype == torch.int8) == (name == "gemma-int4-g32")
@@ -214,76 +147,61 @@ def test_file_says_what_it_is_and_runs(quantised, name, capsys):
     assert len(json.loads(capsys.readouterr().out)["tokens"]) == 8
 
 
-def test_directory_with_quantised_weights_only_names_them(quantised, tmp_path):
+def test_directory_with_quantized_weights_only_names_them(quantized, tmp_path):
     for name in ("config.json", "tokenizer.model", "gemma-int8.safetensors"):
-        shutil.copy(quantised / name, tmp_path)
+        shutil.copy(quantized / name, tmp_path)
     with pytest.raises(FileNotFoundError, match="name the file, .*gemma-int8.safetensors"):
         load(tmp_path)
     load(tmp_path / "gemma-int8.safetensors")
 
 
-def test_rows_at_a_time_are_the_whole(quantised, monkeypatch):
-    from checkpoint import open_checkpoint
-
-    checkpoint, name = open_checkpoint(quantised), "layers.1.attention.wqkv.weight"
-    whole = quantize.round_weight(checkpoint, name, 32)
+def test_rows_at_a_time_are_the_whole(quantized, monkeypatch):
+    checkpoint, name = open_checkpoint(quantized), "layers.1.attention.wqkv.weight"
+    whole = quantize.round_weight(checkpoint, name, "int4", 32)
     monkeypatch.setattr(quantize, "ROWS", 100)
-    assert all(map(torch.equal, quantize.round_weight(checkpoint, name, 32), whole))
-    assert torch.equal(load(quantised / "gemma-int4-g32.safetensors").layers[1].attention.wqkv.weight, whole.packed)
+    assert all(map(torch.equal, quantize.round_weight(checkpoint, name, "int4", 32), whole))
+    assert torch.equal(load(quantized / "gemma-int4-g32.safetensors").layers[1].attention.wqkv.weight, whole[0])
 
 
-def test_quality(quantised, heldout):
+def test_quality(quantized, heldout):
     """What each costs on text that GPTQ did not see; with so little text on either side the bounds are wide."""
-    exact = load(quantised, "bf16")
-    exact.float()
-    results = {
-        name: evaluate(load(quantised / f"{name}.safetensors"), heldout, 8, reference=load(quantised)) for name in MODES
-    }
-    perplexity = evaluate(load(quantised), heldout, 8)["perplexity"]
+    exact = load(quantized)
+    results = {name: evaluate(load(quantized / f"{name}.safetensors"), heldout, 8, reference=exact) for name in MODES}
+    perplexity = evaluate(exact, heldout, 8)["perplexity"]
     assert results["gemma-int8"]["perplexity"] == pytest.approx(perplexity, rel=0.002)
     assert results["gemma-int4-gptq-g32"]["perplexity"] == pytest.approx(perplexity, rel=0.05)
     for group in ("g32", "g128"):
         assert results[f"gemma-int4-gptq-{group}"]["kl"] < results[f"gemma-int4-{group}"]["kl"]
 
 
-def test_fp8_cache_of_integer_weights(quantised, capsys):
+def test_fp8_cache_of_integer_weights(quantized, copy, capsys):
     """With factors for K and V of these weights, in a file of their own."""
-    file = quantised / "gemma-int4-g32.safetensors"
+    file = shutil.copy(quantized / "gemma-int4-g32.safetensors", copy)
     arguments = ["--checkpoint_path", str(file), "--max_tokens", "512", "--window", "128", "--device", "cpu"]
     assert calibrate.main(arguments) == 0
-    assert (quantised / "gemma-int4-g32-fp8_scales.safetensors").exists()
-    assert not (quantised / "fp8_scales.safetensors").exists()
+    assert (copy / "gemma-int4-g32-fp8_scales.safetensors").exists()
+    assert not (copy / "fp8_scales.safetensors").exists()
     model = load(file)
-    assert model.has_kv_scales
-    assert not load(quantised).has_kv_scales
+    assert len(model.kv_scales.values) == 6
+    assert load(copy).kv_scales.values is None
     prompts = [[2, 310, 315], [2, 400, 1500, 20, 21, 900], [2]]
-    options = dict(temperature=0, stop_ids=(), kv_cache_dtype=torch.float8_e4m3fn)
-    expected = [generate(model, [prompt], 24, **options)[0] for prompt in prompts]
-    assert generate(model, prompts, 24, **options) == expected
-
-
-def test_compiled_is_eager():
-    model_type, settings = CASES["gemma-mqa"]
-    config = ModelConfig.from_hf(SIZES | settings | {"model_type": model_type, "num_hidden_layers": 1})
-    model = Transformer.random(config, dtype=torch.float32, head=True, bits=4)
-    options = dict(temperature=0, stop_ids=())
-    prompts = [[2, 31, 15], [2, 40, 100, 20, 21, 90], [2]]
+    options = dict(**GREEDY, kv_cache_dtype=torch.float8_e4m3fn)
     expected = [generate(model, [prompt], 12, **options)[0] for prompt in prompts]
-    assert generate(model, prompts, 12, compile=True, **options) == expected
+    assert generate(model, prompts, 12, **options) == expected
 
 
-def test_eval_takes_a_file(quantised, tmp_path, capsys):
+def test_eval_takes_a_file(quantized, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n" * 8)
-    file = str(quantised / "gemma-int8.safetensors")
+    file = str(quantized / "gemma-int8.safetensors")
     arguments = ["--text", str(tmp_path / "text.txt"), "--device", "cpu", "--json", "--checkpoint_path", file]
-    assert evaluation.main([*arguments, "--against", str(quantised)]) == 0
+    assert evaluation.main([*arguments, "--against", str(quantized)]) == 0
     assert 0 < json.loads(capsys.readouterr().out)["kl"] < 0.01
 
 
 @pytest.mark.parametrize("place", range(0, 10, 3))
-def test_a_cut_file_is_refused(quantised, tmp_path, place):
+def test_a_cut_file_is_refused(quantized, tmp_path, place):
     for name in ("config.json", "tokenizer.model", "gemma-int4-g32.safetensors"):
-        shutil.copy(quantised / name, tmp_path)
+        shutil.copy(quantized / name, tmp_path)
     file = tmp_path / "gemma-int4-g32.safetensors"
     with open(file, "rb+") as f:
         f.truncate(file.stat().st_size * place // 10)
@@ -313,10 +231,10 @@ Q = "layers.0.attention.wqkv"
         (lambda w: None, "48", "in groups of 48, not of 32, 64, 128 or 256"),
     ],
 )
-def test_bad_files_are_refused_by_name(quantised, tmp_path, edit, group, message):
+def test_bad_files_are_refused_by_name(quantized, tmp_path, edit, group, message):
     for name in ("config.json", "tokenizer.model"):
-        shutil.copy(quantised / name, tmp_path)
-    weights = load_file(quantised / "gemma-int4-g32.safetensors")
+        shutil.copy(quantized / name, tmp_path)
+    weights = load_file(quantized / "gemma-int4-g32.safetensors")
     edit(weights)
     metadata = {"format": "gemma-fast", "format_version": "1", "weight_format": "int4", "group_size": group}
     save_file(weights, tmp_path / "x.safetensors", metadata)
@@ -354,19 +272,19 @@ def test_mistakes(copy, capsys, arguments, message):
     assert not list(copy.glob("gemma*"))
 
 
-def test_what_an_integer_file_is_not_for(quantised, capsys):
-    file = str(quantised / "gemma-int8.safetensors")
+def test_what_an_integer_file_is_not_for(quantized, capsys):
+    file = str(quantized / "gemma-int8.safetensors")
     assert quantize.main(["--mode", "int4", "--checkpoint_path", file]) == 2
-    assert "is quantised already" in capsys.readouterr().err
+    assert "is quantized already" in capsys.readouterr().err
     assert program.main(["--fp8", "--checkpoint_path", file, "--device", "cpu"]) == 2
     assert "has int8 weights, which can't run in FP8: leave out --fp8" in capsys.readouterr().err
 
 
-def test_layout_in_a_file_is_one_for_all_devices(quantised):
-    tensors, _ = read_header(quantised / "gemma-int4-g32.safetensors")
+def test_layout_in_a_file_is_one_for_all_devices(quantized):
+    tensors, _ = read_header(quantized / "gemma-int4-g32.safetensors")
     kinds = {name.split(".", 2)[-1]: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     assert kinds["attention.wqkv.weight"] == ("I32", (768, 32))
     assert kinds["attention.wqkv.scale"] == ("BF16", (768, 8, 2))
     assert tensors["embedding.weight"].dtype == "I8"
     assert tensors["embedding.scale"].shape == (4096,)
-    assert isinstance(load(quantised / "gemma-int4-g32.safetensors").head_weight, IntWeight)
+    assert load(quantized / "gemma-int4-g32.safetensors").embedding.format.name == "int8"

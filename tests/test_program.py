@@ -1,5 +1,6 @@
 """generate.py as a user types it."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -10,9 +11,18 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma
+from conftest import ONE_LAYER, ROOT, SIZES, TINY_GEMMA, copy_tiny_gemma, small_model
+from safetensors.torch import save_file
 
+import device as device_file
 import generate as program
+from runner import Runner
+
+
+@pytest.fixture(autouse=True)
+def bandwidth(monkeypatch):
+    """Measuring it takes longer than what most tests are for; the first one is a process that does."""
+    monkeypatch.setattr("cli.copy_bandwidth", lambda device: 1e10)
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -95,9 +105,10 @@ def test_plain_prompts_file(capsys, tmp_path):
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["def f(x):", "{not json"]
 
 
-def test_a_single_prompt_streams_on_a_terminal():
+def test_a_single_prompt_streams_on_a_terminal(capsys):
     """Through a pseudo-terminal: the text comes in pieces, and is the same as without a terminal."""
-    command = [sys.executable, "generate.py", "--temperature", "0", "--max_new_tokens", "60", "--device", "cpu"]
+    options = ("--temperature", "0", "--max_new_tokens", "30")
+    command = [sys.executable, "generate.py", *options, "--device", "cpu"]
     main_end, program_end = pty.openpty()
     process = subprocess.Popen(command, cwd=ROOT, stdout=program_end, stderr=subprocess.DEVNULL)
     os.close(program_end)
@@ -111,21 +122,21 @@ def test_a_single_prompt_streams_on_a_terminal():
             break
         pieces.append(piece)
     assert process.wait() == 0
-    plain = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
-    assert b"".join(pieces).replace(b"\r\n", b"\n") == plain
+    _, plain, _ = run(capsys, *options)
+    assert b"".join(pieces).replace(b"\r\n", b"\n").decode() == plain
     assert len(pieces) > 5
 
 
 def test_interactive_chat_keeps_its_cache_between_turns(monkeypatch):
     """Each turn's prefill gets what is new; what it sees is the whole conversation."""
     prefills = []
-    prefill = program.Decoder.prefill
+    prefill = Runner.prefill
 
     def record(self, model, prompts, noise, max_new_tokens, cached=0):
         prefills.append((prompts[0], cached))
         prefill(self, model, prompts, noise, max_new_tokens, cached)
 
-    monkeypatch.setattr(program.Decoder, "prefill", record)
+    monkeypatch.setattr(Runner, "prefill", record)
     monkeypatch.setattr("builtins.input", fake_input(["Sort a list.", "", "Reverse it.", "Thanks."]))
     assert program.main(["--interactive", "--temperature", "0", "--max_new_tokens", "8", "--device", "cpu"]) == 0
     assert len(prefills) == 3
@@ -166,12 +177,39 @@ def test_chat_prints_the_answer_alone(capsys):
     assert "Sort a list." not in out
 
 
-def test_compile_from_the_command_line(capsys):
-    options = ("--temperature", 0, "--max_new_tokens", 40, "--precision", "fp32")
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """A random model of one layer with tiny-gemma's tokenizer, for the compiler."""
+    directory = tmp_path_factory.mktemp("one_layer")
+    copy_tiny_gemma(directory)
+    (directory / "model.safetensors").unlink()
+    config = SIZES | ONE_LAYER | dict(model_type="gemma", num_attention_heads=4, num_key_value_heads=2)
+    (directory / "config.json").write_text(json.dumps(config))
+    metadata = {"format": "gemma-fast", "format_version": "1", "weight_format": "fp32"}
+    save_file(small_model(**ONE_LAYER).state_dict(), directory / "gemma.safetensors", metadata)
+    return directory
+
+
+def test_compile_from_the_command_line(capsys, one_layer):
+    options = ("--checkpoint_path", one_layer, "--temperature", 0, "--max_new_tokens", 30, "--precision", "fp32")
     _, eager, _ = run(capsys, *options)
     _, compiled, err = run(capsys, *options, "--compile", "--compile_prefill")
     assert compiled == eager
     assert not re.search(r"compile 0\.00 s", err)
+
+
+def test_operations_by_name(capsys, monkeypatch):
+    """--ops torch is what a CPU runs by itself; the others need a GPU there, but for Triton's interpreter."""
+    options = ("--temperature", 0, "--max_new_tokens", 12, "--json")
+    _, expected, _ = run(capsys, *options)
+    for name in ("auto", "torch"):
+        status, out, err = run(capsys, *options, "--ops", name)
+        assert (status, out) == (0, expected), err
+    if importlib.util.find_spec("triton") is not None:
+        monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    for name in ("kernels", "te"):
+        status, out, err = run(capsys, *options, "--ops", name)
+        assert (status, out, err) == (2, "", f"error: ops '{name}' needs a CUDA GPU: use 'torch'\n")
 
 
 def test_profile_is_a_trace_of_prefill_and_ten_steps(capsys, tmp_path):
@@ -193,13 +231,13 @@ def test_profile_is_a_trace_of_prefill_and_ten_steps(capsys, tmp_path):
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", ""], "the prompt is empty"),
         (["--max_new_tokens", "8190"], "exceeds the context of 8192"),
-        (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, not 0"),
         (["--max_new_tokens", "many"], "argument --max_new_tokens: invalid int value: 'many'"),
-        (["--temperature", "-1"], "temperature must be at least 0, not -1.0"),
-        (["--top_p", "0"], "top_p must be above 0"),
-        (["--min_p", "1.5"], "min_p must be from 0 to 1"),
-        (["--top_k", "-5"], "top_k must be at least 0"),
-        (["--repetition_penalty", "0"], "repetition_penalty must be above 0"),
+        (["--temperature", "-1"], "temperature must be a number, at least 0, not -1.0"),
+        (["--top_p", "0"], "top_p must be a number above 0 and at most 1, not 0.0"),
+        (["--min_p", "1.5"], "min_p must be a number from 0 to 1, not 1.5"),
+        (["--top_k", "-5"], "top_k must be a whole number, at least 0 (0: no limit), not -5"),
+        (["--repetition_penalty", "0"], "repetition_penalty must be a number above 0, not 0.0"),
         (["--num_samples", "0"], "num_samples must be at least 1"),
         (["--batch_size", "0"], "batch_size must be at least 1"),
         (["--prompts_file", "nowhere.txt"], "no prompts file at nowhere.txt"),
@@ -207,6 +245,7 @@ def test_profile_is_a_trace_of_prefill_and_ten_steps(capsys, tmp_path):
         (["--interactive", "--json"], "--interactive takes no --json"),
         (["--kv_cache_dtype", "fp8"], "invalid choice: 'fp8'"),
         (["--precision", "int4"], "invalid choice: 'int4'"),
+        (["--ops", "triton"], "invalid choice: 'triton'"),
         (["--profile", "no/such/directory/trace.json"], "there is no directory no/such/directory"),
         (["--tempratur", "1"], "unrecognized arguments: --tempratur 1"),
     ],
@@ -280,25 +319,28 @@ def test_a_cut_checkpoint_is_one_line(capsys, tmp_path):
 
 
 def test_too_little_memory_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(program, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(device_file, "free_memory", lambda device: 2**20)
     status, _, err = run(capsys, "--num_samples", 64, "--max_new_tokens", 4000)
     assert status == 2
     assert "error: not enough cpu memory" in err
 
 
-def test_no_compiler_is_one_line():
+def test_no_compiler_is_one_line(capsys, monkeypatch, one_layer, tmp_path):
     """--compile where there is no C++ compiler."""
-    command = [sys.executable, "generate.py", "--compile", "--device", "cpu", "--max_new_tokens", "2"]
-    environment = os.environ | {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2
-    assert "error: --compile needs a C++ compiler" in done.stderr
-    assert "Traceback" not in done.stderr
+    import torch._inductor.config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where nothing is compiled yet
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+    status, out, err = run(capsys, "--checkpoint_path", one_layer, "--compile", "--max_new_tokens", 2)
+    assert (status, out) == (2, "")
+    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
+    assert lines == ["error: --compile needs a C++ compiler: install g++ or leave it out"]
 
 
 def test_a_closed_pipe_is_no_error():
+    """A reader that is gone before the first word comes."""
     done = subprocess.run(
-        f"{sys.executable} generate.py --num_samples 40 --max_new_tokens 40 --device cpu | head -c 5",
+        f"{sys.executable} generate.py --num_samples 2 --max_new_tokens 4 --device cpu | true",
         cwd=ROOT, shell=True, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr

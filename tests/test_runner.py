@@ -1,0 +1,289 @@
+"""Runners: steps on their state, who has one and for how long, runs side by side, and compiled against eager."""
+
+import gc
+import random
+import threading
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import GREEDY, ONE_LAYER, TEXTS, small_model, tiny_config
+
+from cache import CODECS, KVScales
+from formats import FORMATS
+from generate import generate
+from model import Transformer
+from runner import Runner, State, held_bytes, lease, next_token, release
+from sampling import SETTINGS, DrawKind, Sampling
+
+FP32 = CODECS["fp32"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    return [tiny[1].encode(text) for text in TEXTS]
+
+
+# --- steps
+
+
+def test_conversation_behind_its_cache_is_the_conversation_at_once(tiny):
+    model, tokenizer = tiny
+    runner = Runner(model, 1, 256, FP32)
+    turns = [tokenizer.encode("def add(a, b):\n"), tokenizer.encode("class A:\n", bos=False), [300]]
+    history, cached = [], 0
+    with torch.inference_mode():
+        for turn in turns:
+            unread = history[cached:] + turn
+            runner.start(model, 1, Sampling(temperature=0), ())
+            runner.prefill(model, [unread], [], 10, cached)
+            runner.decode(model, 9)
+            (answer,) = runner.results(1)
+            history += turn
+            assert answer == generate(model, [history], 10, **GREEDY)[0]
+            model_length = len(history) + len(answer) - 1
+            history, cached = history + answer, model_length
+
+
+def test_a_step_penalizes_first_and_filters_in_the_order_of_the_table():
+    """What a run draws with, against transformers' processors in that order; noise on a grid of N, exact to 1 / N."""
+    from transformers.generation import logits_process as reference
+
+    n, vocabulary, seen = 4000, 50, [3, 17, 17, 40]
+    logits = 2 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(5))
+    sampling = Sampling(temperature=1.6, top_k=30, top_p=0.9, min_p=0.08, repetition_penalty=1.7)
+    exact = logits.clone()
+    for processor in (
+        reference.RepetitionPenaltyLogitsProcessor(1.7),
+        reference.TemperatureLogitsWarper(1.6),
+        reference.TopKLogitsWarper(30),
+        reference.TopPLogitsWarper(0.9),
+        reference.MinPLogitsWarper(0.08),
+    ):
+        exact = processor(torch.tensor([seen]), exact)
+    exact = exact.softmax(-1)[0].double()
+
+    state = State.empty(n, 4, torch.device("cpu"))
+    state.done[:], state.max_new_tokens[:], state.stop_ids[:] = False, 4, -1
+    state.noise[:, 0] = (torch.arange(n) + 0.5) / n
+    state.settings[:] = torch.tensor([getattr(sampling, name) for name in SETTINGS])
+    state.seen = torch.zeros(n, vocabulary, dtype=torch.bool)
+    state.seen[:, seen] = True
+    next_token(state, logits.expand(n, -1), DrawKind.of(sampling, vocabulary))
+    frequency = torch.bincount(state.output[:, 0], minlength=vocabulary).double() / n
+    assert (frequency[exact == 0] == 0).all()
+    torch.testing.assert_close(frequency, exact, atol=1.5 / n, rtol=0)
+    assert state.seen[torch.arange(n), state.token].all()
+    assert (state.count == 1).all()
+
+
+def test_rows_that_are_not_used_stay_done(tiny, prompts):
+    model, _ = tiny
+    runner = Runner(model, 4, 64, FP32)
+    with torch.inference_mode():
+        runner.start(model, 3, Sampling(temperature=0), ())
+        runner.prefill(model, prompts[:2], [], 6)
+        assert runner.state.done.tolist() == [False, False, True]
+        runner.decode(model, 5)
+        assert runner.results(2) == generate(model, prompts[:2], 6, **GREEDY)
+
+
+# --- who has a runner
+
+
+def test_a_runner_serves_the_next_run_that_it_fits():
+    model = small_model()
+
+    def leased(rows=2, length=64, codec=FP32, **options) -> Runner:
+        with lease(model, rows, length, codec, **options) as runner:
+            assert held_bytes(model) == 0  # nobody else has it meanwhile
+            return runner
+
+    first = leased()
+    assert leased() is first
+    assert held_bytes(model) == first.whole_cache.bytes > 0
+    for other in (dict(rows=3), dict(length=128), dict(codec=CODECS["bf16"]), dict(compile=True)):
+        assert leased(**other) is not first
+        assert leased(**other).batch_size == other.get("rows", 2)
+    first = leased()
+    release(model)
+    assert held_bytes(model) == 0
+    assert leased() is not first
+    with pytest.raises(RuntimeError, match="in between"), lease(model, 2, 64, FP32):
+        raise RuntimeError("in between")
+    assert held_bytes(model) == 0  # what failed is not used again
+
+
+def test_other_operations_take_another_runner():
+    model = small_model()
+    with lease(model, 2, 64, FP32) as first:
+        pass
+    with lease(model, 2, 64, FP32) as second:
+        assert second is first
+    model.ops = replace(model.ops, name="others")
+    with lease(model, 2, 64, FP32) as third:
+        assert third is not first
+
+
+def test_a_model_that_ran_is_freed_as_soon_as_nobody_uses_it():
+    model = small_model()
+    generate(model, [[2, 3]], 4, **GREEDY)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_run_within_a_run(tiny, prompts):
+    """`on_token` of one starts another, of another batch size and cache dtype; both give their own texts."""
+    model, _ = tiny
+    outer = dict(temperature=0.9, seed=4, stop_ids=())
+    inner = dict(temperature=0.8, seed=5, kv_cache_dtype="fp8_e5m2", stop_ids=())
+    expected = generate(model, prompts[:1], 12, **outer)
+    alone = [generate(model, prompts, 8, **inner), generate(model, prompts[:1], 12, **GREEDY)]
+    within = []
+
+    def on_token(token):
+        if len(within) < 4:  # the second and fourth take the very shape of the run that they are in
+            within.append(None)
+            options = (prompts, 8, inner) if len(within) % 2 else (prompts[:1], 12, GREEDY)
+            within[-1] = generate(model, *options[:2], **options[2])
+
+    assert generate(model, prompts[:1], 12, on_token=on_token, **outer) == expected
+    assert within == alone * 2
+
+
+def test_two_threads_on_one_model(tiny, prompts):
+    """Several rounds at once, of different prompts, batch sizes and settings, give the texts of single runs."""
+    model, _ = tiny
+    sampled = dict(temperature=0.9, top_p=0.9, repetition_penalty=1.1, stop_ids=())
+    rounds = [
+        [
+            (prompts, dict(GREEDY)),
+            (prompts[:2], sampled | dict(seed=1)),
+            (prompts[1:], dict(GREEDY, kv_cache_dtype="fp8_e5m2")),
+        ],
+        [
+            (prompts[::-1], sampled | dict(seed=2)),
+            (prompts[2:], dict(GREEDY)),
+            (prompts[1:2], sampled | dict(seed=3, num_samples=3)),
+        ],
+    ]
+    expected = [[generate(model, batch, 10, **options) for batch, options in each] for each in rounds]
+    results, barrier = [[], []], threading.Barrier(2)
+
+    def run(index: int):
+        for _ in range(2):
+            for batch, options in rounds[index]:
+                barrier.wait()
+                results[index].append(generate(model, batch, 10, **options))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [each * 2 for each in expected]
+
+
+def test_a_runner_is_freed_as_soon_as_nobody_uses_it():
+    """It holds device memory; one that waited in a cycle for the garbage collector made memory grow."""
+    assert _is_freed(small_model())
+
+
+def _is_freed(model: Transformer, **options) -> bool:
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            runner = Runner(model, 1, 64, FP32, **options)
+            runner.start(model, 1, Sampling(temperature=0), ())
+            runner.prefill(model, [[2, 3]], [], 9)
+            runner.decode(model, 8)
+        alive = weakref.ref(runner)
+        del runner
+        return alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+)
+def test_a_capture_without_memory_says_what_to_lower(tiny, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Runner, "_make_step", fail)
+    with pytest.raises(ValueError, match=r"out of cpu memory with 2 rows of 64 tokens; lower --batch_size"):
+        generate(tiny[0], [[2], [2]], 20, compile=True)
+    monkeypatch.undo()
+    assert len(generate(tiny[0], [[2], [2]], 3, **GREEDY)) == 2
+
+
+def test_too_many_stop_ids(tiny):
+    with pytest.raises(ValueError, match="17 stop ids are given; at most 16 can be"):
+        generate(tiny[0], [[2]], 3, stop_ids=range(17))
+
+
+# --- compiled, with one shape as often as possible: Inductor compiles a kernel once, for all processes
+
+
+def test_compiled_is_eager():
+    """Several calls through one compiled step, of a local and a global layer: other prompts, other settings; and another
+    model of the same shape, since Inductor bakes weights into what it compiles for a CPU."""
+    rng = random.Random(0)
+    prompts = [[2, *rng.choices(range(10, 120), k=length)] for length in (12, 3, 0)]
+    one_global = dict(case="gemma3-window-half", num_hidden_layers=2)
+    one_global |= dict(layer_types=["sliding_attention", "full_attention"])
+    model = small_model(**one_global)
+    for batch in (prompts, prompts[::-1]):
+        expected = generate(model, batch, 40, **GREEDY)
+        assert generate(model, batch, 40, compile=True, **GREEDY) == expected
+    stop = expected[1][4]
+    expected = generate(model, prompts, 40, temperature=0, stop_ids=(stop,))
+    assert generate(model, prompts, 40, temperature=0, stop_ids=(stop,), compile=True) == expected
+    for each in (small_model(1, **one_global), model):
+        expected = generate(each, prompts, 40, **GREEDY)
+        assert generate(each, prompts, 40, compile=True, **GREEDY) == expected
+    options = dict(top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+    for seed, temperature in ((1, 0.7), (2, 1.2)):
+        expected = generate(model, prompts, 40, seed=seed, temperature=temperature, **options)
+        assert generate(model, prompts, 40, seed=seed, temperature=temperature, compile=True, **options) == expected
+
+
+def test_compiled_is_eager_in_every_format():
+    """A layer in FP8 and one in int4 behind an embedding in int8, with an FP8 cache that has factors."""
+    model, other = (
+        Transformer.random(tiny_config("gemma-mqa", num_hidden_layers=2), dtype=torch.float32, format=name, head=True)
+        for name in ("fp8", "int4")
+    )
+    model.layers[1], model.embedding = other.layers[1], other.embedding
+    model.kv_scales = KVScales([(0.01, 0.02), (0.02, 0.01)])
+    assert [layer.attention.wqkv.format for layer in model.layers] == [FORMATS["fp8"], FORMATS["int4"]]
+    prompts, options = [[2, 31, 15], [2, 40, 100, 20, 21, 90], [2]], dict(**GREEDY, kv_cache_dtype="fp8_e4m3")
+    expected = [generate(model, [prompt], 12, **options)[0] for prompt in prompts]
+    assert generate(model, prompts, 12, compile=True, **options) == expected
+
+
+def test_a_compiled_runner_is_freed_as_soon_as_nobody_uses_it():
+    model = small_model(**ONE_LAYER)
+    _is_freed(model, compile=True)  # the compiler itself keeps the first one that it saw for a while
+    assert _is_freed(model, compile=True)
+
+
+def test_compiled_prefill_serves_every_length():
+    import torch._dynamo
+
+    model = small_model(num_hidden_layers=1)
+    rng = random.Random(0)
+    batches = [[[2, *rng.choices(range(10, 120), k=length)] for _ in range(2)] for length in (30, 5, 1, 0, 47)]
+    expected = [generate(model, batch, 8, **GREEDY) for batch in batches]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert generate(model, batches[0], 8, compile_prefill=True, **GREEDY) == expected[0]
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for batch, tokens in zip(batches, expected):
+        assert generate(model, batch, 8, compile_prefill=True, **GREEDY) == tokens
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled == 1
