@@ -650,10 +650,10 @@ def run(args: argparse.Namespace):
             result |= row.pop("versions", {})  # a peer's, in its own process
             print("  ".join(f"{key} {report.cell(value)}" for key, value in row.items()), flush=True)
             rows.append(row)
-    finally:  # what was measured before a failure is kept
+            if args.output:  # at once: what was measured before the end comes, whatever it is, is kept
+                write_text(args.output, json.dumps(result | {"results": rows}, indent=1) + "\n")
+    finally:
         print(f"\n{report.weights_tables(rows) if args.protocol == 'weights' else report.table(rows)}", flush=True)
-        if args.output:
-            write_text(args.output, json.dumps(result | {"results": rows}, indent=1) + "\n")
         if args.picture and rows:
             write_text(args.picture, report.sweep_picture(rows, f"{result['device']}, {result['date']}"))
 

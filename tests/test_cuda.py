@@ -171,18 +171,18 @@ def test_calibration_is_the_cpus(with_factors, tmp_path):
 @pytest.mark.parametrize("kv_dtype", [None, E4M3, E5M2])
 @pytest.mark.parametrize("name", ["kernels", "torch"])
 def test_fp8_logits_are_the_cpus(with_factors, on_gpu, name, kv_dtype):
-    """Teacher-forced over 4 x 200 tokens: the mean loss agrees to 0.01 (0.02 with E5M2's two bits), single logits to
-    less than FP8's own error.
+    """Teacher-forced over 8 x 200 tokens: the mean loss agrees to 0.01 (0.02 with E5M2's two bits), four of its standard
+    errors, and single logits to less than FP8's own error.
 
     Not closer: a difference of one part in a million, which any other order of summing makes, moves some input to the
     next FP8 code, 6 % away, and after some layers two correct programs differ by most of what each differs from
     float32. Layer by layer they agree: see the next test.
     """
-    tokens = python_tokens(on_gpu[1], 4, 200)
+    tokens = python_tokens(on_gpu[1], 8, 200)
 
     def logits(directory, device, precision, fp8=False, ops="auto"):
         model, _ = load_model(directory, device=device, precision=precision, fp8=fp8, ops=ops)
-        cache = empty_cache(model, 4, 256, kv_dtype if fp8 else None)
+        cache = empty_cache(model, 8, 256, kv_dtype if fp8 else None)
         return model(tokens.to(device), cache, all_logits=True).cpu()
 
     exact, cpus, gpus = (
@@ -262,21 +262,22 @@ def differences(chosen: list[list[int]], logits: torch.Tensor) -> list[float]:
     ("name", "precision", "kv_dtype", "rounding"),
     [
         ("bf16", "bf16", None, 0.15),
-        ("fp8", "bf16", None, 0.6),
-        ("fp8", "bf16", E4M3, 0.6),
-        ("fp8", "bf16", E5M2, 0.6),
-        ("fp8", "fp32", None, 0.6),
-        ("fp8", "fp32", E4M3, 0.6),
-        ("fp8", "fp32", E5M2, 0.6),
+        ("fp8", "bf16", None, 1.0),
+        ("fp8", "bf16", E4M3, 1.0),
+        ("fp8", "bf16", E5M2, 1.0),
+        ("fp8", "fp32", None, 1.0),
+        ("fp8", "fp32", E4M3, 1.0),
+        ("fp8", "fp32", E5M2, 1.0),
         ("int8", "bf16", None, 0.2),
         ("int4", "bf16", None, 0.2),
     ],
 )
 def test_fast_steps_choose_the_tokens_of_plain_steps(weights, prompts, device, name, precision, kv_dtype, rounding):
     """The kernels, eagerly and recorded, behind the same tokens as PyTorch on either device, in each format: another
-    token only where PyTorch's logit for it lies within rounding of the largest. Logits of 8 to 16 are 1 / 16 apart in
-    bfloat16; the CPU rounds what it makes of integers to bfloat16, too; what FP8 makes of a sum's last bit, the tests
-    above say. A row's neighbours and the padding of a graph's rows change no more than that."""
+    token only where PyTorch's logit for it lies within rounding of the largest, while a wrong one's is some 10 below.
+    Logits of 8 to 16 are 1 / 16 apart in bfloat16; the CPU rounds what it makes of integers to bfloat16, too; FP8 makes
+    0.2 on the mean of a sum's last bit, as the tests above say, and seldom more than 1. A row's neighbours and the
+    padding of a graph's rows change no more than that."""
     plain, _ = load_model(weights[name], device=device, precision=precision, fp8=name == "fp8", ops="torch")
     fast, _ = load_model(weights[name], device="cuda", precision=precision, fp8=name == "fp8", ops="kernels")
     check_steps(plain, fast, prompts, kv_dtype, rounding)
@@ -285,7 +286,7 @@ def test_fast_steps_choose_the_tokens_of_plain_steps(weights, prompts, device, n
 @no_te
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    ("name", "kv_dtype", "rounding"), [("bf16", None, 0.15), ("fp8", None, 0.6), ("fp8", E4M3, 0.6)]
+    ("name", "kv_dtype", "rounding"), [("bf16", None, 0.15), ("fp8", None, 1.0), ("fp8", E4M3, 1.0)]
 )
 def test_steps_by_transformer_engine_choose_the_tokens_of_plain_steps(
     weights, prompts, device, name, kv_dtype, rounding

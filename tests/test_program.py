@@ -330,8 +330,8 @@ def test_no_compiler_is_one_line(capsys, monkeypatch, one_layer, tmp_path):
     import torch._inductor.config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where nothing is compiled yet
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
-    status, out, err = run(capsys, "--checkpoint_path", one_layer, "--compile", "--max_new_tokens", 2)
+    with torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)}):
+        status, out, err = run(capsys, "--checkpoint_path", one_layer, "--compile", "--max_new_tokens", 2)
     assert (status, out) == (2, "")
     lines = [line for line in err.splitlines() if not line.startswith("note: ")]
     assert lines == ["error: --compile needs a C++ compiler: install g++ or leave it out"]

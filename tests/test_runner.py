@@ -140,15 +140,14 @@ def test_a_run_within_a_run(tiny, prompts):
     model, _ = tiny
     outer = dict(temperature=0.9, seed=4, stop_ids=())
     inner = dict(temperature=0.8, seed=5, kv_cache_dtype="fp8_e5m2", stop_ids=())
+    alone = [generate(model, prompts[:1], 12, **GREEDY), generate(model, prompts, 8, **inner)]
     expected = generate(model, prompts[:1], 12, **outer)
-    alone = [generate(model, prompts, 8, **inner), generate(model, prompts[:1], 12, **GREEDY)]
     within = []
 
     def on_token(token):
-        if len(within) < 4:  # the second and fourth take the very shape of the run that they are in
-            within.append(None)
-            options = (prompts, 8, inner) if len(within) % 2 else (prompts[:1], 12, GREEDY)
-            within[-1] = generate(model, *options[:2], **options[2])
+        if len(within) < 4:  # the first and third take the very shape of the run that they are in
+            batch, count, options = (prompts, 8, inner) if len(within) % 2 else (prompts[:1], 12, GREEDY)
+            within.append(generate(model, batch, count, **options))
 
     assert generate(model, prompts[:1], 12, on_token=on_token, **outer) == expected
     assert within == alone * 2
@@ -158,15 +157,15 @@ def test_two_threads_on_one_model(tiny, prompts):
     """Several rounds at once, of different prompts, batch sizes and settings, give the texts of single runs."""
     model, _ = tiny
     sampled = dict(temperature=0.9, top_p=0.9, repetition_penalty=1.1, stop_ids=())
-    rounds = [
+    rounds = [  # in the first two, and where they start again, both threads want a runner of the same shape
         [
-            (prompts, dict(GREEDY)),
-            (prompts[:2], sampled | dict(seed=1)),
-            (prompts[1:], dict(GREEDY, kv_cache_dtype="fp8_e5m2")),
+            (prompts[:2], dict(GREEDY)),
+            (prompts[2:], sampled | dict(seed=1)),
+            (prompts, dict(GREEDY, kv_cache_dtype="fp8_e5m2")),
         ],
         [
-            (prompts[::-1], sampled | dict(seed=2)),
-            (prompts[2:], dict(GREEDY)),
+            (prompts[1:3], sampled | dict(seed=2)),
+            (prompts[:2], dict(GREEDY)),
             (prompts[1:2], sampled | dict(seed=3, num_samples=3)),
         ],
     ]
