@@ -4,6 +4,7 @@ import gc
 import random
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -170,20 +171,21 @@ def test_two_threads_on_one_model(tiny, prompts):
         ],
     ]
     expected = [[generate(model, batch, 10, **options) for batch, options in each] for each in rounds]
-    results, barrier = [[], []], threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=60)
 
-    def run(index: int):
-        for _ in range(2):
-            for batch, options in rounds[index]:
+    def run(index: int) -> list:
+        results = []
+        try:
+            for batch, options in rounds[index] * 2:
                 barrier.wait()
-                results[index].append(generate(model, batch, 10, **options))
+                results.append(generate(model, batch, 10, **options))
+        except BaseException:
+            barrier.abort()
+            raise
+        return results
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [each * 2 for each in expected]
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(run, range(2))) == [each * 2 for each in expected]
 
 
 def test_a_runner_is_freed_as_soon_as_nobody_uses_it():
