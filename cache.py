@@ -6,7 +6,7 @@ Shapes are named by letters: B rows of the batch, K key/value heads, S slots, D 
 import warnings
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -147,14 +147,13 @@ def _as_bytes(x: Tensor) -> Tensor:
 
 @dataclass
 class KVCache:
-    """The caches of all layers of a model, for `batch_size` rows of at most `length` tokens."""
+    """The caches of all layers of a model, for `batch_size` rows."""
 
     layers: list[LayerCache]
-    length: int
-    batch_size: int = field(init=False)
 
-    def __post_init__(self):
-        self.batch_size = len(self.layers[0].k)
+    @property
+    def batch_size(self) -> int:
+        return len(self.layers[0].k)
 
     @classmethod
     def empty(
@@ -173,11 +172,11 @@ class KVCache:
             for layer in range(config.n_layers):
                 shape = (batch_size, config.n_kv_heads, slots_of(config, layer, length), config.head_dim)
                 layers.append(LayerCache(shape, codec, device, scales.of(layer, codec)))
-        return cls(layers, length)
+        return cls(layers)
 
     def first_rows(self, count: int) -> "KVCache":
         """A view of the first `count` rows, in the same memory."""
-        return self if count == self.batch_size else KVCache([c.first_rows(count) for c in self.layers], self.length)
+        return self if count == self.batch_size else KVCache([layer.first_rows(count) for layer in self.layers])
 
     def copy_rows(self, source: "KVCache", rows: Sequence[int] | Tensor):
         """Fills row i with row rows[i] of `source`, which has the same length or a smaller one.

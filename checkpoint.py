@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 
 from config import ModelConfig
-from formats import EMBEDDING_FORMAT, FORMATS, GROUPS, LINEAR
+from formats import FORMATS, GROUPS, LINEAR
 from ops.common import round_fp8
 
 FORMAT, FORMAT_VERSION = "gemma-fast", "1"
@@ -232,8 +232,9 @@ def stored_parts(
     name: str, shape: tuple[int, int], weight_format: str, group: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape) of what a file in weight_format has of the weight `name`, of that shape [N, K]."""
-    module, is_embedding = name.removesuffix("weight"), name == "embedding.weight"
-    format = FORMATS[EMBEDDING_FORMAT.get(weight_format, weight_format) if is_embedding else weight_format]
+    module, format = name.removesuffix("weight"), FORMATS[weight_format]
+    if name == "embedding.weight":
+        format = format.of_embedding
     stored = format.stored(*shape, group)
     return {f"{module}{part}": (DTYPE_NAMES[dtype], part_shape) for part, (dtype, part_shape) in stored.items()}
 

@@ -38,6 +38,11 @@ class Format:
     random: Callable
     quantize: Callable | None = None
     grouped: bool = False  # whether neighbours in a row share a scale
+    embedding: str | None = None  # the format of an embedding that is quantized along with it; None: the same
+
+    @property
+    def of_embedding(self) -> "Format":
+        return FORMATS[self.embedding or self.name]
 
 
 class PackedWeight(NamedTuple):
@@ -60,12 +65,12 @@ class Weight(nn.Module):
 
     def __init__(self, n: int, k: int, format: Format | None = None, group: int = 0):
         super().__init__()
-        self.shape, self.group, self.packed = (n, k), group, None
+        self.shape = (n, k)
         self.store(FORMATS["bf16"] if format is None else format, group)
 
     def store(self, format: Format, group: int = 0):
         """Makes this an empty weight in another format."""
-        self.format, self.group = format, group if format.grouped else 0
+        self.format, self.group, self.packed = format, group if format.grouped else 0, None
         stored = format.stored(*self.shape, group)
         for name in ("weight", "scale", "input_scale"):
             dtype, shape = stored.get(name, (None, None))
@@ -214,7 +219,7 @@ FORMATS = {
             random=_random_int4,
             quantize=quantize_int4,
             grouped=True,
+            embedding="int8",
         ),
     )
 }
-EMBEDDING_FORMAT = {"int4": "int8"}  # the format of a quantized embedding, where it is not that of the layers

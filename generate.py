@@ -59,14 +59,14 @@ def load_model(
     directory's FP8 file, or quantized while loading with the factors of fp8_scales.safetensors; so does an FP8 file that
     is named. A file with int8 or int4 weights is run as it is. Factors for K and V are taken along where there are any:
     of integer weights their own, else those of the directory. `ops`, one of `ops.NAMES`, says what runs the layers. The
-    tokenizer's <end_of_turn> joins config.stop_ids. Raises FileNotFoundError or ValueError with a line that says what is wrong; warns about shards that
-    are converted in memory.
+    tokenizer's <end_of_turn> joins config.stop_ids. Raises FileNotFoundError or ValueError with a line that says what is
+    wrong; warns about shards that are converted in memory.
     """
     device = pick_device(device)
     if precision not in PRECISIONS:
         raise ValueError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
-    choose(ops, device)  # before gigabytes are read
+    operations = choose(ops, device)  # before gigabytes are read
     checkpoint = open_checkpoint(path, ("fp8", *WEIGHT_FORMATS.values()) if fp8 else WEIGHT_FORMATS.values())
     in_int = checkpoint.weight_format in INT_FORMATS
     if fp8 and in_int:
@@ -123,7 +123,7 @@ def load_model(
         tuple(scales.get(f"layers.{i}.attention.{kind}_scale") for kind in "kv") for i in range(config.n_layers)
     ]
     model.kv_scales = KVScales(None if None in kv_scales[0] else kv_scales, kv_problem)
-    model.load({parameter_name(name): weight for name, weight in weights.items()}, device, ops)
+    model.load({parameter_name(name): weight for name, weight in weights.items()}, device, operations)
     return model, tokenizer
 
 
@@ -319,7 +319,7 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sam
 
 def _converse(model: Transformer, tokenizer: Tokenizer, runner: Runner, max_new_tokens: int, seed: int):
     """Answers each line of stdin by at most max_new_tokens tokens, until there is none."""
-    length = min(model.config.context_length, CHAT_LENGTH)
+    length = min(runner.length, CHAT_LENGTH)
     cached, unread, turn = 0, [], 0  # tokens in the cache; the model's last token, which is not
     while True:
         try:

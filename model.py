@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ops
 from cache import KVCache, KVScales
 from config import ModelConfig
-from formats import EMBEDDING_FORMAT, FORMATS, LINEAR, Weight
+from formats import FORMATS, LINEAR, Weight
 from ops import Ops
 from ops.rope import AttentionLayer, Positions
 
@@ -165,13 +165,12 @@ class Transformer(nn.Module):
                     module.format.random(name.removeprefix(f"{path}."), weights[name], generator)
                 else:
                     weights[name].zero_()
-        return model.load(weights, device)
+        return model.load(weights, device, ops.choose("auto", torch.device(device)))
 
-    def load(self, weights: dict[str, Tensor], device, ops_name: str = "auto") -> "Transformer":
-        """Takes `weights` as they are, for generating on `device` by the operations of that name. Returns itself."""
-        device = torch.device(device)
+    def load(self, weights: dict[str, Tensor], device, ops: Ops) -> "Transformer":
+        """Takes `weights` as they are, for generating on `device` by `ops`. Returns itself."""
         self.load_state_dict(weights, assign=True)
-        self.ops = ops.choose(ops_name, device)
+        self.ops = ops
         return self.to(device).requires_grad_(False).eval()
 
     def store(self, format: str, group: int = 0, head: bool = False):
@@ -181,7 +180,7 @@ class Transformer(nn.Module):
                 if name.endswith(LINEAR):
                     module.store(FORMATS[format], group)
         if head:
-            self.embedding.store(FORMATS[EMBEDDING_FORMAT.get(format, format)])
+            self.embedding.store(FORMATS[format].of_embedding)
 
     @property
     def device(self) -> torch.device:
@@ -269,7 +268,7 @@ class Transformer(nn.Module):
             query = torch.arange(count, device=tokens.device)[None]  # [1 or B, T]
             query = query if position is None else query + position[:, None]
         local = any(map(config.is_local, range(config.n_layers)))
-        ropes = self.ops.rope(query.flatten().contiguous(), self.rope_frequency, *[self.rope_frequency_local] * local)
+        ropes = self.ops.rope(query.flatten(), self.rope_frequency, *[self.rope_frequency_local] * local)
         kinds = {}
         for index in range(config.n_layers):
             kind = config.is_local(index)

@@ -42,7 +42,7 @@ from checkpoint import (
 )
 from cli import Parser, add_model_options, run_program
 from device import pick_device
-from formats import EMBEDDING_FORMAT, FORMATS, GROUPS, Weight, group_parameters
+from formats import FORMATS, GROUPS, Weight, group_parameters
 from model import Residual, Transformer
 from ops import TORCH
 from ops.common import round_fp8
@@ -211,7 +211,8 @@ BLOCK = 128  # columns between two updates of all that follow
 def gptq(
     weight: Tensor, hessian: Tensor, group: int, act_order: bool = False, damping: float = 0.01
 ) -> tuple[Tensor, Tensor]:
-    """The parameters, in int4, of weight [N, K] that keep its products with inputs x, of which hessian [K, K] is the sum of x xᵀ.
+    """The parameters, in int4, of weight [N, K] that keep its products with inputs x, of which hessian [K, K] is the sum
+    of x xᵀ.
 
     Columns are rounded one after the other, and what is lost in one is made up for in those that follow, along the
     inverse of the hessian that is left: row j of U, with H⁻¹ = Uᵀ U, is what the paper's (3) needs at column j, and all
@@ -404,7 +405,7 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
 
         def quantized(name: str) -> tuple[Tensor, ...]:
             if name == "embedding.weight":
-                return round_weight(checkpoint, name, EMBEDDING_FORMAT.get(weight_format, weight_format), 0, progress)
+                return round_weight(checkpoint, name, FORMATS[weight_format].of_embedding.name, 0, progress)
             if args.mode != "int4-gptq":
                 return round_weight(checkpoint, name, weight_format, group, progress)
             found, parameters = next(weights)

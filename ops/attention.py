@@ -1,5 +1,7 @@
 """Attention: its definition in PyTorch for prompts and decode steps, and the choice of kernels for both."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +58,7 @@ def attend_triton(
     positions: Positions,
     dtype: torch.dtype,
     output_scale: Tensor | None = None,
-    fused: "object" = None,
+    fused: Callable | None = None,
 ) -> Tensor:
     """Does what `attend` does: with kernels for one new token a row, and for prompts with kernels around a fused attention.
 
@@ -74,7 +76,7 @@ def attend_triton(
     q, k, v = (x.transpose(1, 2) for x in prefill_rope(qkv, layer, cache, positions, dtype))
     y = (fused or softmax_attention)(q, k, v, layer.scale * cache.k_scale, None, layer.window, layer.softcap)
     return rescale_triton(
-        y.transpose(1, 2).reshape(len(positions.lengths) * positions.tokens, -1), cache.v_scale, output_scale
+        y.transpose(1, 2).reshape(positions.batch * positions.tokens, -1), cache.v_scale, output_scale
     )
 
 

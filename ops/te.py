@@ -26,10 +26,9 @@ def operations(kernels, device: torch.device):
 
     Raises ValueError where it is not installed, can't be imported, or `device` is no GPU.
     """
-    te = import_te()
     if device.type != "cuda":
         raise ValueError("ops 'te' needs a CUDA GPU: use 'torch'")
-    modules = Modules(te)
+    modules = Modules(import_te())
     return replace(
         kernels,
         name="te",
