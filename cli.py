@@ -1,6 +1,7 @@
 """What the programs have in common: the parser, errors as one line, and the figures at the end of a run."""
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -24,6 +25,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(f"{message} (--help lists the options)")
+
+
+def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], int | float]:
+    """What argparse's `type` takes for a number of that kind from `least` to `most`; NaN and infinity are none."""
+
+    def read(text: str) -> int | float:
+        rule = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or value == math.inf:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {name}, {rule}, not {text!r}")
+        return value
+
+    return read
 
 
 def add_model_options(parser: argparse.ArgumentParser, *names: str):
