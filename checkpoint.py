@@ -5,16 +5,20 @@ Nothing here builds a model. Every file is checked whole (header, names, shapes,
 
 import json
 import os
+import re
+import secrets
 import struct
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import partial
 from math import prod
 from pathlib import Path
 from queue import SimpleQueue
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -659,12 +663,53 @@ def write_safetensors(
     write_atomically(file, write)
 
 
+def check_writable(file: Path):
+    """Raises an OSError that names `file` if it can't be written, at the start of a program whose result comes late.
+
+    Leaves nothing behind, what a killed run left for the same file included.
+    """
+    with _temporary(file):
+        pass
+
+
 def write_atomically(file: Path, write: Callable):
-    """Calls write(open binary file) on a temporary name beside `file` and renames it: a crash leaves no half file."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    """Calls write(open binary file) on a temporary name beside `file` and renames it: a crash leaves no half file.
+
+    Raises an OSError that names `file` if there is no room, or as `check_writable`.
+    """
+    with _temporary(file) as out:
+        write(out)
+        out.flush()
+        os.replace(out.name, file)
+
+
+@contextmanager
+def _temporary(file: Path) -> Iterator[BinaryIO]:
+    """An open binary file beside `file`, under a name of its own, which is removed unless it was renamed.
+
+    It is locked while it is open, so that one whose lock can be had is of a run that was killed: those are removed.
+    """
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file} can't be written: there is no directory {file.parent}")
+    if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
+        raise PermissionError(f"{file} can't be written: it is {'read-only' if file.is_file() else 'no regular file'}")
+    for other in file.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(file.name)}\.\d+\.tmp", other.name):
+            with suppress(OSError), open(other, "rb+") as left_over:
+                flock(left_over, LOCK_EX | LOCK_NB)
+                other.unlink()
     try:
-        with open(temporary, "wb") as out:
-            write(out)
-        os.replace(temporary, file)
+        while True:
+            temporary = file.with_name(f".{file.name}.{secrets.randbits(32)}.tmp")
+            with open(temporary, "xb") as out:
+                with suppress(OSError):  # a file system without locks
+                    flock(out, LOCK_EX)
+                if temporary.exists():  # else another run took it for a left one before it was locked
+                    yield out
+                    break
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary), temporary):  # the disk is full, for one
+            raise OSError(error.errno, error.strerror, str(file)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)

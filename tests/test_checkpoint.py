@@ -1,6 +1,7 @@
 """Files: conversion, every way in which a checkpoint can be incomplete, and the two scripts."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma, made_once, reference_mod
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoint import convert, open_checkpoint, sources, write_atomically
+from checkpoint import check_writable, convert, open_checkpoint, sources, write_atomically
 from config import ModelConfig
 from generate import load_model
 from model import Transformer
@@ -111,6 +112,51 @@ def test_a_crash_leaves_no_half_file(tmp_path):
         write_atomically(file, write)
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     assert file.read_bytes() == b"old"
+
+
+def test_what_killed_runs_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+    file, code = tmp_path / "out[1]", "import sys, time, pathlib; from checkpoint import write_atomically as w;"
+    code += "w(pathlib.Path(sys.argv[1]), lambda out: (out.write(b'theirs'), print('writing', flush=True), input()))"
+    command = [sys.executable, "-c", code, file]
+    runs = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
+    ]
+    for run in runs:
+        assert run.stdout.readline() == "writing\n"
+    runs[0].kill()
+    runs[0].communicate()
+    others = [tmp_path / name for name in (".out[1].txt.1.tmp", ".out1.1.tmp", ".out[1].notes.tmp")]
+    for other in others:
+        other.touch()
+    assert len(list(tmp_path.iterdir())) == 5
+    check_writable(file)
+    assert len(list(tmp_path.iterdir())) == 4
+    write_atomically(file, lambda out: out.write(b"ours"))
+    assert file.read_bytes() == b"ours"
+    runs[1].communicate("\n", timeout=60)
+    assert file.read_bytes() == b"theirs"
+    assert set(tmp_path.iterdir()) == {file, *others}
+
+
+def test_a_file_that_cannot_be_written_is_named_at_once(tmp_path):
+    full = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out'"):
+        write_atomically(tmp_path / "out", lambda out: (_ for _ in ()).throw(full))
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    check_writable(tmp_path / "file")
+    for file, message in (
+        (tmp_path / "none" / "out", r"none/out can't be written: there is no directory .*none"),
+        (tmp_path / "file" / "out", r"file/out can't be written: there is no directory .*file"),
+        (tmp_path / "directory", "directory can't be written: it is no regular file"),
+        (tmp_path / "pipe", "pipe can't be written: it is no regular file"),
+        (Path("/proc/self/out"), "'/proc/self/out'"),
+    ):
+        for write in (check_writable, lambda file: write_atomically(file, lambda out: None)):
+            with pytest.raises(OSError, match=message):
+                write(file)
+    assert {file.name for file in tmp_path.iterdir()} == {"directory", "file", "pipe"}
 
 
 # --- incomplete checkpoints
