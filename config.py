@@ -1,6 +1,9 @@
 """What distinguishes one Gemma from another, as data: sizes, norms, windows, caps and angles."""
 
 from dataclasses import dataclass, fields, replace
+from reprlib import repr as shown  # cut, where it is long
+
+MAX_LAYERS, MAX_SIZE, MAX_STOP_IDS = 1000, 2**31 - 1, 16  # sizes and positions are int32 on the device
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class ModelConfig:
             raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+        if len(self.stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"{len(self.stop_ids)} stop ids are given; at most {MAX_STOP_IDS} can be")
 
     def is_local(self, layer: int) -> bool:
         return bool(self.local_layers) and self.local_layers[layer]
@@ -81,71 +86,68 @@ class ModelConfig:
         """Reads a Hugging Face config.json of model_type gemma, gemma2, gemma3_text or gemma3 (its text part).
 
         Fields that Gemma 3's multimodal checkpoints leave out take Hugging Face's defaults. Raises ValueError, naming
-        what it found, for another architecture or a setting that this file does not implement.
+        what it found, for another architecture, a value that its field can't have, or a setting that this file does not
+        implement.
         """
         model_type = config.get("model_type")
         tied = config.get("tie_word_embeddings", True)
-        stop_ids = config.get("eos_token_id")
+        stop_ids = stop_ids_of(config)
         if model_type == "gemma3":
-            if not isinstance(config.get("text_config"), dict):
-                raise ValueError("config.json says gemma3 but holds no text_config")
-            config = config["text_config"]
-            tied = tied and config.get("tie_word_embeddings", True)
-            stop_ids = stop_ids or config.get("eos_token_id")
+            config = config.get("text_config")
+            if not isinstance(config, dict) or config.get("model_type", "gemma3_text") != "gemma3_text":
+                raise ValueError("model_type is gemma3, but there is no text_config of gemma3_text")
+            tied = config.get("tie_word_embeddings", True) if tied is True else tied
+            stop_ids = stop_ids or stop_ids_of(config)
         elif model_type not in ("gemma", "gemma2", "gemma3_text"):
             known = str(model_type).startswith(("gemma", "recurrent_gemma", "paligemma", "t5gemma"))
-            what = f"another generation or kind of Gemma ({model_type})" if known else f"architecture '{model_type}'"
+            what = (
+                f"another generation or kind of Gemma ({model_type})" if known else f"architecture {shown(model_type)}"
+            )
             raise ValueError(f"{what} is not supported; this program runs gemma, gemma2, gemma3_text and gemma3")
         generation = {"gemma": 1, "gemma2": 2}.get(model_type, 3)
-
-        defaults = _HF_DEFAULTS[generation]
-
-        def get(key: str):
-            value = config.get(key, defaults.get(key))
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise ValueError(f"config.json needs a positive number as '{key}', not {value!r}")
-            return value
-
-        if not tied:
-            raise ValueError("tie_word_embeddings is false; Gemma's output head is its embedding")
-        if config.get("use_bidirectional_attention"):
+        if tied is not True:
+            raise ValueError(
+                f"tie_word_embeddings must be true, not {shown(tied)}: Gemma's output head is its embedding"
+            )
+        if config.get("use_bidirectional_attention") not in (None, False):
             raise ValueError("use_bidirectional_attention is set: an embedding model, which cannot generate text")
-        activation = config.get("hidden_activation") or config.get("hidden_act") or "gelu_pytorch_tanh"
-        if activation not in ("gelu", "gelu_pytorch_tanh"):  # the first Gemma configs said gelu and meant tanh
-            raise ValueError(f"activation '{activation}' is not supported; Gemma uses gelu_pytorch_tanh")
+        config = _HF_DEFAULTS_OF_ALL | _HF_DEFAULTS[generation] | config
+        activation = config.get("hidden_activation")
+        activation = config.get("hidden_act") if activation is None else activation
+        if activation not in (None, "gelu", "gelu_pytorch_tanh"):  # the first Gemma configs said gelu and meant tanh
+            raise ValueError(f"activation {shown(activation)} is not supported; Gemma uses gelu_pytorch_tanh")
 
-        layers = get("num_hidden_layers")
-        local_layers = _layer_pattern(generation, layers, config.get("sliding_window_pattern"))
-        if generation > 1 and config.get("layer_types") is not None:
-            unknown = set(config["layer_types"]) - {"sliding_attention", "full_attention"}
-            if unknown:
-                raise ValueError(f"layer type '{min(unknown)}' is not supported")
-            local_layers = tuple(kind == "sliding_attention" for kind in config["layer_types"])
+        layers = _integer(config, "num_hidden_layers", MAX_LAYERS)
+        head_dim = _integer(config, "head_dim")
+        local_layers = _local_layers(config, generation, layers)
         (theta, scale), (theta_local, scale_local) = _rope_settings(config, generation)
+
+        def softcap(key: str) -> float | None:
+            return None if config.get(key) is None else _number(config, key)
 
         return cls(
             generation=generation,
             n_layers=layers,
-            hidden_size=get("hidden_size"),
-            intermediate_size=get("intermediate_size"),
-            n_heads=get("num_attention_heads"),
-            n_kv_heads=get("num_key_value_heads"),
-            head_dim=get("head_dim"),
-            vocab_size=get("vocab_size"),
-            context_length=get("max_position_embeddings"),
-            query_pre_attn_scalar=get("head_dim") if generation == 1 else get("query_pre_attn_scalar"),
+            hidden_size=_integer(config, "hidden_size"),
+            intermediate_size=_integer(config, "intermediate_size"),
+            n_heads=_integer(config, "num_attention_heads"),
+            n_kv_heads=_integer(config, "num_key_value_heads"),
+            head_dim=head_dim,
+            vocab_size=_integer(config, "vocab_size"),
+            context_length=_integer(config, "max_position_embeddings"),
+            query_pre_attn_scalar=head_dim if generation == 1 else _number(config, "query_pre_attn_scalar"),
             post_norms=generation >= 2,
             qk_norm=generation >= 3,
-            window=get("sliding_window") if any(local_layers) else None,
+            window=_integer(config, "sliding_window") if any(local_layers) else None,
             local_layers=local_layers,
-            attn_softcap=config.get("attn_logit_softcapping", 50.0) if generation == 2 else None,  # null: off
-            logit_softcap=config.get("final_logit_softcapping", {2: 30.0}.get(generation)) if generation > 1 else None,
+            attn_softcap=softcap("attn_logit_softcapping") if generation == 2 else None,
+            logit_softcap=softcap("final_logit_softcapping") if generation > 1 else None,
             rope_theta=theta,
             rope_scale=scale,
             rope_theta_local=theta_local,
             rope_scale_local=scale_local,
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            stop_ids=_as_tuple(stop_ids) or (1,),
+            norm_eps=_number(config, "rms_norm_eps"),
+            stop_ids=stop_ids or (1,),
         )
 
     def differences_from_published(self) -> str:
@@ -190,6 +192,8 @@ _HF_DEFAULTS = {
         "max_position_embeddings": 8192,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
     },
     3: {
         "vocab_size": 262208,
@@ -202,12 +206,55 @@ _HF_DEFAULTS = {
         "max_position_embeddings": 131072,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
+        "rope_theta": 1e6,
     },
 }
+_HF_DEFAULTS_OF_ALL = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "rope_local_base_freq": 1e4}
 
 
-def _as_tuple(value) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+def _integer(config: dict, key: str, most: int = MAX_SIZE) -> int:
+    value = config.get(key)
+    if type(value) is not int or not 1 <= value <= most:  # True is an int, too
+        raise ValueError(f"{key} must be a whole number from 1 to {most:,}, not {shown(value)}")
+    return value
+
+
+def _number(config: dict, key: str) -> float:
+    value = config.get(key)
+    if type(value) not in (int, float) or not 1e-38 < value < 1e38:  # what float32 has
+        raise ValueError(f"{key} must be a positive number, not {shown(value)}")
+    return value
+
+
+def _object(config: dict, key: str) -> dict:
+    """An empty one for null, too."""
+    value = {} if config.get(key) is None else config[key]
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be an object or null, not {shown(value)}")
+    return value
+
+
+def stop_ids_of(config: dict) -> tuple[int, ...]:
+    """eos_token_id of config.json or generation_config.json, which may be a list; () if there is none. Raises
+    ValueError for what is no token id."""
+    value = config.get("eos_token_id")
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if value == [] or not all(type(token) is int and 0 <= token <= MAX_SIZE for token in ids):
+        raise ValueError(f"eos_token_id must be a token id, or a list of them, not {shown(value)}")
+    return ids
+
+
+def _local_layers(config: dict, generation: int, n_layers: int) -> tuple[bool, ...]:
+    kinds = config.get("layer_types")
+    if generation == 1 or kinds is None:
+        every = None if config.get("sliding_window_pattern") is None else _integer(config, "sliding_window_pattern")
+        return _layer_pattern(generation, n_layers, every)
+    if not isinstance(kinds, list) or not kinds:
+        raise ValueError(f"layer_types must be a list of {n_layers}, not {shown(kinds)}")
+    for kind in kinds:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise ValueError(f"layer type {shown(kind)} is not supported")
+    return tuple(kind == "sliding_attention" for kind in kinds)
 
 
 def _layer_pattern(generation: int, n_layers: int, global_every: int | None = None) -> tuple[bool, ...]:
@@ -220,17 +267,16 @@ def _layer_pattern(generation: int, n_layers: int, global_every: int | None = No
 
 def _rope_settings(config: dict, generation: int) -> tuple[tuple[float, float], tuple[float, float]]:
     """(theta, scale) of global and of local layers, from rope_parameters or from the older separate keys."""
-    parameters = config.get("rope_parameters") or {}
+    parameters = _object(config, "rope_parameters")
     if "full_attention" in parameters or "sliding_attention" in parameters:
-        kinds = [parameters.get("full_attention") or {}, parameters.get("sliding_attention") or {}]
+        kinds = [_object(parameters, "full_attention"), _object(parameters, "sliding_attention")]
     else:
-        kinds = [parameters | (config.get("rope_scaling") or {}), {}]
-    thetas = [config.get("rope_theta", 1e6 if generation == 3 else 1e4), config.get("rope_local_base_freq", 1e4)]
+        kinds = [parameters | _object(config, "rope_scaling"), {}]
     settings = []
-    for kind, theta in zip(kinds, thetas):
+    for kind, key in zip(kinds, ("rope_theta", "rope_local_base_freq")):
         rope_type = kind.get("rope_type", kind.get("type", "default"))
         if rope_type not in ("default", "linear"):
-            raise ValueError(f"RoPE type '{rope_type}' is not supported; Gemma 1 to 3 use default and linear")
-        scale = kind.get("factor", 1.0) if rope_type == "linear" else 1.0
-        settings.append((float(kind.get("rope_theta", theta)), float(scale)))
+            raise ValueError(f"RoPE type {shown(rope_type)} is not supported; Gemma 1 to 3 use default and linear")
+        theta = _number(kind, "rope_theta") if "rope_theta" in kind else _number(config, key)
+        settings.append((float(theta), float(_number(kind, "factor")) if rope_type == "linear" else 1.0))
     return settings[0], settings[1] if generation == 3 else settings[0]
