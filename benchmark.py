@@ -31,8 +31,8 @@ import torch
 from benchmarks import peers, report
 from benchmarks.checkpoints import E4M3, FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
 from cache import KVScales, cache_bytes, codec_of
-from checkpoint import open_checkpoint, write_atomically
-from cli import DEFAULT_CHECKPOINT, Parser, Stats, run_program
+from checkpoint import check_writable, open_checkpoint, write_atomically
+from cli import DEFAULT_CHECKPOINT, Parser, Stats, number, run_program
 from config import ModelConfig
 from device import copy_bandwidth, now, pick_device
 from generate import generate, load_model
@@ -580,7 +580,7 @@ def program_parser() -> argparse.ArgumentParser:
     add("protocol", choices=rows)
     add("--models", nargs="+", choices=("gemma-2b", "gemma-7b"), help="(default: the protocol's)")
     add("--precisions", nargs="+", choices=PRECISIONS, help="(default: the protocol's)")
-    add("--batches", nargs="+", type=int, metavar="N", help="sweep: instead of its own")
+    add("--batches", nargs="+", type=number(int, 1), metavar="N", help="sweep: (default: 1 to 256)")
     add("--ops", nargs="+", choices=OPS, help="prefill: implementations of the operations (default: all)")
     add("--checkpoint_path", nargs="+", type=Path, metavar="DIR", help="weights: trained checkpoints in BF16")
     add("--text", type=Path, metavar="FILE", help="weights: to evaluate them on, as eval.py's")
@@ -589,12 +589,11 @@ def program_parser() -> argparse.ArgumentParser:
     peer.add_argument("--peers", nargs="+", choices=BOTH, help="to time beside ours (default: those installed)")
     peer.add_argument("--no_peers", dest="peers", action="store_const", const=(), help="leave them out")
     add("--vllm_site", type=Path, metavar="DIR", help="where vLLM's own process finds it, if it is not installed")
-    add(
-        "--peer_timeout", type=float, metavar="SECONDS", help="that vLLM may take for a row, loading too (default: 300)"
-    )
-    add("--repeats", type=int, metavar="N", help="(default: 5)")
-    add("--output", type=Path, metavar="FILE", help="write the results as JSON")
-    add("--picture", type=Path, metavar="FILE.svg", help="sweep: draw the results")
+    seconds = "that vLLM may take for a row, loading too (default: 300)"
+    add("--peer_timeout", type=number(float, 1), metavar="SECONDS", help=seconds)
+    add("--repeats", type=number(int, 1), metavar="N", help="timed runs of each case (default: 5)")
+    add("--output", type=Path, metavar="FILE", help="write the results as JSON (default: don't)")
+    add("--picture", type=Path, metavar="FILE.svg", help="sweep: draw the results (default: don't)")
     return parser
 
 
@@ -610,12 +609,7 @@ def check_options(args: argparse.Namespace):
     if given:
         names = ("no_peers" if name == "peers" and not args.peers else name for name in given)
         raise ValueError(f"{args.protocol} takes no {', '.join(f'--{name}' for name in names)}")
-    for name, default, least in (("repeats", 5, 1), ("peer_timeout", 300.0, 1)):
-        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-        if not getattr(args, name) >= least:
-            raise ValueError(f"--{name} must be at least {least}")
-    if min(args.batches or [1]) < 1:
-        raise ValueError("--batches must be at least 1")
+    args.repeats, args.peer_timeout = args.repeats or 5, args.peer_timeout or 300.0
     trained = {f"--{name}": getattr(args, name) for name in TRAINED}
     for name, value in trained.items() if any(trained.values()) else ():
         if not value:
@@ -640,6 +634,8 @@ def run(args: argparse.Namespace):
     args.peers = peers.choose(args.protocol, protocol.peers, args.peers, args.vllm_site)
     args.device = pick_device(None if args.checkpoint_path else protocol.device)
     args.models, args.precisions = args.models or protocol.models, args.precisions or protocol.precisions
+    for file in filter(None, (args.output, args.picture)):
+        check_writable(file)
     result = {"protocol": args.protocol, **environment(args.device), "repeats": args.repeats}
     args.bandwidth = 1e9 * result["copy_bandwidth_gb_per_second"]
     release()  # its buffers

@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import E4M3_MAX, fingerprint, fp8_scale_names, open_checkpoint, scales_file, write_scales
-from cli import Parser, add_model_options, run_program
+from checkpoint import (
+    E4M3_MAX,
+    check_writable,
+    fingerprint,
+    fp8_scale_names,
+    open_checkpoint,
+    scales_file,
+    write_scales,
+)
+from cli import Parser, add_model_options, number, run_program
+from formats import largest
 from generate import load_model
 from model import Transformer
 from ops import TORCH
@@ -73,9 +82,17 @@ class _KVRecorder:
 
 @torch.inference_mode()
 def record(model: Transformer, token_windows: Iterable[list[int]], batch_size: int = 8) -> dict[str, Histogram]:
-    """Histograms by our scale names (`fp8_scale_names`) of all linear inputs, K and V over windows of tokens."""
-    histograms = {name: Histogram() for name in fp8_scale_names(model.config) if not name.endswith("weight_scale")}
+    """Histograms by our scale names (`fp8_scale_names`) of all linear inputs, K and V over windows of tokens.
+
+    Raises ValueError for a batch_size below 1, no windows, and a weight that is not finite.
+    """
     token_windows = list(token_windows)
+    if batch_size < 1 or not token_windows:
+        raise ValueError(f"calibrating needs windows, and a batch_size of at least 1, not {batch_size}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            largest(name, parameter)
+    histograms = {name: Histogram() for name in fp8_scale_names(model.config) if not name.endswith("weight_scale")}
     names = {module: f"{name}.input_scale" for name, module in model.named_modules()}
 
     def watch(operation: Callable) -> Callable:
@@ -110,10 +127,7 @@ def scales(model: Transformer, histograms: dict[str, Histogram], percentile: flo
         if name.endswith("weight_scale"):
             module = "embedding" if name.startswith("head") else name.removesuffix(".weight_scale")
             weight = model.get_submodule(module)
-            if weight.format.name == "bf16":
-                amax = weight.data.abs().max().item()
-            else:
-                amax = weight.format.dequantize(weight, torch.float32).abs().max().item()
+            amax = largest(module, weight.format.dequantize(weight, model.dtype))
         else:
             amax = histograms[name].amax(percentile)
         factors[name] = amax / E4M3_MAX if amax else 1.0
@@ -141,44 +155,40 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add_model_options(parser, "checkpoint_path", "device", "precision")
     add("--text", type=Path, metavar="FILE", help="text, or JSON lines with 'text' (default: this program's sources)")
-    add("--window", type=int, default=512, metavar="N", help="tokens that the model sees at once")
-    add("--batch_size", type=int, default=8, metavar="N")
-    add("--max_tokens", type=int, default=65536, metavar="N", help="of the text, from its start (default: %(default)s)")
-    add("--percentile", type=float, default=100.0, help="of the absolute values; 100 is their maximum")
+    count = number(int, 1)
+    add("--window", type=number(int, 2), default=512, metavar="N", help="tokens seen at once (default: %(default)s)")
+    add("--batch_size", type=count, default=8, metavar="N", help="windows at once (default: %(default)s)")
+    add("--max_tokens", type=count, default=65536, metavar="N", help="the text's first ones (default: %(default)s)")
+    add("--percentile", type=number(float, 50, 100), default=100, help="of absolute values (default: 100, the maximum)")
     return run_program(run, parser, argv)
 
 
 def run(args: argparse.Namespace):
-    if not 50 < args.percentile <= 100:
-        raise ValueError(f"--percentile must be above 50 and at most 100, not {args.percentile}")
+    file = scales_file(open_checkpoint(args.checkpoint_path))
+    check_writable(file)
     texts = read_texts(args.text) if args.text else own_text()
     if not args.text:
-        print(
-            "note: calibrating on this program's own sources; --text FILE with your kind of text is better",
-            file=sys.stderr,
-        )
+        print("note: these are this program's sources; --text FILE with your kind of text is better", file=sys.stderr)
     model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision)
     if any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters()):
         raise ValueError(f"{args.checkpoint_path} is quantized already: calibrating needs BF16 weights")
-    token_windows = windows(texts, tokenizer, args.window)[: max(1, args.max_tokens // args.window)]
-    tokens = sum(map(len, token_windows))
+    if args.window > model.config.context_length:
+        raise ValueError(f"a window of {args.window} tokens exceeds the context of {model.config.context_length}")
+    starts = range(0, args.max_tokens, args.window)
+    pieces = [piece[: args.max_tokens - start] for start, piece in zip(starts, windows(texts, tokenizer, args.window))]
+    tokens = sum(map(len, pieces))
     if tokens < MIN_TOKENS:
-        raise ValueError(f"the text has {tokens} tokens; calibrating needs at least {MIN_TOKENS}")
-    histograms = record(model, token_windows, args.batch_size)
+        raise ValueError(f"there are {tokens} tokens of text; calibrating needs at least {MIN_TOKENS}")
+    histograms = record(model, pieces, args.batch_size)
     factors = scales(model, histograms, args.percentile)
-    file = scales_file(open_checkpoint(args.checkpoint_path))
-    write_scales(
-        file,
-        model.config,
-        factors,
-        {
-            "model": fingerprint(model.config),
-            "kv_cache_dtype": "fp8_e4m3",
-            "text": args.text.name if args.text else "built-in",
-            "tokens": str(tokens),
-            "amax": "maximum" if args.percentile == 100 else f"percentile {args.percentile:g}",
-        },
-    )
+    metadata = {
+        "model": fingerprint(model.config),
+        "kv_cache_dtype": "fp8_e4m3",
+        "text": args.text.name if args.text else "built-in",
+        "tokens": str(tokens),
+        "amax": "maximum" if args.percentile == 100 else f"percentile {args.percentile:g}",
+    }
+    write_scales(file, model.config, factors, metadata)
     print_table(factors, histograms)
     print(f"{file}: {len(factors)} factors from {tokens:,} tokens")
 

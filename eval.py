@@ -3,6 +3,7 @@ EleutherAI's lm-evaluation-harness."""
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import Codec, KVCache, codec_of
-from cli import Parser, add_model_options, run_program
+from cli import Parser, add_model_options, number, run_program
 from generate import generate, load_model
 from model import Transformer
 from runner import Runner, release
@@ -50,7 +51,8 @@ def evaluate(
     those of `reference` one in its own weights' dtype. `progress` is called with the number of windows just done.
 
     Raises ValueError for a batch_size below 1, no windows, a window that is too short or exceeds a model's context, a
-    token id outside the vocabulary, models with vocabularies of different sizes, or too little GPU memory.
+    token id outside the vocabulary, models with vocabularies of different sizes, a figure that is not finite, or too
+    little GPU memory.
     """
     models = [model] if reference is None else [model, reference]
     codecs = [codec_of(kv_cache_dtype, model.dtype)] + [codec_of(None, each.dtype) for each in models[1:]]
@@ -97,6 +99,9 @@ def evaluate(
     result = {"perplexity": loss.exp().item(), "loss": loss.item(), "tokens": count}
     if reference is not None:
         result |= {"kl": kl.item() / count, "top1_agreement": agreed.item() / count}
+    for name, value in result.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: what {'a' if reference else 'the'} model computes is not finite")
     return result
 
 
@@ -126,7 +131,7 @@ def score(
     `progress` is called with the number of requests just done.
 
     Raises ValueError for a batch_size below 1, an empty context or continuation, a continuation longer than the model's
-    context, a token id outside the vocabulary, or too little memory.
+    context, a token id outside the vocabulary, a score that is not finite, or too little memory.
     """
     config, device = model.config, model.device
     if batch_size < 1:
@@ -203,6 +208,8 @@ def _score_batch(
             log_probs[part] -= loss.view(target.shape).double().sum(-1)
             greedy[part] &= ((logits.argmax(-1) == target) | (target < 0)).all(-1)
             del logits
+    if not log_probs.isfinite().all():
+        raise ValueError("what the model computes is not finite: it can't be scored")
     return list(zip(log_probs.tolist(), greedy.tolist()))
 
 
@@ -352,12 +359,13 @@ def program_parser() -> argparse.ArgumentParser:
     source.add_argument("--text", type=Path, metavar="FILE", help="plain text, or JSON lines (.jsonl) with 'text'")
     source.add_argument("--tasks", metavar="A,B", help="lm-evaluation-harness's tasks, or YAML files of your own")
     add("--include_path", type=Path, metavar="DIR", help="where to look for more tasks")
-    add("--num_fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
-    add("--limit", type=int, metavar="N", help="questions of each task (default: all)")
+    add("--num_fewshot", type=number(int, 0), metavar="N", help="examples before each question (default: the task's)")
+    add("--limit", type=number(int, 1), metavar="N", help="questions of each task (default: all)")
     add("--seed", type=int, help="of a task's examples, and of sampling (default: 1234)")
     add("--compile", action="store_true", help="compile the decode step of tasks that generate")
-    add("--window", type=int, help="tokens of --text that a forward sees (default: 1024)")
-    add("--batch_size", type=int, default=8, metavar="N", help="windows or requests at once (default: %(default)s)")
+    add("--window", type=number(int, 2), metavar="N", help="tokens of --text that a forward sees (default: 1024)")
+    batch_size = "windows or requests at once (default: %(default)s)"
+    add("--batch_size", type=number(int, 1), default=8, metavar="N", help=batch_size)
     add_model_options(parser, "checkpoint_path", "fp8", "kv_cache_dtype", "device", "ops", "precision")
     add("--against", type=Path, metavar="PATH", help="a reference checkpoint; its KV cache is as its weights")
     add("--against_fp8", action="store_true", help="run the reference's linear layers in FP8")
@@ -366,16 +374,13 @@ def program_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace):
-    for name, least in (("window", 2), ("batch_size", 1), ("num_fewshot", 0), ("limit", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} must be at least {least}, not {value}")
     if args.tasks is None:
         source, others = "--tasks", ("include_path", "num_fewshot", "limit", "seed", "compile")
     else:
         source, others = "--text", ("window", "against", "against_fp8")
     for name in others:
-        if getattr(args, name) not in (None, False):
+        value = getattr(args, name)
+        if value is not None and value is not False:
             raise ValueError(f"--{name} needs {source}")
     if args.against_fp8 and args.against is None:
         raise ValueError("--against_fp8 needs --against")

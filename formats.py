@@ -4,6 +4,7 @@ A new format is one entry of `FORMATS`, and a kernel if it is to be fast. Files,
 follow from the entry.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -126,6 +127,14 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return pack_int4(codes.flatten(1)), parameters
 
 
+def largest(name: str, values: Tensor) -> float:
+    """The largest absolute value. Raises ValueError, with the tensor's name, if one is infinite or NaN."""
+    amax = max(map(abs, torch.stack(torch.aminmax(values)).tolist()))  # both are NaN if a value is
+    if not math.isfinite(amax):
+        raise ValueError(f"{name} has values that are not finite: the checkpoint is damaged")
+    return amax
+
+
 def group_parameters(values: Tensor) -> Tensor:
     """Scale and zero [..., 2], in bf16, of each group [..., group] of values."""
     least, largest = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
@@ -136,7 +145,7 @@ def group_parameters(values: Tensor) -> Tensor:
 
 def _scale(values: Tensor) -> Tensor:
     if not values.isfinite().all():
-        raise ValueError("the checkpoint has weights that are not finite; they can't be quantized")
+        raise ValueError("weights that are not finite can't be quantized")
     return torch.where(values == 0, 1, values).bfloat16()
 
 

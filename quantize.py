@@ -28,9 +28,9 @@ from checkpoint import (
     Checkpoint,
     StoredTensor,
     check_weight_scale,
+    check_writable,
     fp8_scale_names,
     load_weights,
-    one_of,
     open_checkpoint,
     read_json,
     read_scales,
@@ -40,9 +40,9 @@ from checkpoint import (
     weight_scale_name,
     write_safetensors,
 )
-from cli import Parser, add_model_options, run_program
+from cli import Parser, add_model_options, number, run_program
 from device import pick_device
-from formats import FORMATS, GROUPS, Weight, group_parameters
+from formats import FORMATS, GROUPS, Weight, group_parameters, largest
 from model import Residual, Transformer
 from ops import TORCH
 from ops.common import round_fp8
@@ -53,23 +53,19 @@ from tokenizer import Tokenizer
 ROWS = 4096  # of a weight that are in memory at once
 
 
-def quantize_fp8(
-    checkpoint: Checkpoint, scales: dict[str, float], file: Path, head: bool = False, progress=lambda n: None
-):
-    """Writes `checkpoint` with its linear weights, and with `head` its embedding, in E4M3, scales included.
+def quantize_fp8(checkpoint: Checkpoint, scales: dict[str, float], file: Path, progress=lambda n: None):
+    """Writes `checkpoint` with those of its weights in E4M3 that have one of `scales`, scales included.
 
-    `scales` are `read_scales`'. A weight is read and written some rows at a time. `progress` is called with the number
-    of source bytes done since the last call. Raises ValueError if the scales are of another model.
+    `scales` are `read_scales`', without the head's if the embedding is to stay as it is. A weight is read and written
+    some rows at a time. `progress` is called with the number of source bytes done since the last call. Raises
+    ValueError if the scales are of another model, or a weight is not finite.
     """
-    entries = {}
-    for name, tensors in checkpoint.parts.items():
-        scale = scales.get(weight_scale_name(name)) if head or name != "embedding.weight" else None
-        check_scale(name, tensors, scale)
-        shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
-        entries[name] = weight_entry(tensors, 0, shape, scale, progress)
-    for name, value in scales.items():
-        if head or not name.startswith("head"):
-            entries[name] = ("F32", (), lambda value=value: [tensor_bytes(torch.tensor(value))])
+    check_weights(checkpoint, scales)
+    entries = {
+        name: weight_entry(tensors, 0, joined_shape(tensors), scales.get(weight_scale_name(name)), progress)
+        for name, tensors in checkpoint.parts.items()
+    }
+    entries |= {name: scale_entry(value, ()) for name, value in scales.items()}
     write_safetensors(file, entries, {"weight_format": "fp8"})
 
 
@@ -77,30 +73,28 @@ def export_hf(checkpoint: Checkpoint, scales: dict[str, float], directory: Path,
     """Writes `checkpoint` with FP8 weights as llm-compressor publishes it, for vLLM, TGI and transformers.
 
     q, k and v, and gate and up, become tensors of their own again, with the scales that they share. Raises ValueError
-    if `directory` has weights already, is the source's, or the scales are of another model.
+    if `directory` holds anything, as `quantize_fp8`, and for a checkpoint of which only a part is read.
     https://github.com/vllm-project/compressed-tensors: src/compressed_tensors/quantization
     """
     source = checkpoint.directory
     config = read_json(source / "config.json")
-    if directory.resolve() == source.resolve():
-        raise ValueError(f"{directory} is the source itself: name another directory to export to")
-    if existing := sorted(directory.glob("model*.safetensors*")):
-        raise ValueError(f"{existing[0]} exists already: name an empty directory to export to")
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty: name a new directory to export to")
     if config["model_type"] == "gemma3":
         raise ValueError("of a multimodal Gemma 3 only the text part is read: it can't be exported whole")
+    check_weights(checkpoint, scales)
     entries = {}
     for name, parts in sources(checkpoint.config).items():
         scale, start = scales.get(f"{name}_scale"), 0
-        check_scale(name, checkpoint.parts[name], scale)
         for their_name, shape in parts:
             entries[their_name] = weight_entry(checkpoint.parts[name], start, shape, scale, progress)
             start += shape[0]
             for kind in () if scale is None else ("weight_scale", "input_scale"):
                 value = scales[name.removesuffix("weight") + kind]
-                entries[their_name.removesuffix("weight") + kind] = scale_entry(value)
+                entries[their_name.removesuffix("weight") + kind] = scale_entry(value, (1,))
     for ours, theirs in fp8_scale_names(checkpoint.config).items():
         if ours.endswith((".k_scale", ".v_scale")):
-            entries[theirs] = scale_entry(scales[ours])
+            entries[theirs] = scale_entry(scales[ours], (1,))
 
     group = {"targets": ["Linear"], "weights": FP8_SCHEME, "input_activations": FP8_SCHEME}
     config["quantization_config"] = {
@@ -112,15 +106,15 @@ def export_hf(checkpoint: Checkpoint, scales: dict[str, float], directory: Path,
         "kv_cache_scheme": FP8_SCHEME,
     }
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_safetensors(directory / "model.safetensors", entries, {"format": "pt"})  # first: what may fail leaves nothing
     for name in ("generation_config.json", "tokenizer.model"):
         if (source / name).exists():
             shutil.copyfile(source / name, directory / name)
-    write_safetensors(directory / "model.safetensors", entries, {"format": "pt"})  # last: what is there is whole
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def scale_entry(value: float):
-    return "F32", (1,), lambda: [tensor_bytes(torch.tensor(value))]
+def scale_entry(value: float, shape: tuple[int, ...]):
+    return "F32", shape, lambda: [tensor_bytes(torch.tensor(value))]
 
 
 def weight_entry(tensors: list[StoredTensor], start: int, shape: tuple[int, ...], scale: float | None, progress):
@@ -128,30 +122,38 @@ def weight_entry(tensors: list[StoredTensor], start: int, shape: tuple[int, ...]
     where there is a scale."""
 
     def blocks():
-        first, stop = start, start + shape[0]
-        for tensor in tensors:
-            with safe_open(tensor.file, framework="pt") as f:
-                stored = f.get_slice(tensor.key)
-                for row in range(max(first, 0), min(stop, tensor.shape[0]), ROWS):
-                    rows = stored[row : min(row + ROWS, stop, tensor.shape[0])]
-                    yield tensor_bytes(rows if scale is None else round_fp8(rows, scale))
-                    progress(rows.nbytes)
-            first, stop = first - tensor.shape[0], stop - tensor.shape[0]
+        for rows in stored_rows(tensors, start, start + shape[0]):
+            yield tensor_bytes(rows if scale is None else round_fp8(rows, scale))
+            progress(rows.nbytes)
 
     return tensors[0].dtype if scale is None else FP8_DTYPE, shape, blocks
 
 
-def check_scale(name: str, tensors: list[StoredTensor], scale: float | None):
-    if scale is not None:
-        largest = 0.0
-        for tensor in tensors:
-            with safe_open(tensor.file, framework="pt") as f:
-                largest = max(largest, f.get_tensor(tensor.key).abs().max().item())
-        check_weight_scale(name, largest, scale)
+def joined_shape(tensors: list[StoredTensor]) -> tuple[int, ...]:
+    return sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]
+
+
+def stored_rows(tensors: list[StoredTensor], start: int, stop: int) -> Iterator[Tensor]:
+    """Rows from `start` to `stop` of tensors joined along their first dimension, ROWS at most at a time."""
+    for tensor in tensors:
+        with safe_open(tensor.file, framework="pt") as f:
+            stored, end = f.get_slice(tensor.key), min(stop, tensor.shape[0])
+            for row in range(max(start, 0), end, ROWS):
+                yield stored[row : min(row + ROWS, end)]
+        start, stop = start - tensor.shape[0], stop - tensor.shape[0]
+
+
+def check_weights(checkpoint: Checkpoint, scales: dict[str, float]):
+    """Reads all weights once. Raises ValueError if one is not finite, or is not what its factor in `scales` says."""
+    for name, tensors in checkpoint.parts.items():
+        amax = max(
+            largest(tensor.key, rows) for tensor in tensors for rows in stored_rows([tensor], 0, tensor.shape[0])
+        )
+        if scale := scales.get(weight_scale_name(name)):
+            check_weight_scale(name, amax, scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Integers
 
 
 def write_int(
@@ -165,8 +167,10 @@ def write_int(
     """Writes `checkpoint` with its linear weights, and with `head` its embedding, in the format that `metadata` names.
 
     quantized(name) gives the parameters of a weight, in the order of its format, and is called in the model's order.
-    `progress` is called with the number of source bytes done since the last call.
+    `progress` is called with the number of source bytes done since the last call. Raises ValueError if a weight is not
+    finite.
     """
+    check_weights(checkpoint, {})
     entries, held = {}, {}
     weight_format, group = metadata["weight_format"], int(metadata.get("group_size", 0))
 
@@ -177,7 +181,7 @@ def write_int(
         yield tensor_bytes(held[name][index].cpu())
 
     for name, tensors in checkpoint.parts.items():
-        shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
+        shape = joined_shape(tensors)
         if name.endswith(LINEAR_WEIGHTS) or (head and name == "embedding.weight"):
             parts = stored_parts(name, shape, weight_format, group)
             for index, (key, (dtype, part_shape)) in enumerate(parts.items()):
@@ -191,14 +195,10 @@ def round_weight(
     checkpoint: Checkpoint, name: str, weight_format: str, group: int, progress=lambda n: None
 ) -> tuple[Tensor, ...]:
     """The parameters of a weight of `checkpoint` in weight_format, each value rounded by itself, ROWS at a time."""
-    pieces = []
-    for tensor in checkpoint.parts[name]:
-        with safe_open(tensor.file, framework="pt") as f:
-            stored = f.get_slice(tensor.key)
-            for row in range(0, tensor.shape[0], ROWS):
-                rows = stored[row : row + ROWS]
-                pieces.append(FORMATS[weight_format].quantize(rows, group))
-                progress(rows.nbytes)
+    tensors, pieces = checkpoint.parts[name], []
+    for rows in stored_rows(tensors, 0, joined_shape(tensors)[0]):
+        pieces.append(FORMATS[weight_format].quantize(rows, group))
+        progress(rows.nbytes)
     return tuple(torch.cat(parts) for parts in zip(*pieces))
 
 
@@ -338,13 +338,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--mode", choices=MODES, required=True)
     add_model_options(parser, "checkpoint_path")
     add("--fp8_head", action="store_true", help="fp8: the embedding, which is the output head, too")
-    add("--export_hf", type=Path, metavar="OUT", help="fp8: write a directory for vLLM, TGI and transformers instead")
+    add("--export_hf", metavar="OUT", help="fp8: write a new directory for vLLM, TGI and transformers instead")
     add("--quantize_embedding", action="store_true", help="int: the embedding, which is the output head, in int8")
-    add("--group_size", type=int, metavar="N", help="int4: neighbours that share a scale: 32 (default), 64, 128, 256")
+    add("--group_size", type=int, choices=GROUPS, help="int4: neighbours that share a scale (default: 32)")
     add("--text", type=Path, metavar="FILE", help="gptq: text, or JSON lines with 'text' (default: our own sources)")
-    add("--window", type=int, metavar="N", help="gptq: tokens that the model sees at once (default: 512)")
-    add("--max_tokens", type=int, metavar="N", help="gptq: of the text, from its start (default: 65536)")
-    add("--damping", type=float, help="gptq: share of its mean that is added to the hessian's diagonal (default: 0.01)")
+    add("--window", type=number(int, 2), metavar="N", help="gptq: tokens seen at once (default: 512)")
+    add("--max_tokens", type=number(int, 1), metavar="N", help="gptq: the text's first ones (default: 65536)")
+    damping = "gptq: share of its mean that is added to the hessian's diagonal (default: 0.01)"
+    add("--damping", type=number(float, 0, 1), help=damping)
     add("--act_order", action="store_true", help="gptq: inputs in the order of their size")
     add("--device", choices=("cuda", "cpu"), help="gptq: (default: cuda where there is a GPU)")
     return run_program(run, parser, argv)
@@ -353,7 +354,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace):
     for modes, options in OPTIONS.items():
         for option in options:
-            if getattr(args, option) not in (None, False) and args.mode not in modes:
+            value = getattr(args, option)
+            if value is not None and value is not False and args.mode not in modes:
                 raise ValueError(f"--{option} is for {' and '.join(f'--mode {mode}' for mode in modes)} only")
     checkpoint = open_checkpoint(args.checkpoint_path)
     if checkpoint.weight_format in QUANTIZED_FORMATS:
@@ -361,6 +363,8 @@ def run(args: argparse.Namespace):
     total = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
     prepare = prepare_fp8 if args.mode == "fp8" else prepare_int
     file, write = prepare(args, checkpoint)
+    if args.export_hf is None:
+        check_writable(file)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {file.name}", file=sys.stderr) as bar:
         write(bar.update)
     print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB, {file.stat().st_size / total:.0%} of the source")
@@ -373,24 +377,28 @@ def prepare_fp8(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
         command = f"python calibrate.py --checkpoint_path {checkpoint.directory}"
         raise FileNotFoundError(f"there are no scaling factors at {scales_file}: run {command}")
     scales = read_scales(scales_file, checkpoint.config)
-    if args.export_hf and args.fp8_head:
+    if not args.fp8_head:
+        scales = {name: scale for name, scale in scales.items() if not name.startswith("head")}
+    if args.export_hf is None:
+        file = checkpoint.directory / "gemma-fp8.safetensors"
+        return file, partial(quantize_fp8, checkpoint, scales, file)
+    if args.fp8_head:
         raise ValueError("--export_hf leaves the output head as it is: leave out --fp8_head")
-    if args.export_hf:
-        return args.export_hf / "model.safetensors", partial(export_hf, checkpoint, scales, args.export_hf)
-    file = checkpoint.directory / "gemma-fp8.safetensors"
-    return file, partial(quantize_fp8, checkpoint, scales, file, args.fp8_head)
+    if not args.export_hf:
+        raise ValueError("--export_hf needs the name of a directory")
+    out = Path(args.export_hf)
+    return out / "model.safetensors", partial(export_hf, checkpoint, scales, out)
 
 
 def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path, Callable]:
     """As `prepare_fp8`."""
     weight_format = args.mode.removesuffix("-gptq")
     group = (args.group_size or 32) if FORMATS[weight_format].grouped else 0
-    check_group(checkpoint, group)
+    if group:
+        check_group(checkpoint, group)
     head, metadata, text = args.quantize_embedding, {"weight_format": weight_format}, None
     if group:
         metadata |= {"group_size": str(group), "method": "gptq" if args.mode == "int4-gptq" else "rounded"}
-    if not 0 <= (args.damping or 0) <= 1:
-        raise ValueError(f"--damping must be from 0 to 1, not {args.damping:g}")
     if args.mode == "int4-gptq":
         device = pick_device(args.device)
         text = calibration_windows(args, checkpoint)
@@ -420,12 +428,8 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
 
 
 def check_group(checkpoint: Checkpoint, group: int):
-    if not group:
-        return
     inputs = {name: tensors[0].shape[1] for name, tensors in checkpoint.parts.items() if name.endswith(LINEAR_WEIGHTS)}
     fitting = [str(each) for each in GROUPS if all(k % each == 0 for k in inputs.values())]
-    if group not in GROUPS:
-        raise ValueError(f"--group_size must be {one_of(GROUPS)}, not {group}")
     for name, k in inputs.items():
         if k % group:
             advice = f"use {' or '.join(fitting)}" if fitting else "use --mode int8"
@@ -436,13 +440,15 @@ def calibration_windows(args: argparse.Namespace, checkpoint: Checkpoint) -> lis
     texts = read_texts(args.text) if args.text else own_text()
     if not args.text:
         print("note: GPTQ on this program's own sources; --text FILE with your kind of text is better", file=sys.stderr)
-    window, most = args.window or 512, args.max_tokens or 65536
+    window, most, least = args.window or 512, args.max_tokens or 65536, checkpoint.config.hidden_size
     if window > checkpoint.config.context_length:
         raise ValueError(f"a window of {window} tokens exceeds the context of {checkpoint.config.context_length}")
-    pieces = windows(texts, Tokenizer(checkpoint.directory / "tokenizer.model"), window)[: max(1, most // window)]
-    tokens, least = sum(map(len, pieces)), checkpoint.config.hidden_size
-    if tokens < least:
-        raise ValueError(f"the text has {tokens} tokens; GPTQ needs at least {least}, as many as the model is wide")
+    pieces = windows(texts, Tokenizer(checkpoint.directory / "tokenizer.model"), window)
+    pieces = [piece[: most - start] for start, piece in zip(range(0, most, window), pieces)]
+    if (tokens := sum(map(len, pieces))) < least:
+        raise ValueError(
+            f"there are {tokens} tokens of text; GPTQ needs at least {least}, as many as the model is wide"
+        )
     return pieces
 
 

@@ -226,17 +226,18 @@ def test_from_a_shell(file):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--window", "1"], "--window must be at least 2, not 1"),
+        (["--window", "1"], "--window: must be a whole number, at least 2, not '1'"),
         (["--window", "8193"], "a window of 8193 tokens exceeds the context of 8192"),
-        (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
+        (["--batch_size", "0"], "--batch_size: must be a whole number, at least 1, not '0'"),
         (["--text", "nowhere.txt"], "no text file at nowhere.txt"),
         (["--checkpoint_path", "no/such/directory"], "no/such/directory"),
         (["--against", "no/such/directory"], "no/such/directory"),
         (["--against_fp8"], "--against_fp8 needs --against"),
         (["--kv_cache_dtype", "fp7"], "invalid choice: 'fp7'"),
         (["--windw", "2"], "unrecognized arguments: --windw 2"),
-        (["--limit", "0"], "--limit must be at least 1, not 0"),
-        (["--num_fewshot", "5"], "--num_fewshot needs --tasks"),
+        (["--limit", "0"], "--limit: must be a whole number, at least 1, not '0'"),
+        (["--num_fewshot", "0"], "--num_fewshot needs --tasks"),
+        (["--seed", "0"], "--seed needs --tasks"),
         (["--compile"], "--compile needs --tasks"),
     ],
 )

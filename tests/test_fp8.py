@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import GREEDY, TINY_GEMMA, reference_model, save_checkpoint
+from conftest import GREEDY, TINY_GEMMA, copy_tiny_gemma, reference_model, save_checkpoint
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import calibrate
@@ -94,8 +95,6 @@ def test_scale_file_is_what_the_design_says(calibrated):
     assert "model.layers.0.mlp.gate_up_proj.weight_scale" in factors
     assert {"model.layers.2.self_attn.k_scale", "lm_head.weight_scale"} <= set(factors)
     assert all(f.dtype == torch.float32 and f.shape == () and f > 0 for f in factors.values())
-    from safetensors import safe_open
-
     with safe_open(calibrated / SCALES_NAME, "pt") as f:
         metadata = f.metadata()
     assert metadata["text"] == "text.txt"
@@ -103,26 +102,84 @@ def test_scale_file_is_what_the_design_says(calibrated):
     assert (metadata["amax"], metadata["kv_cache_dtype"], metadata["format_version"]) == ("maximum", "fp8_e4m3", "1")
 
 
+def one_error(err: str) -> str:
+    """The line on stderr, notes left out."""
+    (line,) = (line for line in err.splitlines() if not line.startswith("note: "))
+    assert line.startswith("error: ")
+    return line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--percentile", "40"], "--percentile must be above 50"),
-        (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--checkpoint_path", "nowhere"], "no checkpoint at nowhere"),
+        ("--percentile 40", "--percentile: must be a number, from 50 to 100, not '40'"),
+        ("--percentile nan", "--percentile: must be a number, from 50 to 100, not 'nan'"),
+        ("--batch_size 0", "--batch_size: must be a whole number, at least 1, not '0'"),
+        ("--batch_size -1", "--batch_size: must be a whole number, at least 1, not '-1'"),
+        ("--window 1", "--window: must be a whole number, at least 2, not '1'"),
+        ("--window 9000", "a window of 9000 tokens exceeds the context of 8192"),
+        ("--max_tokens -1", "--max_tokens: must be a whole number, at least 1, not '-1'"),
+        ("--max_tokens 63", "there are 63 tokens of text; calibrating needs at least 64"),
+        ("--text nowhere.txt", "nowhere.txt"),
+        ("--checkpoint_path nowhere", "no checkpoint at nowhere"),
     ],
 )
-def test_calibration_mistakes(capsys, arguments, message):
-    assert calibrate.main([*arguments, "--device", "cpu"]) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
-    assert len(err) == 1
-    assert err[0].startswith("error: ")
-    assert message in err[0]
+def test_calibration_mistakes(tmp_path, capsys, arguments, message):
+    copy_tiny_gemma(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert calibrate.main(["--checkpoint_path", str(tmp_path), "--device", "cpu", *arguments.split()]) == 2
+    assert message in one_error(capsys.readouterr().err)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_calibration_text_that_is_too_short(capsys, tmp_path):
     (tmp_path / "text.txt").write_text("x = 1\n")
     assert calibrate.main(["--text", str(tmp_path / "text.txt"), "--device", "cpu"]) == 2
     assert "calibrating needs at least 64" in capsys.readouterr().err
+
+
+def test_calibration_sees_as_many_tokens_as_it_is_told(copy, monkeypatch):
+    """Not whole windows only: 100 of a window of 512, 100 of windows of 64."""
+    seen, record = [], calibrate.record
+    monkeypatch.setattr(calibrate, "record", lambda model, pieces, size: seen.append(pieces) or record(model, pieces))
+    arguments = ["--checkpoint_path", str(copy), "--device", "cpu", "--max_tokens", "100", "--window"]
+    assert [calibrate.main([*arguments, window]) for window in ("512", "64")] == [0, 0]
+    (whole,), (first, rest) = seen
+    assert len(whole) == 100
+    assert first + rest == whole
+    with safe_open(copy / SCALES_NAME, "pt") as f:
+        assert f.metadata()["tokens"] == "100"
+
+
+def test_calibration_from_python_refuses(tiny):
+    for arguments, message in (
+        (([[2, 3]], 0), "a batch_size of at least 1, not 0"),
+        (([[2, 3]], -1), "a batch_size of at least 1, not -1"),
+        (([], 8), "needs windows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate.record(tiny[0], *arguments)
+
+
+def test_a_result_that_cannot_be_written_is_told_at_once(copy, monkeypatch, capsys):
+    """Before weights are read, let alone anything computed."""
+    runs = {  # what is written: the program's arguments
+        SCALES_NAME: (calibrate, "--device", "cpu"),
+        "gemma-fp8.safetensors": (quantize, "--mode", "fp8"),
+        "gemma-int4-gptq-g32.safetensors": (quantize, "--mode", "int4-gptq", "--device", "cpu"),
+    }
+
+    def never(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr(calibrate, "load_model", never)
+    monkeypatch.setattr(quantize, "check_weights", never)
+    for name in runs.keys() - {SCALES_NAME}:
+        shutil.copy(copy / SCALES_NAME, copy / name)
+    monkeypatch.setattr("os.access", lambda *arguments: False)
+    for name, (quantizer, *arguments) in runs.items():
+        assert quantizer.main(["--checkpoint_path", str(copy), *arguments]) == 2
+        assert f"{copy / name} can't be written: it is read-only" in one_error(capsys.readouterr().err)
 
 
 # --- scale files
@@ -200,6 +257,41 @@ def test_one_kv_scale_for_both_and_none_at_all(copy):
 
 
 # --- weights
+
+
+BAD = {  # kind: Hugging Face's name of a tensor
+    "embedding": "model.embed_tokens.weight",
+    "linear": "model.layers.3.self_attn.k_proj.weight",
+    "norm": "model.layers.5.post_attention_layernorm.weight",
+    "last norm": "model.norm.weight",
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("kind", BAD)
+def test_weights_that_are_not_finite_are_refused_by_name(copy, kind, value, capsys):
+    """Whatever is made of them; the factors are those of the weights before one of them was damaged."""
+    file, name, out = copy / "model.safetensors", BAD[kind], copy / "out"
+    weights = load_file(file)
+    weights[name].view(-1)[-1] = value  # of the embedding: a token that no text has
+    save_file(weights, file, {"format": "pt"})
+    before = sorted(copy.iterdir())
+    for arguments in (
+        "fp8",
+        "fp8 --fp8_head",
+        f"fp8 --export_hf {out}",
+        "int8",
+        "int4 --quantize_embedding",
+        "int4-gptq --max_tokens 512 --device cpu",
+    ):
+        assert quantize.main(["--checkpoint_path", str(copy), "--mode", *arguments.split()]) == 2
+        err = capsys.readouterr().err.splitlines()
+        assert [line for line in err if not line.startswith(("note: ", "writing"))][-1] == (
+            f"error: {name} has values that are not finite: the checkpoint is damaged"
+        )
+    assert calibrate.main(["--checkpoint_path", str(copy), "--device", "cpu", "--max_tokens", "128"]) == 2
+    assert "has values that are not finite" in capsys.readouterr().err
+    assert sorted(copy.iterdir()) == before
 
 
 @torch.no_grad()
