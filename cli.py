@@ -1,16 +1,19 @@
 """What the programs have in common: the parser, errors as one line, and the figures at the end of a run."""
 
 import argparse
+import io
 import math
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import interrupt
 import ops
 from cache import KV_CACHE_DTYPES
 from device import GIB, copy_bandwidth, peak_memory
@@ -24,7 +27,13 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises ValueError where the original prints and exits."""
 
     def error(self, message: str):
-        raise ValueError(f"{message} (--help lists the options)")
+        hint = "--help lists the options"
+        if "expected" in message:  # argparse took what begins with a minus for an option
+            hint = "write --option=-value where a value begins with '-'; " + hint
+        raise ValueError(f"{message} ({hint})")
+
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file, flush=True)  # argparse would hide that stdout is full
 
 
 def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], int | float]:
@@ -44,12 +53,24 @@ def number(kind: type[int] | type[float], least: float, most: float = math.inf) 
     return read
 
 
+def path(text: str) -> Path:
+    """What argparse's `type` takes for a path: an empty one, which pathlib takes for the current directory, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, not ''")
+    return Path(text)
+
+
 def add_model_options(parser: argparse.ArgumentParser, *names: str):
     """Adds those of the options that several programs take and that are named: checkpoint_path, fp8, ops and so on."""
     options = {
-        "checkpoint_path": dict(type=Path, default=DEFAULT_CHECKPOINT, help="directory, or weight file in it"),
+        "checkpoint_path": dict(
+            type=path,
+            default=DEFAULT_CHECKPOINT,
+            metavar="PATH",
+            help="directory, or weight file in it (default: checkpoints/tiny-gemma beside this program)",
+        ),
         "fp8": dict(action="store_true", help="FP8 weights and products (calibrate.py makes the scaling factors)"),
-        "kv_cache_dtype": dict(choices=KV_CACHE_DTYPES, default="auto", help="auto: as --precision"),
+        "kv_cache_dtype": dict(choices=KV_CACHE_DTYPES, default="auto", help="auto: as --precision (default: auto)"),
         "device": dict(choices=("cuda", "cpu"), help="(default: cuda where there is a GPU)"),
         "ops": dict(
             choices=ops.NAMES, default="auto", help="what runs the layers (default: kernels on a GPU, else torch)"
@@ -61,18 +82,52 @@ def add_model_options(parser: argparse.ArgumentParser, *names: str):
 
 
 def run_program(run: Callable, parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
-    """Parses, runs and gives the exit status: 0, or 2 with one line on stderr for what the user can mend."""
+    """Parses, runs and gives the exit status: 0, or 2 with one line on stderr for what the user can mend, or 130 for
+    Ctrl-C."""
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
+    status = 0
     try:
-        run(parser.parse_args(argv))
-    except BrokenPipeError:  # the reader of stdout is gone; Python would complain once more on exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        with interrupt.raised():
+            _ready_streams()
+            run(parser.parse_args(argv))
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout is gone
+        pass
+    except (ValueError, OSError, MemoryError) as error:
+        print_error(error)
+        status = 2
     except KeyboardInterrupt:
-        return 130
-    return 0
+        status = 130
+    for stream in filter(
+        None, (sys.stdout, sys.stderr)
+    ):  # what can't be written, Python would complain of once more on exit
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status
+
+
+def print_error(error: Exception):
+    """Prints an error as one line on stderr."""
+    with suppress(OSError):  # then there is nobody to tell
+        print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
+
+
+def _ready_streams():
+    """Makes the standard streams fit for any text, and sees to those that are closed. Raises ValueError without stdout."""
+    for descriptor in range(3):  # the next file that is opened would get the number of a closed one, and its output
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")  # else print would write to stdout
+    if sys.stdout is None:
+        raise ValueError("stdout is closed")
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
+            stream.reconfigure(errors=errors)
 
 
 @dataclass

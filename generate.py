@@ -3,6 +3,11 @@
 From Python: `model, tokenizer = load_model(path)`, then `generate(model, [tokenizer.encode(text)])`.
 """
 
+import interrupt
+
+if __name__ == "__main__":
+    interrupt.silence()  # while the rest is imported
+
 import argparse
 import json
 import os
@@ -13,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,24 +28,39 @@ from checkpoint import (
     INT_FORMATS,
     SCALES_NAME,
     WEIGHT_FORMATS,
+    check_writable,
     load_weights,
     open_checkpoint,
     parameter_name,
     read_scales,
     scales_file,
+    write_atomically,
 )
-from cli import DEFAULT_CHECKPOINT, PRECISIONS, Parser, Stats, add_model_options, print_figures, run_program
+from cli import (
+    DEFAULT_CHECKPOINT,
+    PRECISIONS,
+    Parser,
+    Stats,
+    add_model_options,
+    number,
+    path,
+    print_error,
+    print_figures,
+    run_program,
+)
 from device import check_memory, now, pick_device
 from model import Transformer
 from ops import choose
 from runner import Runner, held_bytes, lease
 from sampling import Sampling, noise_of
-from text import read_prompts
+from text import check_prompt, check_text, read_prompts
 from tokenizer import TextStream, Tokenizer
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 MAX_BATCH = 64  # rows that run at once where --batch_size doesn't say
 CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
+MOST = 2**31 - 1  # of anything that is counted
+RESULT_BYTES, TOKEN_BYTES = 500, 40  # of the host's memory for a finished row, and for each of its tokens
 LENGTH_STEP = 64  # caches have a multiple of this length: fewer different shapes to compile
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +84,7 @@ def load_model(
     wrong; warns about shards that are converted in memory.
     """
     device = pick_device(device)
-    if precision not in PRECISIONS:
+    if precision not in tuple(PRECISIONS):
         raise ValueError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     operations = choose(ops, device)  # before gigabytes are read
@@ -167,7 +188,7 @@ def generate(
 
     Several threads may run one model at a time, each with a cache of its own. Raises ValueError for an empty prompt, an
     unknown token id, a prompt too long for the context, a setting of a wrong type or out of its range, or too little
-    memory, saying which.
+    memory, that of the host for the results included, saying which.
     """
     config, device = model.config, model.device
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
@@ -178,13 +199,13 @@ def generate(
     for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples), ("batch_size", batch_size)):
         if value is None and name == "batch_size":
             continue
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not _is_whole(value):
             raise ValueError(f"{name} must be a whole number, not {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        if not 1 <= value <= MOST:
+            raise ValueError(f"{name} must be at {f'least 1, not {value}' if value < 1 else f'most {MOST}'}")
+    if seed is not None and not _is_whole(seed):
         raise ValueError(f"seed must be a whole number, not {seed!r}")
-    if isinstance(prompts, str) or not all(isinstance(prompt, list | tuple) for prompt in prompts):
+    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, list | tuple) for prompt in prompts):
         raise ValueError("prompts must be lists of token ids, which tokenizer.encode(text) makes")
     prompts = [list(prompt) for prompt in prompts]
     if not prompts:
@@ -193,33 +214,44 @@ def generate(
         which = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
         if not prompt:
             raise ValueError(f"{which} is empty")
-        if not all(isinstance(token, int) for token in prompt):
+        if not all(map(_is_whole, prompt)):
             raise ValueError(f"{which} must be a list of token ids, which tokenizer.encode(text) makes")
         if not all(0 <= token < config.vocab_size for token in prompt):
             raise ValueError(f"{which} has a token id outside the vocabulary of {config.vocab_size}")
         check_context(model, len(prompt), max_new_tokens, which)
     if on_token is not None and len(prompts) * num_samples > 1:
         raise ValueError("on_token streams a single row")
-    stop_ids = config.stop_ids if stop_ids is None else tuple(stop_ids)
+    if stop_ids is None:
+        stop_ids = config.stop_ids
+    elif not isinstance(stop_ids, list | tuple | set | frozenset) or not all(map(_is_whole, stop_ids)):
+        raise ValueError(f"stop_ids must be a list of token ids, not {stop_ids!r}")
+    elif not all(0 <= token < config.vocab_size for token in stop_ids):
+        raise ValueError(f"stop_ids has a token id outside the vocabulary of {config.vocab_size}")
     seed = secrets.randbits(32) if seed is None else seed
     stats = Stats() if stats is None else stats
 
-    rows = [(i, j) for i in range(len(prompts)) for j in range(num_samples)]
-    rows.sort(key=lambda row: len(prompts[row[0]]))
-    n_batches = -(-len(rows) // min(batch_size or MAX_BATCH, len(rows)))
-    batch_size = -(-len(rows) // n_batches)  # even batches: no last one that is nearly empty
+    n_rows = len(prompts) * num_samples
+    n_batches = -(-n_rows // min(batch_size or MAX_BATCH, n_rows))
+    batch_size = -(-n_rows // n_batches)  # even batches: no last one that is nearly empty
     longest = max(map(len, prompts))
     length = min(-(-(longest + max_new_tokens) // LENGTH_STEP) * LENGTH_STEP, config.context_length)
     _check_run_memory(model, batch_size, length, longest, codec, sampling)
+    check_memory(
+        n_rows * (RESULT_BYTES + TOKEN_BYTES * max_new_tokens),
+        torch.device("cpu"),
+        f"the text of {n_rows} rows",
+        "lower --num_samples, --max_new_tokens or the number of prompts",
+    )
 
-    results: dict[tuple[int, int], list[int]] = {}
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    rows = ((i, j) for i in by_length for j in range(num_samples))
+    results: list[list[list[int]]] = [[] for _ in prompts]  # of each prompt, its samples in order
     try:
         start = now(device)
         with lease(model, batch_size, length, codec, compile, compile_prefill) as runner:
             runner.start(model, batch_size, sampling, stop_ids)
             stats.compile_seconds += now(device) - start
-            for i in range(0, len(rows), batch_size):
-                batch = rows[i : i + batch_size]
+            while batch := list(islice(rows, batch_size)):
                 noise = [noise_of(seed, *row, max_new_tokens) for row in batch] if sampling.temperature else []
                 start = now(device)
                 if on_step is not None:
@@ -228,9 +260,11 @@ def generate(
                 prefilled = now(device)
                 steps = runner.decode(model, max_new_tokens - 1, on_token, on_step, stop_check)
                 end = now(device)
-                results.update(zip(batch, runner.results(len(batch))))
+                new = runner.results(len(batch))
+                for (i, _), tokens in zip(batch, new):
+                    results[i].append(tokens)
 
-                new_tokens = sum(len(results[row]) for row in batch)
+                new_tokens = sum(map(len, new))
                 prompt_tokens = sum(len(prompts[row[0]]) for row in batch)
                 context = int((prompt_tokens + new_tokens / 2) / len(batch))
                 stats.prefill_seconds += prefilled - start
@@ -245,7 +279,11 @@ def generate(
             f"out of {device.type} memory with {batch_size} rows of {length} tokens; "
             "lower --batch_size, --max_new_tokens or the length of the prompts"
         ) from None
-    return [results[i, j] for i in range(len(prompts)) for j in range(num_samples)]
+    return [tokens for samples in results for tokens in samples]
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_context(model: Transformer, prompt_tokens: int, max_new_tokens: int, which: str = "the prompt"):
@@ -284,15 +322,21 @@ def program_parser() -> argparse.ArgumentParser:
     add, default = parser.add_argument, Sampling()
     add_model_options(parser, "checkpoint_path")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
     source.add_argument(
-        "--prompts_file", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with 'prompt'"
+        "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts (default: a bit of Python)"
+    )
+    source.add_argument(
+        "--prompts_file",
+        type=path,
+        metavar="FILE",
+        help="a prompt a line, or JSON lines with 'prompt'; - is stdin (default: none)",
     )
     source.add_argument("--interactive", action="store_true", help="chat; the cache is kept between turns")
     add("--chat", action="store_true", help="put prompts into the chat format (instruction-tuned checkpoints)")
-    add("--max_new_tokens", type=int, default=200, metavar="N")
-    add("--batch_size", type=int, metavar="N", help=f"rows that run at once (default: all, at most {MAX_BATCH})")
-    add("--num_samples", type=int, default=1, metavar="N", help="completions of each prompt")
+    count = number(int, 1)
+    add("--max_new_tokens", type=count, default=200, metavar="N", help="of a completion (default: %(default)s)")
+    add("--batch_size", type=count, metavar="N", help=f"rows that run at once (default: all, at most {MAX_BATCH})")
+    add("--num_samples", type=count, default=1, metavar="N", help="completions of each prompt (default: %(default)s)")
     add("--temperature", type=float, default=default.temperature, help="0 is greedy (default: %(default)s)")
     add("--top_k", type=int, default=default.top_k, help="0 is no limit (default: %(default)s)")
     add("--top_p", type=float, default=default.top_p, help="(default: %(default)s)")
@@ -303,13 +347,23 @@ def program_parser() -> argparse.ArgumentParser:
     add("--compile_prefill", action="store_true", help="compile prefill, too")
     add_model_options(parser, "fp8", "kv_cache_dtype", "device", "ops", "precision")
     add("--json", action="store_true", help="print one JSON object a completion")
-    add("--profile", type=Path, metavar="TRACE.json", help="write a chrome trace of prefill and ten decode steps")
+    add(
+        "--profile",
+        type=path,
+        metavar="TRACE.json",
+        help="write a chrome trace of prefill and ten decode steps (default: none)",
+    )
     return parser
 
 
 def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sampling: Sampling, seed: int):
     """Holds a conversation on stdin and stdout. Each turn's prefill covers what is new since the one before."""
+    if sys.stdin is None:
+        raise ValueError("--interactive reads stdin, which is closed")
     length = min(model.config.context_length, CHAT_LENGTH)
+    room = length - len(tokenizer.encode_turn(""))
+    if args.max_new_tokens > room:
+        raise ValueError(f"--max_new_tokens can be at most {room} in a conversation of {length} tokens")
     codec = codec_of(args.kv_cache_dtype, model.dtype)
     _check_run_memory(model, 1, length, min(length, 1024), codec, sampling)
     with lease(model, 1, length, codec, args.compile, args.compile_prefill) as runner:
@@ -327,6 +381,11 @@ def _converse(model: Transformer, tokenizer: Tokenizer, runner: Runner, max_new_
         except EOFError:
             return
         if not text:
+            continue
+        try:
+            check_text(text, "the line")
+        except ValueError as error:
+            print_error(error)
             continue
         tokens = unread + tokenizer.encode_turn(text, first=cached == 0)
         if cached and cached + len(tokens) + max_new_tokens > length:
@@ -353,40 +412,40 @@ def _print_token(stream: TextStream, stop_ids: tuple[int, ...], token: int):
 
 
 class _Trace:
-    """Records prefill and ten decode steps as `on_step` is called, and writes them as a chrome trace."""
+    """Records prefill and ten decode steps as `on_step` is called."""
 
-    def __init__(self, file: Path):
-        self.file, self.recording = file, None
+    recording = None
+    running = False
 
     def __call__(self, step: int, runner: Runner):
         if step == 0 and self.recording is None:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self.recording = torch.profiler.profile(activities=activities)
+            self.recording, self.running = torch.profiler.profile(activities=activities), True
             self.recording.start()
         elif step == 11:
-            self.finish()
+            self.stop()
 
-    def finish(self):
-        recording, self.recording = self.recording, False
-        if recording:
-            recording.stop()
-            temporary = self.file.with_name(f".{os.getpid()}.{self.file.name}")
-            recording.export_chrome_trace(str(temporary))
-            os.replace(temporary, self.file)
+    def stop(self):
+        if self.running:
+            self.running = False
+            self.recording.stop()
+
+    def write(self, file: Path):
+        """Writes a chrome trace."""
+        write_atomically(file, lambda out: self.recording.export_chrome_trace(out.name))
 
 
 def run(args: argparse.Namespace):
     if args.interactive and (args.json or args.profile or args.num_samples > 1 or (args.batch_size or 1) > 1):
         raise ValueError("--interactive takes no --json, --profile, --num_samples or --batch_size")
-    if args.profile is not None and not args.profile.absolute().parent.is_dir():
-        raise ValueError(f"--profile: there is no directory {args.profile.parent}")
+    if args.profile is not None:
+        check_writable(args.profile)
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     texts = read_prompts(args.prompts_file) if args.prompts_file else args.prompt or [DEFAULT_PROMPT]
     for text in texts:
-        if not text:
-            raise ValueError("the prompt is empty")
+        check_prompt(text)
     start = time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision, args.fp8, args.ops)
     load_seconds = now(model.device) - start
@@ -398,7 +457,7 @@ def run(args: argparse.Namespace):
     prompts = [tokenizer.encode_turn(text) if args.chat else tokenizer.encode(text) for text in texts]
     stop_ids, stats, stream = model.config.stop_ids, Stats(), tokenizer.stream()
     streaming = sys.stdout.isatty() and not args.json and len(prompts) * args.num_samples == 1
-    trace = _Trace(args.profile) if args.profile else None
+    trace = _Trace() if args.profile else None
 
     if streaming and not args.chat:
         print(texts[0], end="", flush=True)
@@ -418,15 +477,18 @@ def run(args: argparse.Namespace):
         stats=stats,
     )
     if trace:
-        trace.finish()
+        trace.stop()
     if streaming:
         print(stream.end(), flush=True)
     else:
         _print_completions(texts, prompts, completions, tokenizer, stop_ids, args)
     print_figures(stats, load_seconds, model, seed)
+    if trace:
+        trace.write(args.profile)
 
 
 def _print_completions(texts, prompts, completions, tokenizer, stop_ids, args):
+    ascii_only = sys.stdout.encoding not in ("utf-8", "UTF-8")  # what stands for other characters then is no JSON
     for i, tokens in enumerate(completions):
         prompt, sample_index = divmod(i, args.num_samples)
         stopped = tokens[-1] in stop_ids
@@ -439,7 +501,7 @@ def _print_completions(texts, prompts, completions, tokenizer, stop_ids, args):
                 "finish_reason": "stop" if stopped else "length",
                 "prompt_tokens": len(prompts[prompt]),
             }
-            print(json.dumps(completion, ensure_ascii=False))
+            print(json.dumps(completion, ensure_ascii=ascii_only))
             continue
         if len(completions) > 1:
             print(f"--- prompt {prompt + 1}" + (f", sample {sample_index + 1}" if args.num_samples > 1 else ""))

@@ -1,74 +1,125 @@
 """Prompts and texts from files, and texts cut into windows of tokens."""
 
 import json
+import sys
 from pathlib import Path
 
 BOM = b"\xef\xbb\xbf"
+JSON_LINES = (".jsonl", ".json")  # suffixes
+
+
+def check_text(text: str, name: str = "the text"):
+    """Raises ValueError for what is no text: no str, or one with half a surrogate pair, as a bad byte of a command line
+    becomes, or as JSON can spell."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a str, not {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = text[error.start]
+        raise ValueError(f"{name} is not UTF-8: {bad!r} is its character {error.start + 1}") from None
+
+
+def check_prompt(prompt: str):
+    """Raises ValueError for a prompt that is empty or no text."""
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    check_text(prompt, "the prompt")
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Prompts of a text file, one a line, or of JSON lines, one object with a string `prompt` a line.
+    """Prompts of a text file, one a line, or of JSON lines, one object with a string `prompt` and nothing else a line.
 
-    A file is JSON lines if its name ends in .jsonl or .json, or if any line is an object with a `prompt`. Raises
-    ValueError with the number of a line that holds no prompt, FileNotFoundError without the file.
+    A file, or for "-" stdin, is JSON lines if its name ends in .jsonl or .json, or if any line is an object with a
+    `prompt`; then blank lines are skipped. Raises ValueError with the number of a line that holds no prompt or a key
+    that is unknown: a setting whose name has a slip would be without effect. FileNotFoundError without the file.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"no prompts file at {file}")
-    lines = file.read_bytes().removeprefix(BOM).rstrip().splitlines()
-
-    def prompt_of(line: bytes) -> str | None:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            return None
-        prompt = entry.get("prompt") if isinstance(entry, dict) else None
-        return prompt if isinstance(prompt, str) else None
-
-    is_json = file.suffix in (".jsonl", ".json") or any(prompt_of(line) is not None for line in lines)
+    name, content = _read(file, "prompts file")
+    lines = _lines(content, name)
+    is_json = file.suffix in JSON_LINES or any("prompt" in _object(line) for line in lines)
     prompts = []
     for number, line in enumerate(lines, start=1):
+        prompt = line
+        if is_json:
+            if not line.strip():
+                continue
+            entry = _object(line)
+            prompt = entry.pop("prompt", None)
+            if not isinstance(prompt, str):
+                raise ValueError(f"{name}, line {number}: not a JSON object with a string 'prompt'")
+            if entry:
+                unknown = ", ".join(map(repr, entry))
+                raise ValueError(f"{name}, line {number}: unknown {unknown}; only 'prompt' is known")
         try:
-            prompt = prompt_of(line) if is_json else line.decode("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{file}, line {number}: not UTF-8 text") from None
-        if prompt is None:
-            raise ValueError(f"{file}, line {number}: not a JSON object with a string 'prompt'")
-        if not prompt:
-            raise ValueError(f"{file}, line {number}: the prompt is empty")
+            check_prompt(prompt)
+        except ValueError as error:
+            raise ValueError(f"{name}, line {number}: {error}") from None
         prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"{file} holds no prompts")
+        raise ValueError(f"{name} holds no prompts")
     return prompts
 
 
 def read_texts(file: Path) -> list[str]:
     """The documents of `file`: of JSON lines (its name ends in .jsonl or .json) the string `text` of each object, of
-    any other file its whole content as one.
+    any other file, or for "-" of stdin, its whole content as one.
 
+    Other keys of an object are passed over: corpora come with metadata beside each text, which is no setting of ours.
     Raises FileNotFoundError without the file, ValueError if it is no UTF-8, for a line (named by its number) that is
     not such an object, and if there is no text at all.
     """
     file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"no text file at {file}")
-    content = file.read_bytes().removeprefix(BOM)
-    texts = []
-    if file.suffix in (".jsonl", ".json"):
-        for number, line in enumerate(content.rstrip().splitlines(), start=1):
+    name, content = _read(file, "text file")
+    if file.suffix in JSON_LINES:
+        texts = []
+        for number, line in enumerate(_lines(content, name), start=1):
+            if not line.strip():
+                continue
+            text = _object(line).get("text")
             try:
-                text = json.loads(line)["text"]
-                text.encode()  # JSON can spell half a surrogate pair, which is no text
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise ValueError(f"{file}, line {number}: not a JSON object with a string 'text'") from None
+                check_text(text)
+            except ValueError:
+                raise ValueError(f"{name}, line {number}: not a JSON object with a string 'text'") from None
             texts.append(text)
     else:
-        try:
-            texts.append(content.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise ValueError(f"{file}: not UTF-8 text") from None
+        texts = [_decoded(content, name)]
     if not any(texts):
-        raise ValueError(f"{file} holds no text")
+        raise ValueError(f"{name} holds no text")
     return texts
+
+
+def _read(file: Path, what: str) -> tuple[str, bytes]:
+    """Name and content, without a byte order mark, of a file or a pipe, which can be read but once; of stdin for "-"."""
+    if str(file) == "-":
+        if sys.stdin is None:
+            raise ValueError(f"the {what} is stdin, which is closed")
+        return "stdin", sys.stdin.buffer.read().removeprefix(BOM)
+    if not file.exists() or file.is_dir():
+        raise FileNotFoundError(f"no {what} at {file}")
+    return str(file), file.read_bytes().removeprefix(BOM)
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}: not UTF-8 text") from None
+
+
+def _lines(content: bytes, name: str) -> list[str]:
+    """All but blank lines at the end. (Python's lines of a str would end at more than line ends.)"""
+    return [
+        _decoded(line, f"{name}, line {number}") for number, line in enumerate(content.rstrip().splitlines(), start=1)
+    ]
+
+
+def _object(line: str) -> dict:
+    """The JSON object that a line is, an empty one for any other line."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
 
 
 def own_text() -> list[str]:

@@ -5,15 +5,21 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from text import check_text
+
+MAX_BYTES = 2**28  # of a tokenizer.model; Gemma's have 5 million
+
 
 class Tokenizer:
     """`encode` puts <bos> in front, as every Gemma expects. Ids of control tokens decode to nothing."""
 
     def __init__(self, path: str | Path):
-        """Loads tokenizer.model. Raises FileNotFoundError, or ValueError if the file is cut or is not Gemma's."""
+        """Loads tokenizer.model. Raises FileNotFoundError without the file, ValueError if it is cut or is not Gemma's."""
         path = Path(path)
-        if not path.exists():
+        if not path.is_file():  # a pipe could be waited for without end
             raise FileNotFoundError(f"no tokenizer at {path}; a checkpoint needs Gemma's tokenizer.model")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{path} has {size:,} bytes: it is not Gemma's tokenizer")
         self.sp = SentencePieceProcessor()
         try:
             self.sp.LoadFromSerializedProto(path.read_bytes())
@@ -30,17 +36,22 @@ class Tokenizer:
         return None if token == self.sp.unk_id() else token
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Raises ValueError for what is no text: a str with half a surrogate pair, such as a byte that is no UTF-8."""
+        check_text(text)
         return [self.bos_id] * bos + self.sp.encode(text)
 
     def encode_turn(self, text: str, first: bool = True) -> list[int]:
         """A user's turn and the head of the model's: after <bos> if it is the `first`, else behind the model's
         <end_of_turn>. Raises ValueError if this tokenizer has no turn tokens."""
         if self.start_of_turn is None or self.end_of_turn is None:
-            raise ValueError("this checkpoint's tokenizer has no chat tokens (<start_of_turn>): leave out --chat")
+            raise ValueError("this checkpoint's tokenizer has no chat tokens (<start_of_turn>), which a chat needs")
         turn = f"<start_of_turn>user\n{text.strip()}<end_of_turn>\n<start_of_turn>model\n"
         return self.encode(turn) if first else self.encode("\n" + turn, bos=False)
 
     def decode(self, tokens: list[int]) -> str:
+        """Raises ValueError for what are no token ids."""
+        if not isinstance(tokens, list | tuple) or not all(isinstance(token, int) and token >= 0 for token in tokens):
+            raise ValueError(f"tokens must be a list of token ids, not {tokens!r}")
         return b"".join(map(self._bytes, tokens)).decode("utf-8", errors="replace")
 
     def stream(self) -> "TextStream":

@@ -49,7 +49,7 @@ def test_first_command_prints_text_and_figures():
 def test_json_objects_in_input_order(capsys, tmp_path):
     prompts = ["import sys\n", "x", "class Point:\n    def __init__(self, x, y):\n", "y"]
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": prompt, "id": 3}) + "\n" for prompt in prompts))
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     options = ("--max_new_tokens", 30, "--seed", 5, "--num_samples", 2, "--precision", "fp32", "--json")
     status, out, err = run(capsys, "--prompts_file", file, "--batch_size", 3, *options)
     assert status == 0, err
@@ -231,15 +231,15 @@ def test_profile_is_a_trace_of_prefill_and_ten_steps(capsys, tmp_path):
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", ""], "the prompt is empty"),
         (["--max_new_tokens", "8190"], "exceeds the context of 8192"),
-        (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, not 0"),
-        (["--max_new_tokens", "many"], "argument --max_new_tokens: invalid int value: 'many'"),
+        (["--max_new_tokens", "0"], "argument --max_new_tokens: must be a whole number, at least 1, not '0'"),
+        (["--max_new_tokens", "many"], "argument --max_new_tokens: must be a whole number, at least 1, not 'many'"),
         (["--temperature", "-1"], "temperature must be a number, at least 0, not -1.0"),
         (["--top_p", "0"], "top_p must be a number above 0 and at most 1, not 0.0"),
         (["--min_p", "1.5"], "min_p must be a number from 0 to 1, not 1.5"),
         (["--top_k", "-5"], "top_k must be a whole number, at least 0 (0: no limit), not -5"),
         (["--repetition_penalty", "0"], "repetition_penalty must be a number above 0, not 0.0"),
-        (["--num_samples", "0"], "num_samples must be at least 1"),
-        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--num_samples", "0"], "argument --num_samples: must be a whole number, at least 1"),
+        (["--batch_size", "0"], "argument --batch_size: must be a whole number, at least 1"),
         (["--prompts_file", "nowhere.txt"], "no prompts file at nowhere.txt"),
         (["--prompt", "a", "--interactive"], "not allowed with argument"),
         (["--interactive", "--json"], "--interactive takes no --json"),
@@ -263,7 +263,14 @@ def test_mistakes_get_one_line(capsys, arguments, message):
     ("content", "message"),
     [
         (b'{"prompt": "a"}\n{"prompt": 3}\n', "line 2: not a JSON object with a string 'prompt'"),
-        (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "line 2: not a JSON"),
+        (b'{"prompt": "a"}\n\n{"prompt": 3}\n', "line 3: not a JSON"),
+        (b'{"prompt": "a"}\n{"prompt": "b", "temprature": 0.5}\n', "line 2: unknown 'temprature'; only 'prompt' is"),
+        (b'{"prompt": "a", "max_new_tokens": 3, "id": 1}\n', "line 1: unknown 'max_new_tokens', 'id'; only"),
+        (b'{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "line 2: the prompt is not UTF-8: '\\ud800' is its character 1"),
+        (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "line 2: not UTF-8 text"),
+        (b'{"prompt": "a"}\n{"prompt": "\xed\xa0\x80"}\n', "line 2: not UTF-8 text"),
+        (b'{"prompt": "a"}\n' + b"[" * 100_000 + b"\n", "line 2: not a JSON object"),
+        (b'{"prompt": null}\n', "line 1: not a JSON object with a string 'prompt'"),
         (b'{"text": "a"}\n{"prompt": "b"}\n', "line 1: not a JSON"),
         (b'{"prompt": "a"}\n{"prompt": "b', "line 2: not a JSON"),
         (b'{"prompt": "a"}\n{"prompt": ""}\n', "line 2: the prompt is empty"),
