@@ -7,6 +7,11 @@ to read (weights, valid keys and values) over its time, as a share of what a lar
 a step at that speed.
 """
 
+import interrupt
+
+if __name__ == "__main__":
+    interrupt.silence()  # while the rest is imported
+
 import argparse
 import datetime
 import importlib.metadata

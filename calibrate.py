@@ -4,6 +4,11 @@ Writes fp8_scales.safetensors beside the checkpoint: one float32 a factor, real 
 file with int8 or int4 weights gets a file of its own, for an FP8 KV cache with these weights.
 """
 
+import interrupt
+
+if __name__ == "__main__":
+    interrupt.silence()  # while the rest is imported
+
 import argparse
 import sys
 from collections.abc import Callable, Iterable

@@ -1,6 +1,11 @@
 """Perplexity of a text file, how far one checkpoint's predictions are from another's, and scores in benchmarks by
 EleutherAI's lm-evaluation-harness."""
 
+import interrupt
+
+if __name__ == "__main__":
+    interrupt.silence()  # while the rest is imported
+
 import argparse
 import json
 import math

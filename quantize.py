@@ -4,6 +4,11 @@ int8 and int4 are for weights only: activations stay as they are. int4-gptq writ
 for one another's rounding on a text (https://arxiv.org/abs/2210.17323).
 """
 
+import interrupt
+
+if __name__ == "__main__":
+    interrupt.silence()  # while the rest is imported
+
 import argparse
 import json
 import shutil
