@@ -1,32 +1,38 @@
 """Convert a Hugging Face checkpoint directory into one file, gemma.safetensors, that loads without copies."""
 
-import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import interrupt
+
+if __name__ == "__main__":
+    interrupt.silence()  # while the rest is imported
+
+import argparse
+
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoint import CONVERTED_NAME, convert, open_checkpoint
+from checkpoint import CONVERTED_NAME, check_writable, convert, open_checkpoint
+from cli import Parser, path, run_program
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="with config.json and model*.safetensors")
-    args = parser.parse_args()
+def run(args: argparse.Namespace):
     file = args.directory / CONVERTED_NAME
-    try:
-        if args.directory.is_file():
-            raise ValueError(f"{args.directory} is a file; name the checkpoint's directory")
-        checkpoint = open_checkpoint(args.directory, formats=())
-        size = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"writing {file.name}") as bar:
-            convert(checkpoint, file, bar.update)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.directory.is_file():
+        raise ValueError(f"{args.directory} is a file; name the checkpoint's directory")
+    checkpoint = open_checkpoint(args.directory, formats=())
+    check_writable(file)
+    size = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"writing {file.name}") as bar:
+        convert(checkpoint, file, bar.update)
     print(f"{file}: {checkpoint.parameters / 1e6:,.1f} M parameters, {size / 1e9:.2f} GB", file=sys.stderr)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="convert_hf_checkpoint.py", description=__doc__)
+    parser.add_argument("directory", type=path, help="with config.json and model*.safetensors")
+    return run_program(run, parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
 """Download a Gemma checkpoint from the Hugging Face Hub into checkpoints/REPO_ID."""
 
-import argparse
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import interrupt
+
+if __name__ == "__main__":
+    interrupt.silence()  # while the rest is imported
+
+import argparse
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -13,6 +20,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from cli import Parser, path, run_program
 
 FILES = [
     "config.json",
@@ -61,19 +70,19 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("repo_id", help="such as google/gemma-7b")
-    parser.add_argument("--checkpoints_dir", type=Path, default=Path(__file__).parent.parent / "checkpoints")
-    parser.add_argument("--hf_token", help="access token (default: HF_TOKEN, or what 'hf auth login' stored)")
-    parser.add_argument("--revision", help="branch, tag or commit")
-    args = parser.parse_args()
-    try:
-        download(args.repo_id, args.checkpoints_dir / args.repo_id, args.hf_token, args.revision)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def run(args: argparse.Namespace):
+    download(args.repo_id, args.checkpoints_dir / args.repo_id, args.hf_token, args.revision)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="download.py", description=__doc__)
+    add = parser.add_argument
+    add("repo_id", help="such as google/gemma-7b")
+    directory = Path(__file__).parent.parent / "checkpoints"
+    add("--checkpoints_dir", type=path, default=directory, metavar="DIR", help="(default: checkpoints beside scripts)")
+    add("--hf_token", metavar="TOKEN", help="access token (default: HF_TOKEN, or what 'hf auth login' stored)")
+    add("--revision", help="branch, tag or commit (default: the main branch)")
+    return run_program(run, parser, argv)
 
 
 if __name__ == "__main__":
