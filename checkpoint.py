@@ -7,8 +7,10 @@ import json
 import os
 import re
 import secrets
+import stat
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,12 +20,13 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from queue import SimpleQueue
+from reprlib import repr as shown  # cut, where it is long
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from config import ModelConfig
+from config import ModelConfig, object_of, stop_ids_of
 from formats import FORMATS, GROUPS, LINEAR
 from ops.common import round_fp8
 
@@ -40,6 +43,7 @@ INT_FORMATS = tuple(name for name, format in FORMATS.items() if format.quantize)
 LINEAR_WEIGHTS = tuple(f"{module}.weight" for module in LINEAR)  # ends of the names of what is quantized
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 PIECE, READERS = 1 << 24, 4  # bytes of a tensor that a thread copies at a time, and threads, on the way to a GPU
+MAX_JSON = 100_000_000  # bytes, as in the library: of a safetensors file's header
 SCALES_NAME, SCALES_FORMAT = "fp8_scales.safetensors", "gemma-fast-fp8-scales"
 
 
@@ -111,37 +115,92 @@ def sources(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]
 
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file (https://huggingface.co/docs/safetensors: 8 bytes header length,
-    JSON, data). Raises ValueError if the file is cut, longer than its header says, or no safetensors file."""
-    size = file.stat().st_size
+    JSON, data). Raises FileNotFoundError, or ValueError if the file is cut, longer than its header says, or no
+    safetensors file."""
+    size = _size(file)
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = f.read(length) if length <= min(size - 8, MAX_JSON) else b""
     try:
-        with open(file, "rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            header = f.read(length) if length <= size - 8 else b""
-        entries = json.loads(header)
+        if not header.startswith(b"{"):
+            raise ValueError("its header is not complete")
+        entries = _parse(header)
         metadata = entries.pop("__metadata__", {})
-        base = 8 + length
-        tensors = {
-            key: StoredTensor(
-                file, key, e["dtype"], tuple(e["shape"]), (base + e["data_offsets"][0], base + e["data_offsets"][1])
-            )
-            for key, e in entries.items()
-        }
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ValueError(f"{file} is cut or is no safetensors file: its header is not complete") from None
-    end = max((tensor.bytes[1] for tensor in tensors.values()), default=base)
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError(f"its metadata are {shown(metadata)}, not text")
+        tensors = {key: _stored_tensor(file, key, entry, 8 + length) for key, entry in entries.items()}
+    except ValueError as error:
+        raise ValueError(f"{file} is cut or is no safetensors file: {error}") from None
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.bytes):
+        if tensor.bytes[0] != end:
+            raise ValueError(f"{file} is damaged: {tensor.key} does not begin where the tensor before it ends")
+        end = tensor.bytes[1]
     if size != end:
         raise ValueError(f"{file} is damaged: {size:,} bytes, where its header describes {end:,}; download it again")
     return tensors, metadata
 
 
-def read_json(file: Path) -> dict:
+def _stored_tensor(file: Path, key: str, entry: dict, base: int) -> StoredTensor:
+    """What an entry of a header says, whose data begin at `base`. Raises ValueError for what the format does not have."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{key} is {shown(entry)}, not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    for values in (shape, offsets):
+        if not isinstance(values, list) or not all(type(n) is int and n >= 0 for n in values):
+            raise ValueError(f"{key} has {shown(values)}, not a list of whole numbers")
+    if not isinstance(dtype, str) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{key} has the dtype {shown(dtype)} and the offsets {shown(offsets)}")
+    return StoredTensor(file, key, dtype, tuple(shape), (base + offsets[0], base + offsets[1]))
+
+
+def open_tensors(file: Path) -> safe_open:
+    """`safe_open`. Raises ValueError for what `read_header` lets pass and the library doesn't, an unknown dtype for one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _size(file: Path) -> int:
+    """In bytes. Raises FileNotFoundError, or ValueError if `file` is a directory, pipe or device, which may not end."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{file} is no regular file")
+    return status.st_size
+
+
+def _parse(text: bytes) -> dict:
+    """A JSON object in UTF-8. Raises ValueError for anything else, and for a key that comes twice, NaN, a byte order mark
+    or nesting too deep to read, which JSON (https://www.rfc-editor.org/rfc/rfc8259) refuses or leaves open."""
+
+    def unique(pairs: list) -> dict:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{shown(name)} comes twice")
+        return content
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        content = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is no object")
+    return content
+
+
+def read_json(file: Path) -> dict:
+    """Raises FileNotFoundError, or ValueError, naming the file, if it holds no JSON object."""
+    if _size(file) > MAX_JSON:
+        raise ValueError(f"{file} has more than {MAX_JSON:,} bytes")
+    try:
+        return _parse(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is cut or damaged: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return content
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -149,15 +208,14 @@ def read_config(directory: Path) -> ModelConfig:
     file = directory / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{directory} has no config.json; scripts/prepare.sh REPO_ID makes a whole checkpoint")
-    try:
-        config = ModelConfig.from_hf(read_json(file))
-    except TypeError as error:
-        raise ValueError(f"{file}: {error}") from None
     generation_file = directory / "generation_config.json"
-    stop_ids = read_json(generation_file).get("eos_token_id") if generation_file.exists() else None
-    if stop_ids is not None:
-        config = replace(config, stop_ids=(stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids))
-    return config
+    content, generation = read_json(file), read_json(generation_file) if generation_file.exists() else {}
+    try:
+        config = ModelConfig.from_hf(content)
+        file = generation_file
+        return replace(config, stop_ids=stop_ids_of(generation) or config.stop_ids)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.values()) -> Checkpoint:
@@ -172,7 +230,7 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
         raise FileNotFoundError(f"no checkpoint at {path}; scripts/prepare.sh REPO_ID downloads and converts one")
     directory = path if path.is_dir() else path.parent
     config = read_config(directory)
-    files, strict = ([path], None) if path.is_file() else _weight_files(directory, formats)
+    files, strict = _weight_files(directory, formats) if path.is_dir() else ([path], None)
 
     stored, weight_format, group = {}, None, 0
     for file in files:
@@ -196,40 +254,50 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
     table = sources(config)
     if weight_format:  # one stored tensor a parameter, of the joined shape
         table = {name: [(name, (sum(s[0] for _, s in parts), *parts[0][1][1:]))] for name, parts in table.items()}
-    if weight_format == "fp8":
-        scales = [name for name in fp8_scale_names(config) if not name.startswith("head") or name in stored]
-        table |= {name: [(name, ())] for name in scales}
+    linear, head, dtypes = [name for name in table if name.endswith(LINEAR_WEIGHTS)], [], {}
+    if weight_format in WEIGHT_FORMATS.values():
+        dtypes = {name: dtype for dtype, each in WEIGHT_FORMATS.items() if each == weight_format for name in table}
+    elif weight_format == "fp8":
+        head = ["embedding.weight"] if "head_scales.weight_scale" in stored else []
+        scales = {name: [(name, ())] for name in fp8_scale_names(config) if head or not name.startswith("head")}
     elif weight_format is None and _says_fp8(directory / "config.json", stored):
-        weight_format, table = "fp8", table | _fp8_scale_sources(config, table, stored)
-    int_dtypes = {}
-    if weight_format in INT_FORMATS:
-        linear = [name for name in table if name.endswith(LINEAR_WEIGHTS)]
-        for name in [*linear, "embedding.weight"] if "embedding.scale" in stored else linear:
+        weight_format, scales = "fp8", _fp8_scale_sources(config, table, stored)
+    if weight_format == "fp8":
+        dtypes = {part: FP8_DTYPE for name in linear + head for part, _ in table[name]}
+        table |= scales
+    elif weight_format in INT_FORMATS:
+        head = ["embedding.weight"] if "embedding.scale" in stored else []
+        for name in linear + head:
             ((_, whole),) = table.pop(name)
             for part, (dtype, shape) in stored_parts(name, whole, weight_format, group).items():
-                table[part], int_dtypes[part] = [(part, shape)], dtype
+                table[part], dtypes[part] = [(part, shape)], dtype
     wanted = {name: shape for parts in table.values() for name, shape in parts}
+    for name, shape in wanted.items():
+        if name in stored:
+            _check(stored[name], shape, weight_format, dtypes.get(name))
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(f"{path} lacks {_some(missing)}")
     if left_over := [tensor.key for name, tensor in stored.items() if name not in wanted]:
         raise ValueError(f"{path} has tensors that config.json has no place for: {_some(left_over)}")
-    for name, shape in wanted.items():
-        tensor = stored[name]
-        if shape == () and tensor.shape not in ((), (1,)):
-            raise ValueError(f"{tensor.key} has shape {list(tensor.shape)}: only one scale a tensor can be read")
-        if shape and tensor.shape != shape:
-            raise ValueError(f"{tensor.key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-        if name in int_dtypes:
-            if tensor.dtype != int_dtypes[name]:
-                raise ValueError(
-                    f"{tensor.key} is stored as {tensor.dtype}, {weight_format} has {int_dtypes[name]} there"
-                )
-        elif tensor.dtype not in DTYPES and not (weight_format == "fp8" and tensor.dtype == FP8_DTYPE):
-            raise ValueError(f"{tensor.key} is stored as {tensor.dtype}; BF16, F16 and F32 can be read")
-        if tensor.size != prod(tensor.shape) * torch_dtype(tensor).itemsize:
-            raise ValueError(f"{tensor.file} is damaged: the bytes of {tensor.key} do not match its shape")
     parts = {name: [stored[part] for part, _ in sources_] for name, sources_ in table.items()}
     return Checkpoint(directory, config, parts, weight_format, group)
+
+
+def _check(tensor: StoredTensor, shape: tuple[int, ...], weight_format: str | None = None, dtype: str | None = None):
+    """Raises ValueError unless `tensor` has that shape, which is () for a scale, the dtype that weight_format has there
+    (None: any of DTYPES), and as many bytes."""
+    if shape == () and tensor.shape not in ((), (1,)):
+        raise ValueError(
+            f"{tensor.key} in {tensor.file} is of shape {shown([*tensor.shape])}; only one scale a tensor can be read"
+        )
+    if shape and tensor.shape != shape:
+        raise ValueError(f"{tensor.key} has shape {shown([*tensor.shape])}, config.json asks for {list(shape)}")
+    if dtype and tensor.dtype != dtype:
+        raise ValueError(f"{tensor.key} is stored as {tensor.dtype}, {weight_format} has {dtype} there")
+    if not dtype and tensor.dtype not in DTYPES:
+        raise ValueError(f"{tensor.key} is stored as {tensor.dtype}; BF16, F16 and F32 can be read")
+    if tensor.size != prod(tensor.shape) * torch_dtype(tensor).itemsize:
+        raise ValueError(f"{tensor.file} is damaged: the bytes of {tensor.key} do not match its shape")
 
 
 def stored_parts(
@@ -258,46 +326,52 @@ def _says_fp8(config_file: Path, stored: dict[str, StoredTensor]) -> bool:
     https://github.com/vllm-project/compressed-tensors: src/compressed_tensors/quantization
     """
     config = read_json(config_file)
-    settings = config.get("quantization_config")
-    if settings is None:
-        if fp8 := [tensor.key for tensor in stored.values() if tensor.dtype.startswith("F8_")]:
-            raise ValueError(f"config.json has no quantization_config, and these tensors are FP8: {_some(fp8)}")
-        return False
+    if config.get("quantization_config") is not None:
+        try:
+            _check_fp8_settings(config)
+        except ValueError as error:
+            raise ValueError(f"{config_file}: {error}") from None
+        return True
+    if fp8 := [tensor.key for tensor in stored.values() if tensor.dtype.startswith("F8_")]:
+        raise ValueError(f"config.json has no quantization_config, and these tensors are FP8: {_some(fp8)}")
+    return False
 
+
+def _check_fp8_settings(config: dict):
     def check(where: str, found, wanted):
         if found != wanted:
             raise ValueError(
-                f"{config_file}: {where} is {json.dumps(found)}, this program reads {json.dumps(wanted)}: "
+                f"{where} is {json.dumps(found)}, this program reads {json.dumps(wanted)}: "
                 "FP8 weights and inputs with one static scale a tensor"
             )
 
-    method, kv_scheme = settings.get("quant_method"), settings.get("kv_cache_scheme")
-    schemes = {"kv_cache_scheme": kv_scheme} if isinstance(kv_scheme, dict) else {}
+    settings = object_of(config, "quantization_config")
+    method, schemes = settings.get("quant_method"), {}
     if method == "fp8":
         check("activation_scheme", settings.get("activation_scheme"), "static")
         check("weight_block_size", settings.get("weight_block_size"), None)
-        if not schemes:
-            check("kv_cache_scheme", kv_scheme or "static", "static")
     elif method == "compressed-tensors":
-        for name, group in (settings.get("config_groups") or {"config_groups": {}}).items():
-            schemes |= {f"{name}'s {kind}": group.get(kind) or {} for kind in ("weights", "input_activations")}
+        groups = object_of(settings, "config_groups") or {"config_groups": {}}
+        for name in groups:
+            group = object_of(groups, name)
+            schemes |= {f"{name}'s {kind}": object_of(group, kind) for kind in ("weights", "input_activations")}
     else:
-        raise ValueError(f"{config_file}: quant_method '{method}' is not supported; 'fp8' and 'compressed-tensors' are")
+        raise ValueError(f"quant_method {shown(method)} is not supported; 'fp8' and 'compressed-tensors' are")
+    if method == "fp8" and isinstance(settings.get("kv_cache_scheme"), str):
+        check("kv_cache_scheme", settings["kv_cache_scheme"], "static")
+    elif settings.get("kv_cache_scheme") is not None:
+        schemes["kv_cache_scheme"] = object_of(settings, "kv_cache_scheme")
     for where, scheme in schemes.items():
         for key, wanted in FP8_SCHEME.items():  # what is left out has these values, but for the type
             found = scheme.get(key)
             check(f"{key} of {where}", wanted if found is None and key != "type" else found, wanted)
     if "e5m2" in str(config.get("kv_cache_torch_dtype")):
-        raise ValueError(f"{config_file}: kv_cache_torch_dtype is E5M2; only K and V scales of E4M3 can be read")
-    return True
+        raise ValueError("kv_cache_torch_dtype is E5M2; only K and V scales of E4M3 can be read")
 
 
 def _fp8_scale_sources(config: ModelConfig, table: dict, stored: dict[str, StoredTensor]) -> dict:
-    """Like `sources`, where the scales lie in a Hugging Face FP8 checkpoint. K and V may have none: an empty list.
-
-    Raises ValueError unless every linear weight, and nothing else, is E4M3.
-    """
-    scales, linear = {}, set()
+    """Like `sources`, where the scales lie in a Hugging Face FP8 checkpoint. K and V may have none: an empty list."""
+    scales = {}
     for ours, theirs in fp8_scale_names(config).items():
         module, kind = ours.rsplit(".", 1)
         if kind in ("k_scale", "v_scale"):
@@ -309,12 +383,6 @@ def _fp8_scale_sources(config: ModelConfig, table: dict, stored: dict[str, Store
         elif not ours.startswith("head"):
             weights = [name for name, _ in table[f"{module}.weight"]]
             scales[ours] = [(name.removesuffix("weight") + kind, ()) for name in weights]
-            linear.update(weights)
-    for name, tensor in stored.items():
-        if tensor.dtype != FP8_DTYPE if name in linear else tensor.dtype.startswith("F8_"):
-            raise ValueError(
-                f"{tensor.key} is stored as {tensor.dtype}; {FP8_DTYPE} can be read, in all linear layers and no others"
-            )
     return scales
 
 
@@ -325,14 +393,22 @@ def _weight_files(directory: Path, formats: Iterable[str]) -> tuple[list[Path], 
     index = None
     if index_file.exists():
         index = read_json(index_file).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        if not isinstance(index, dict) or not index:
             raise ValueError(f"{index_file} has no weight_map")
+        for name in index.values():  # plain names: a path could lead anywhere
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}\.safetensors", name):
+                raise ValueError(f"{index_file} names {shown(name)}, which can't be a shard beside it")
         shards = [directory / name for name in sorted(set(index.values()))]
     elif single.exists():
         shards = [single]
     found = {}
     for file in sorted(directory.glob("*.safetensors")):
-        if formats and file not in shards and file.name != SCALES_NAME and not file.name.startswith("model-"):
+        if (
+            formats
+            and file not in shards
+            and not file.name.endswith(SCALES_NAME)
+            and not file.name.startswith("model-")
+        ):
             metadata = read_header(file)[1]
             if metadata.get("format") == FORMAT:
                 found.setdefault(metadata.get("weight_format"), file)
@@ -347,7 +423,7 @@ def _weight_files(directory: Path, formats: Iterable[str]) -> tuple[list[Path], 
         raise FileNotFoundError(f"{directory} has quantized weights only: name the file, {file}")
     if not shards:
         raise FileNotFoundError(f"{directory} has no weights: neither {CONVERTED_NAME} nor model*.safetensors")
-    return shards, dict(index) if index else None
+    return shards, index
 
 
 def _check_format(file: Path, metadata: dict[str, str]):
@@ -404,10 +480,10 @@ def load_weights(
     weights, pieces, largest = {}, [], {}
     with ExitStack() as stack:
         files = {tensor.file for tensors in checkpoint.parts.values() for tensor in tensors}
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+        opened = {file: stack.enter_context(open_tensors(file)) for file in files}
         for name, tensors in checkpoint.parts.items():
             if name.endswith("_scale"):
-                values = [_scale(tensor, opened[tensor.file].get_tensor(tensor.key)) for tensor in tensors]
+                values = [_scale(tensor, opened[tensor.file]) for tensor in tensors]
                 weights[name] = torch.tensor(max(values, default=1.0), device=device)
                 continue
             scale, own_scales = None if scales is None else scales.get(weight_scale_name(name)), [1.0] * len(tensors)
@@ -415,7 +491,7 @@ def load_weights(
             if stored_dtype == torch.float8_e4m3fn:
                 if len(tensors) > 1:
                     own = checkpoint.parts[f"{name}_scale"]
-                    own_scales = [_scale(tensor, opened[tensor.file].get_tensor(tensor.key)) for tensor in own]
+                    own_scales = [_scale(tensor, opened[tensor.file]) for tensor in own]
                     scale = max(own_scales)
             elif scale is not None:
                 largest[name] = []
@@ -497,11 +573,11 @@ def _copy_pieces(pieces: list, opened: dict, device: torch.device):
             pass
 
 
-def _scale(tensor: StoredTensor, value: torch.Tensor) -> float:
-    if value.numel() != 1 or not 0 < value.item() < float("inf"):
-        shown = value.item() if value.numel() == 1 else f"of shape {list(value.shape)}"
-        raise ValueError(f"{tensor.key} in {tensor.file} is {shown}; a scale is one positive number")
-    return value.item()
+def _scale(tensor: StoredTensor, opened: safe_open) -> float:
+    value = opened.get_tensor(tensor.key).item()
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{tensor.key} in {tensor.file} is {value}; a scale is one positive number")
+    return value
 
 
 def fp8_scale_names(config: ModelConfig) -> dict[str, str]:
@@ -553,9 +629,10 @@ def read_scales(file: Path, config: ModelConfig) -> dict[str, float]:
     if model != fingerprint(config):
         raise ValueError(f"{file} is of another model ({model}, this one is {fingerprint(config)}): run calibrate.py")
     values = {}
-    with safe_open(file, framework="pt") as f:
+    with open_tensors(file) as opened:
         for key, tensor in tensors.items():
-            values[key] = _scale(tensor, f.get_tensor(key))
+            _check(tensor, ())
+            values[key] = _scale(tensor, opened)
     scales, without = {}, 0
     for ours, theirs in fp8_scale_names(config).items():
         if theirs.endswith((".k_scale", ".v_scale")):

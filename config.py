@@ -226,7 +226,7 @@ def _number(config: dict, key: str) -> float:
     return value
 
 
-def _object(config: dict, key: str) -> dict:
+def object_of(config: dict, key: str) -> dict:
     """An empty one for null, too."""
     value = {} if config.get(key) is None else config[key]
     if not isinstance(value, dict):
@@ -267,11 +267,11 @@ def _layer_pattern(generation: int, n_layers: int, global_every: int | None = No
 
 def _rope_settings(config: dict, generation: int) -> tuple[tuple[float, float], tuple[float, float]]:
     """(theta, scale) of global and of local layers, from rope_parameters or from the older separate keys."""
-    parameters = _object(config, "rope_parameters")
+    parameters = object_of(config, "rope_parameters")
     if "full_attention" in parameters or "sliding_attention" in parameters:
-        kinds = [_object(parameters, "full_attention"), _object(parameters, "sliding_attention")]
+        kinds = [object_of(parameters, "full_attention"), object_of(parameters, "sliding_attention")]
     else:
-        kinds = [parameters | _object(config, "rope_scaling"), {}]
+        kinds = [parameters | object_of(config, "rope_scaling"), {}]
     settings = []
     for kind, key in zip(kinds, ("rope_theta", "rope_local_base_freq")):
         rope_type = kind.get("rope_type", kind.get("type", "default"))

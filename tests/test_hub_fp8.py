@@ -197,7 +197,15 @@ def group(**edits):
         (group(weights=SCHEME | {"num_bits": 4}), "num_bits of group_0's weights is 4"),
         (group(weights=SCHEME | {"type": "int"}), 'type of group_0\'s weights is "int"'),
         (COMPRESSED | {"kv_cache_scheme": SCHEME | {"type": "int"}}, 'type of kv_cache_scheme is "int"'),
+        (AUTO_FP8 | {"kv_cache_scheme": False}, "kv_cache_scheme must be an object or null, not False"),
+        (COMPRESSED | {"kv_cache_scheme": True}, "kv_cache_scheme must be an object or null, not True"),
         (COMPRESSED | {"config_groups": {}}, "type of config_groups's weights is null"),
+        (COMPRESSED | {"config_groups": [1]}, r"config_groups must be an object or null, not \[1\]"),
+        (COMPRESSED | {"config_groups": {"group_0": "all"}}, "group_0 must be an object or null, not 'all'"),
+        (group(weights=8), "weights must be an object or null, not 8"),
+        (True, "config.json: quantization_config must be an object or null, not True"),
+        ([], r"config.json: quantization_config must be an object or null, not \[\]"),
+        ({"quant_method": {}}, "quant_method {} is not supported"),
         ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq' is not supported; 'fp8' and 'compressed-tensors'"),
         ({"quant_method": "awq"}, "quant_method 'awq'"),
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes'"),
@@ -212,10 +220,13 @@ def test_other_quantization_is_refused_by_name(tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda w: w.update({f"{Q}.weight_scale": torch.ones(128, 1)}), r"weight_scale has shape \[128, 1\]: only one"),
-        (lambda w: w.update({f"{Q}.weight_scale": torch.ones(2)}), r"weight_scale has shape \[2\]: only one"),
+        (
+            lambda w: w.update({f"{Q}.weight_scale": torch.ones(128, 1)}),
+            r"weight_scale in .* is of shape \[128, 1\]; only one",
+        ),
+        (lambda w: w.update({f"{Q}.weight_scale": torch.ones(2)}), r"weight_scale in .* is of shape \[2\]; only one"),
         (lambda w: w.update({f"{Q}.weight": w[f"{Q}.weight"].float().to(torch.float8_e5m2)}), "stored as F8_E5M2"),
-        (lambda w: w.update({f"{Q}.weight": w[f"{Q}.weight"].bfloat16()}), "stored as BF16; F8_E4M3 can be read"),
+        (lambda w: w.update({f"{Q}.weight": w[f"{Q}.weight"].bfloat16()}), "stored as BF16, fp8 has F8_E4M3 there"),
         (
             lambda w: w.update({"model.norm.weight": w["model.norm.weight"].to(torch.float8_e4m3fn)}),
             "model.norm.weight is stored as F8_E4M3",
