@@ -212,7 +212,7 @@ def read_config(directory: Path) -> ModelConfig:
     content, generation = read_json(file), read_json(generation_file) if generation_file.exists() else {}
     try:
         config = ModelConfig.from_hf(content)
-        file = generation_file
+        file = generation_file  # that the next error is of
         return replace(config, stop_ids=stop_ids_of(generation) or config.stop_ids)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
@@ -223,7 +223,7 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
 
     In a directory, converted files of one of the weight `formats`, in this order, come before Hugging Face's shards. A
     file that is named is taken whatever its format. Raises FileNotFoundError or ValueError, naming the file or tensor
-    that is missing, left over, cut or of the wrong shape.
+    that is missing, left over, cut or of the wrong shape. Warns about a converted file that is older than its source.
     """
     path = Path(path)
     if not path.exists():
@@ -251,6 +251,8 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
         key, file_name = next(iter(strict.items()))
         raise ValueError(f"{key} is missing from {directory / file_name}, where the index says it is")
 
+    if weight_format:
+        _warn_if_older(file, weight_format)
     table = sources(config)
     if weight_format:  # one stored tensor a parameter, of the joined shape
         table = {name: [(name, (sum(s[0] for _, s in parts), *parts[0][1][1:]))] for name, parts in table.items()}
@@ -437,6 +439,17 @@ def _check_format(file: Path, metadata: dict[str, str]):
     weight_format, group = metadata["weight_format"], metadata.get("group_size")
     if _is_grouped(weight_format) and group not in map(str, GROUPS):
         raise ValueError(f"{file} has {weight_format} weights in groups of {group}, not of {one_of(GROUPS)}")
+
+
+def _warn_if_older(file: Path, weight_format: str):
+    """Warns if a file in our formats was not written since those of its directory that it is made from."""
+    made_from = list(file.parent.glob("model*.safetensors"))
+    if weight_format in QUANTIZED_FORMATS:
+        made_from.append(file.with_name(CONVERTED_NAME))
+    for source in made_from:
+        if source != file and source.exists() and source.stat().st_mtime > file.stat().st_mtime:
+            warnings.warn(f"{file} is older than {source} and may have other weights: make it again", stacklevel=3)
+            return
 
 
 def _is_grouped(weight_format: str | None) -> bool:

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma, made_once, reference_mod
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoint import check_writable, convert, open_checkpoint, sources, write_atomically
+import quantize
+from checkpoint import check_writable, convert, open_checkpoint, read_header, sources, write_atomically
 from config import ModelConfig
 from generate import load_model
 from model import Transformer
@@ -80,6 +84,7 @@ def test_a_directory_with_both_loads_the_converted_file_without_a_warning(copy, 
     convert(open_checkpoint(copy), copy / "any-name.safetensors")
     for shard in copy.glob("model-*"):
         shard.write_bytes(b"")  # not even looked at
+        os.utime(shard, (0, 0))
     load(copy)
     assert not [w for w in recwarn if "convert" in str(w.message)]
 
@@ -278,6 +283,178 @@ def test_other_formats_are_refused_by_name(copy, metadata, message):
     save_file(load_file(file), file, metadata)
     with pytest.raises(ValueError, match=message):
         load(file)
+
+
+def write_raw(file: Path, header: str | bytes, data: bytes = bytes(8)):
+    header = header if isinstance(header, bytes) else header.encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + data)
+
+
+def entry(old: str = "", new: str = "") -> str:
+    """Of a header, with something else in one place."""
+    return '"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("\ufeff{" + entry() + "}", "header is not complete"),
+        (b"{" + entry().encode() + b"}\xff", "can't decode byte 0xff"),
+        ("[" + entry() + "]", "header is not complete"),
+        ("{" + entry() + "," + entry() + "}", "'t' comes twice"),
+        ('{"__metadata__": {"a": "1", "a": "2"},' + entry() + "}", "'a' comes twice"),
+        ('{"__metadata__": {"a": 1},' + entry() + "}", "metadata are {'a': 1}, not text"),
+        ('{"__metadata__": null,' + entry() + "}", "metadata are None, not text"),
+        ('{"t": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"t": NaN}', "NaN is no number"),
+        ('{"t": 5}', "t is 5, not dtype, shape and data_offsets"),
+        ("{" + entry("dtype", "dtipe") + "}", "not dtype, shape and data_offsets"),
+        ("{" + entry("[2]", '[2], "more": 1') + "}", "not dtype, shape and data_offsets"),
+        ("{" + entry('"F32"', '["F32"]') + "}", r"dtype \['F32'\]"),
+        ("{" + entry("[2]", "2") + "}", "t has 2, not a list of whole numbers"),
+        ("{" + entry("[2]", "[2.0]") + "}", r"t has \[2.0\], not a list of whole numbers"),
+        ("{" + entry("[2]", "[true, 2]") + "}", r"t has \[True, 2\], not a list of whole numbers"),
+        ("{" + entry("[0, 8]", "[-8, 8]") + "}", r"t has \[-8, 8\], not a list of whole numbers"),
+        ("{" + entry("[0, 8]", "[0, 8.0]") + "}", r"t has \[0, 8.0\], not a list of whole numbers"),
+        ("{" + entry("[0, 8]", "[0, 8, 8]") + "}", r"offsets \[0, 8, 8\]"),
+        ("{" + entry("[0, 8]", "[8, 0]") + "}", r"offsets \[8, 0\]"),
+        ("{" + entry("[0, 8]", "[1, 8]") + "}", "t does not begin where the tensor before it ends"),
+        ("{" + entry() + "," + entry('"t"', '"u"') + "}", "u does not begin where the tensor before it ends"),
+        ("{" + entry() + ',"u": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "u does not begin where"),
+        ("{" + entry("[0, 8]", "[0, 16]") + "}", "is damaged: .* bytes, where its header describes"),
+        ("{}", "is damaged: 18 bytes, where its header describes 10"),
+    ],
+)
+def test_headers_that_the_format_does_not_have(tmp_path, header, message):
+    file = tmp_path / "x.safetensors"
+    write_raw(file, "{" + entry() + "}")
+    assert read_header(file)[0]["t"].shape == (2,)
+    write_raw(file, header)
+    with pytest.raises(ValueError, match=message) as error:
+        read_header(file)
+    assert str(file) in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path):
+    file = tmp_path / "x.safetensors"
+    header = 100_000_001
+    with open(file, "wb") as f:
+        f.write(struct.pack("<Q", header) + b"{}")
+        f.truncate(8 + header)  # sparse
+    with pytest.raises(ValueError, match="header is not complete"):
+        read_header(file)
+
+
+def test_an_unknown_dtype_in_what_is_not_needed_is_a_line(copy):
+    edit_weights(copy, lambda w: w.update({"vision_tower.x": torch.zeros(2)}))
+    file = copy / "model.safetensors"
+    file.write_bytes(re.sub(rb'("vision_tower.x":{"dtype":)"F32"', rb'\1"F99"', file.read_bytes()))
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: .*F99"):
+        load(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1, "a": 1}', "'a' comes twice"),
+        ('{"a": ' + '{"a":' * 100_000 + "1" + "}" * 100_001, "nested too deeply"),
+        ('{"a": Infinity}', "Infinity is no number"),
+        ("\ufeff{}", "BOM"),
+        ("[]", "it is no object"),
+        ('{"a": ' + "9" * 5000 + "}", "4300"),
+    ],
+)
+def test_json_that_can_be_read_in_several_ways_is_refused(copy, name, content, message):
+    (copy / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name} is cut or damaged: not valid JSON .*{message}"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "model-00002-of-*",
+        "gemma.safetensors",
+        "other.safetensors",
+    ],
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_directory_in_place_of_a_file_is_refused_at_once(copy, name, make):
+    files = list(copy.glob(name)) or [copy / name]
+    for file in files:
+        file.unlink(missing_ok=True)
+        make(file)
+    with pytest.raises(ValueError, match=f"{files[0].name} is no regular file"):
+        load(copy)
+
+
+def test_a_pipe_as_the_checkpoint_is_refused_at_once(copy):
+    os.mkfifo(copy / "pipe")
+    with pytest.raises(ValueError, match="pipe is no regular file"):
+        load(copy / "pipe")
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/dev/zero", "", "x" * 300 + ".safetensors", 5, "a\0.bin"])
+def test_an_index_that_leads_elsewhere_is_refused(copy, name):
+    index_file = copy / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    index_file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="can't be a shard beside it"):
+        load(copy)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, "all"])
+def test_an_index_without_names_is_refused(copy, weight_map):
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="has no weight_map"):
+        load(copy)
+
+
+def test_a_mistake_in_a_configuration_names_its_file(copy):
+    for name in ("generation_config.json", "config.json"):
+        (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | {"eos_token_id": [1, 1.5]}))
+        with pytest.raises(ValueError, match=rf"{name}: eos_token_id must be a token id, .* not \[1, 1.5\]"):
+            load(copy)
+
+
+def test_a_converted_file_has_the_dtype_that_it_says(copy):
+    convert(open_checkpoint(copy), copy / "gemma.safetensors")
+    with safe_open(copy / "gemma.safetensors", "pt") as f:
+        metadata = f.metadata()
+    save_file({k: v.half() for k, v in load_file(copy / "gemma.safetensors").items()}, copy / "x.safetensors", metadata)
+    with pytest.raises(ValueError, match="embedding.weight is stored as F16, fp32 has F32 there"):
+        load(copy / "x.safetensors")
+
+
+def test_a_file_older_than_what_it_is_made_from_is_noted(copy):
+    file, quantized, shard = copy / "gemma.safetensors", copy / "gemma-int8.safetensors", next(copy.glob("model-*"))
+    convert(open_checkpoint(copy), file)
+    assert quantize.main(["--checkpoint_path", str(copy), "--mode", "int8"]) == 0
+
+    def noted() -> list[list[tuple[str, str]]]:
+        found = []
+        for each in (copy, quantized):
+            with warnings.catch_warnings(record=True) as notes:
+                load(each)
+            found.append([names for w in notes for names in re.findall(r"(\S+) is older than (\S+) ", str(w.message))])
+        return found
+
+    assert noted() == [[], []]
+    os.utime(quantized, (1e9, 1e9))
+    shard.unlink()
+    for other in copy.glob("model-*"):
+        os.utime(other, (1e9, 1e9))
+    assert noted() == [[], [(str(quantized), str(file))]]
+    os.utime(file, (1e9, 1e9))
+    assert noted() == [[], []]
+    shard.touch()
+    assert noted() == [[(str(file), str(shard))], [(str(quantized), str(shard))]]
 
 
 def test_stop_ids_come_from_the_generation_config_and_the_tokenizer(copy):
