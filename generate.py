@@ -20,6 +20,7 @@ from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -83,6 +84,8 @@ def load_model(
     tokenizer's <end_of_turn> joins config.stop_ids. Raises FileNotFoundError or ValueError with a line that says what is
     wrong; warns about shards that are converted in memory.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(f"path must be that of a checkpoint, not {path!r}")
     device = pick_device(device)
     if precision not in tuple(PRECISIONS):
         raise ValueError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
@@ -219,6 +222,9 @@ def generate(
         if not all(0 <= token < config.vocab_size for token in prompt):
             raise ValueError(f"{which} has a token id outside the vocabulary of {config.vocab_size}")
         check_context(model, len(prompt), max_new_tokens, which)
+    for name, value in (("on_token", on_token), ("on_step", on_step)):
+        if value is not None and not callable(value):
+            raise ValueError(f"{name} must be a function, not {value!r}")
     if on_token is not None and len(prompts) * num_samples > 1:
         raise ValueError("on_token streams a single row")
     if stop_ids is None:
@@ -337,11 +343,13 @@ def program_parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=count, default=200, metavar="N", help="of a completion (default: %(default)s)")
     add("--batch_size", type=count, metavar="N", help=f"rows that run at once (default: all, at most {MAX_BATCH})")
     add("--num_samples", type=count, default=1, metavar="N", help="completions of each prompt (default: %(default)s)")
-    add("--temperature", type=float, default=default.temperature, help="0 is greedy (default: %(default)s)")
-    add("--top_k", type=int, default=default.top_k, help="0 is no limit (default: %(default)s)")
-    add("--top_p", type=float, default=default.top_p, help="(default: %(default)s)")
-    add("--min_p", type=float, default=default.min_p, help="(default: %(default)s)")
-    add("--repetition_penalty", type=float, default=default.repetition_penalty, help="(default: %(default)s)")
+    share = number(float, 0, 1)
+    add("--temperature", type=number(float, 0), default=default.temperature, help="0 is greedy (default: %(default)s)")
+    add("--top_k", type=number(int, 0, MOST), default=default.top_k, help="0 is no limit (default: %(default)s)")
+    add("--top_p", type=share, default=default.top_p, help="1 is no limit (default: %(default)s)")
+    add("--min_p", type=share, default=default.min_p, help="0 is no limit (default: %(default)s)")
+    penalty = "1 is none (default: %(default)s)"
+    add("--repetition_penalty", type=number(float, 0), default=default.repetition_penalty, help=penalty)
     add("--seed", type=int, help="the same seed gives the same samples (default: a random one)")
     add("--compile", action="store_true", help="compile the decode step; on CUDA, record it as one graph")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
@@ -433,8 +441,13 @@ class _Trace:
             self.recording.stop()
 
     def write(self, file: Path):
-        """Writes a chrome trace."""
-        write_atomically(file, lambda out: self.recording.export_chrome_trace(out.name))
+        """Writes a chrome trace. Raises OSError where there is no room: the profiler leaves a part and says nothing."""
+        with TemporaryDirectory() as directory:
+            trace = Path(directory) / "trace.json"
+            self.recording.export_chrome_trace(str(trace))
+            if not trace.exists():
+                raise OSError(f"{file} can't be written: {directory} has no room for it")
+            write_atomically(file, lambda out: out.write(trace.read_bytes()))
 
 
 def run(args: argparse.Namespace):

@@ -223,6 +223,23 @@ def test_cache_dtypes_by_name_are_those_by_dtype(calibrated, prompts, name, dtyp
         ([[2]], {"temperature": "hot"}, "temperature must be a number, at least 0, not 'hot'"),
         ([[2]], {"top_k": 2.5}, "top_k must be a whole number, .* not 2.5"),
         ([[2]], {"seed": "x"}, "seed must be a whole number, not 'x'"),
+        (None, {}, "prompts must be lists of token ids"),
+        (5, {}, "prompts must be lists of token ids"),
+        ((prompt for prompt in [[2]]), {}, "prompts must be lists of token ids"),
+        ([5], {}, "prompts must be lists of token ids"),
+        ([[True]], {}, "the prompt must be a list of token ids"),
+        ([[2]], {"seed": 2.5}, "seed must be a whole number, not 2.5"),
+        ([[2]], {"seed": True}, "seed must be a whole number, not True"),
+        ([[2]], {"num_samples": 10**400}, "num_samples must be at most 2147483647"),
+        ([[2]], {"stop_ids": 5}, "stop_ids must be a list of token ids, not 5"),
+        ([[2]], {"stop_ids": "5"}, "stop_ids must be a list of token ids, not '5'"),
+        ([[2]], {"stop_ids": [1, "5"]}, "stop_ids must be a list of token ids, not .1, '5'"),
+        ([[2]], {"stop_ids": [4096]}, "stop_ids has a token id outside the vocabulary of 4096"),
+        ([[2]], {"stop_ids": {-1}}, "stop_ids has a token id outside the vocabulary"),
+        ([[2]], {"stop_ids": range(17)}, "stop_ids must be a list of token ids"),
+        ([[2]], {"stop_ids": [*range(17)]}, "17 stop ids are given; at most 16"),
+        ([[2]], {"on_token": 5}, "on_token must be a function, not 5"),
+        ([[2]], {"on_step": "f"}, "on_step must be a function, not 'f'"),
         ([[2]], {"kv_cache_dtype": "int3"}, "kv_cache_dtype must be one of auto, bf16, .*, not 'int3'"),
         ([[2]], {"kv_cache_dtype": torch.int8}, "kv_cache_dtype must be one of auto, .*, not torch.int8"),
         ([[2]], {"sampling": {}}, "sampling must be a Sampling, not {}"),
@@ -252,7 +269,24 @@ def test_too_little_memory_is_said_before_it_is_taken(tiny, monkeypatch):
         generate(tiny[0], [[2]] * 64, 4000)
 
 
+def test_results_count_in_the_memory_check(tiny, monkeypatch):
+    """A batch fits; a finished row takes 500 bytes of the host, and each of its tokens 40."""
+    monkeypatch.setattr(device_file, "free_memory", lambda device: 2**30)
+    with pytest.raises(
+        ValueError, match=r"the text of 10000000 rows needs 5\.0 GiB, 1\.0 GiB is free; lower --num_samples"
+    ):
+        generate(tiny[0], [[2]], 1, num_samples=10**7, batch_size=1)
+
+
+def test_unknown_paths():
+    for path in (None, 5, ""):
+        with pytest.raises(ValueError, match="path must be that of a checkpoint, not"):
+            load_model(path, device="cpu")
+
+
 def test_unknown_precision_device_and_operations():
+    with pytest.raises(ValueError, match="precision '\\[\\]'"):
+        load_model(TINY_GEMMA, precision=[])
     with pytest.raises(ValueError, match="precision 'fp16'"):
         load_model(TINY_GEMMA, precision="fp16")
     if not torch.cuda.is_available():

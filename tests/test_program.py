@@ -221,42 +221,7 @@ def test_profile_is_a_trace_of_prefill_and_ten_steps(capsys, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["trace.json"]
 
 
-# --- mistakes: one line on stderr, exit status 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--checkpoint_path", "nowhere"], "no checkpoint at nowhere"),
-        (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "a", ""], "the prompt is empty"),
-        (["--max_new_tokens", "8190"], "exceeds the context of 8192"),
-        (["--max_new_tokens", "0"], "argument --max_new_tokens: must be a whole number, at least 1, not '0'"),
-        (["--max_new_tokens", "many"], "argument --max_new_tokens: must be a whole number, at least 1, not 'many'"),
-        (["--temperature", "-1"], "temperature must be a number, at least 0, not -1.0"),
-        (["--top_p", "0"], "top_p must be a number above 0 and at most 1, not 0.0"),
-        (["--min_p", "1.5"], "min_p must be a number from 0 to 1, not 1.5"),
-        (["--top_k", "-5"], "top_k must be a whole number, at least 0 (0: no limit), not -5"),
-        (["--repetition_penalty", "0"], "repetition_penalty must be a number above 0, not 0.0"),
-        (["--num_samples", "0"], "argument --num_samples: must be a whole number, at least 1"),
-        (["--batch_size", "0"], "argument --batch_size: must be a whole number, at least 1"),
-        (["--prompts_file", "nowhere.txt"], "no prompts file at nowhere.txt"),
-        (["--prompt", "a", "--interactive"], "not allowed with argument"),
-        (["--interactive", "--json"], "--interactive takes no --json"),
-        (["--kv_cache_dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["--precision", "int4"], "invalid choice: 'int4'"),
-        (["--ops", "triton"], "invalid choice: 'triton'"),
-        (["--profile", "no/such/directory/trace.json"], "there is no directory no/such/directory"),
-        (["--tempratur", "1"], "unrecognized arguments: --tempratur 1"),
-    ],
-)
-def test_mistakes_get_one_line(capsys, arguments, message):
-    status, out, err = run(capsys, *arguments)
-    assert (status, out) == (2, "")
-    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
+# --- mistakes: one line on stderr, exit status 2 (more in test_mistakes.py)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The tokenizer against SentencePiece itself; streaming; the chat format."""
 
+import os
 import random
 
 import pytest
@@ -72,3 +73,44 @@ def test_chat_without_turn_tokens_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "start_of_turn", None)
     with pytest.raises(ValueError, match="no chat tokens"):
         tokenizer.encode_turn("hi")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\udcff", r"the text is not UTF-8: '.udcff' is its character 2"),
+        ("\ud800", "the text is not UTF-8"),
+        (5, "the text must be a str, not 5"),
+        (None, "the text must be a str, not None"),
+        (b"abc", "the text must be a str, not b'abc'"),
+        (["a"], "the text must be a str"),
+    ],
+)
+def test_what_is_no_text_is_refused(tokenizer, text, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("tokens", [5, None, "ab", ["2"], [2.0], [-1]])
+def test_what_are_no_tokens_is_refused(tokenizer, tokens):
+    with pytest.raises(ValueError, match="tokens must be a list of token ids, not"):
+        tokenizer.decode(tokens)
+
+
+def test_a_file_that_is_no_tokenizer(tmp_path):
+    """A pipe is not waited for, and a file that is as large as weights is not read."""
+    file = tmp_path / "tokenizer.model"
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        Tokenizer(file)
+    os.mkfifo(file)
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        Tokenizer(file)
+    file.unlink()
+    with open(file, "wb") as f:
+        f.truncate(2**40)
+    with pytest.raises(ValueError, match="1,099,511,627,776 bytes: it is not Gemma's tokenizer"):
+        Tokenizer(file)
+    for content in (b"", b"\0" * 1000, b"text\n" * 1000):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="is cut or is no"):
+            Tokenizer(file)
