@@ -37,7 +37,7 @@ from benchmarks import peers, report
 from benchmarks.checkpoints import E4M3, FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
 from cache import KVScales, cache_bytes, codec_of
 from checkpoint import check_writable, open_checkpoint, write_atomically
-from cli import DEFAULT_CHECKPOINT, Parser, Stats, number, run_program
+from cli import DEFAULT_CHECKPOINT, Parser, Stats, number, path, run_program
 from config import ModelConfig
 from device import copy_bandwidth, now, pick_device
 from generate import generate, load_model
@@ -141,7 +141,10 @@ def weights(args: argparse.Namespace) -> Iterator[dict]:
     format with --calibration_text (GPTQ with 32,768 tokens of it) in a temporary directory (TMPDIR), and eval.py
     compares it with BF16 on --text; disk_mb is the file's. Sizes and speeds, on a GPU: disk_gib of the file, and what
     `sweep` measures at batch 1, 8 and 64; GPTQ's weights have int4's layout, which is measured once for both."""
-    for checkpoint in [open_checkpoint(path) for path in args.checkpoint_path or ()]:  # each is looked at first
+    for file in filter(None, (args.text, args.calibration_text)):  # a pipe could be read but once
+        if not file.is_file():
+            raise FileNotFoundError(f"no text file at {file}")
+    for checkpoint in list(map(open_checkpoint, args.checkpoint_path or ())):  # each is looked at first
         yield from quality(checkpoint, args.precisions, args.text, args.calibration_text)
     if args.device.type != "cuda":
         print("speeds are left out: they need a CUDA GPU", flush=True)
@@ -587,18 +590,18 @@ def program_parser() -> argparse.ArgumentParser:
     add("--precisions", nargs="+", choices=PRECISIONS, help="(default: the protocol's)")
     add("--batches", nargs="+", type=number(int, 1), metavar="N", help="sweep: (default: 1 to 256)")
     add("--ops", nargs="+", choices=OPS, help="prefill: implementations of the operations (default: all)")
-    add("--checkpoint_path", nargs="+", type=Path, metavar="DIR", help="weights: trained checkpoints in BF16")
-    add("--text", type=Path, metavar="FILE", help="weights: to evaluate them on, as eval.py's")
-    add("--calibration_text", type=Path, metavar="FILE", help="weights: for calibrate.py and GPTQ, as theirs")
+    add("--checkpoint_path", nargs="+", type=path, metavar="DIR", help="weights: trained checkpoints in BF16")
+    add("--text", type=path, metavar="FILE", help="weights: to evaluate them on, as eval.py's")
+    add("--calibration_text", type=path, metavar="FILE", help="weights: for calibrate.py and GPTQ, as theirs")
     peer = parser.add_mutually_exclusive_group()
     peer.add_argument("--peers", nargs="+", choices=BOTH, help="to time beside ours (default: those installed)")
     peer.add_argument("--no_peers", dest="peers", action="store_const", const=(), help="leave them out")
-    add("--vllm_site", type=Path, metavar="DIR", help="where vLLM's own process finds it, if it is not installed")
+    add("--vllm_site", type=path, metavar="DIR", help="where vLLM's own process finds it, if it is not installed")
     seconds = "that vLLM may take for a row, loading too (default: 300)"
     add("--peer_timeout", type=number(float, 1), metavar="SECONDS", help=seconds)
     add("--repeats", type=number(int, 1), metavar="N", help="timed runs of each case (default: 5)")
-    add("--output", type=Path, metavar="FILE", help="write the results as JSON (default: don't)")
-    add("--picture", type=Path, metavar="FILE.svg", help="sweep: draw the results (default: don't)")
+    add("--output", type=path, metavar="FILE", help="write the results as JSON (default: don't)")
+    add("--picture", type=path, metavar="FILE.svg", help="sweep: draw the results (default: don't)")
     return parser
 
 

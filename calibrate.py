@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -30,7 +29,7 @@ from checkpoint import (
     scales_file,
     write_scales,
 )
-from cli import Parser, add_model_options, number, run_program
+from cli import Parser, add_model_options, number, path, run_program
 from formats import largest
 from generate import load_model
 from model import Transformer
@@ -118,7 +117,7 @@ def record(model: Transformer, token_windows: Iterable[list[int]], batch_size: i
     cache = SimpleNamespace(
         layers=[_KVRecorder(*(histograms[f"{name}.{kind}_scale"] for kind in "kv")) for name in layers]
     )
-    with tqdm(total=sum(map(len, token_windows)), unit=" tokens", desc="calibrating", file=sys.stderr) as bar:
+    with tqdm(total=sum(map(len, token_windows)), unit=" tokens", desc="calibrating", leave=False) as bar:
         for batch in batches(token_windows, batch_size):
             watched(torch.tensor(batch).to(model.device), cache, all_logits=True)
             bar.update(sum(map(len, batch)))
@@ -159,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="calibrate.py", description=__doc__)
     add = parser.add_argument
     add_model_options(parser, "checkpoint_path", "device", "precision")
-    add("--text", type=Path, metavar="FILE", help="text, or JSON lines with 'text' (default: this program's sources)")
+    add("--text", type=path, metavar="FILE", help="text, or JSON lines with 'text' (default: this program's sources)")
     count = number(int, 1)
     add("--window", type=number(int, 2), default=512, metavar="N", help="tokens seen at once (default: %(default)s)")
     add("--batch_size", type=count, default=8, metavar="N", help="windows at once (default: %(default)s)")

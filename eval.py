@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import Codec, KVCache, codec_of
-from cli import Parser, add_model_options, number, run_program
+from cli import Parser, add_model_options, number, path, run_program
 from generate import generate, load_model
 from model import Transformer
 from runner import Runner, release
@@ -344,10 +344,18 @@ def find_tasks(tasks: list[str], include_path: Path | None = None):
 
     if include_path is not None and not include_path.is_dir():
         raise FileNotFoundError(f"no directory at {include_path}")
+
+    class Manager(TaskManager):
+        def load(self, *arguments, **options):
+            try:
+                return super().load(*arguments, **options)
+            except Exception as error:  # of any kind: what a task's file can do wrong has no end
+                raise ValueError(f"{', '.join(tasks)} can't be loaded: {type(error).__name__}: {error}") from error
+
     files = {task for task in tasks if Path(task).is_file()}
-    manager = TaskManager(include_path=include_path, include_defaults=False)
+    manager = Manager(include_path=include_path, include_defaults=False)
     if not files.issuperset(set(tasks) - set(manager.all_subtasks)):
-        manager = TaskManager(include_path=include_path)  # the harness's own, some 14,000, take seconds to read
+        manager = Manager(include_path=include_path)  # the harness's own, some 14,000, take seconds to read
     if unknown := set(tasks) - files - set(manager.all_tasks):
         raise ValueError(f"there is no task and no file '{min(unknown)}': `lm_eval ls tasks` lists the tasks")
     return manager
@@ -361,9 +369,9 @@ def program_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="eval.py", description=__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=Path, metavar="FILE", help="plain text, or JSON lines (.jsonl) with 'text'")
+    source.add_argument("--text", type=path, metavar="FILE", help="plain text, or JSON lines (.jsonl) with 'text'")
     source.add_argument("--tasks", metavar="A,B", help="lm-evaluation-harness's tasks, or YAML files of your own")
-    add("--include_path", type=Path, metavar="DIR", help="where to look for more tasks")
+    add("--include_path", type=path, metavar="DIR", help="where to look for more tasks")
     add("--num_fewshot", type=number(int, 0), metavar="N", help="examples before each question (default: the task's)")
     add("--limit", type=number(int, 1), metavar="N", help="questions of each task (default: all)")
     add("--seed", type=int, help="of a task's examples, and of sampling (default: 1234)")
@@ -372,7 +380,7 @@ def program_parser() -> argparse.ArgumentParser:
     batch_size = "windows or requests at once (default: %(default)s)"
     add("--batch_size", type=number(int, 1), default=8, metavar="N", help=batch_size)
     add_model_options(parser, "checkpoint_path", "fp8", "kv_cache_dtype", "device", "ops", "precision")
-    add("--against", type=Path, metavar="PATH", help="a reference checkpoint; its KV cache is as its weights")
+    add("--against", type=path, metavar="PATH", help="a reference checkpoint; its KV cache is as its weights")
     add("--against_fp8", action="store_true", help="run the reference's linear layers in FP8")
     add("--json", action="store_true", help="print one JSON object")
     return parser

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,6 +36,7 @@ from checkpoint import (
     fp8_scale_names,
     load_weights,
     open_checkpoint,
+    open_tensors,
     read_json,
     read_scales,
     sources,
@@ -45,7 +45,7 @@ from checkpoint import (
     weight_scale_name,
     write_safetensors,
 )
-from cli import Parser, add_model_options, number, run_program
+from cli import Parser, add_model_options, number, path, run_program
 from device import pick_device
 from formats import FORMATS, GROUPS, Weight, group_parameters, largest
 from model import Residual, Transformer
@@ -62,10 +62,8 @@ def quantize_fp8(checkpoint: Checkpoint, scales: dict[str, float], file: Path, p
     """Writes `checkpoint` with those of its weights in E4M3 that have one of `scales`, scales included.
 
     `scales` are `read_scales`', without the head's if the embedding is to stay as it is. A weight is read and written
-    some rows at a time. `progress` is called with the number of source bytes done since the last call. Raises
-    ValueError if the scales are of another model, or a weight is not finite.
+    some rows at a time. `progress` is called with the number of source bytes done since the last call.
     """
-    check_weights(checkpoint, scales)
     entries = {
         name: weight_entry(tensors, 0, joined_shape(tensors), scales.get(weight_scale_name(name)), progress)
         for name, tensors in checkpoint.parts.items()
@@ -77,18 +75,10 @@ def quantize_fp8(checkpoint: Checkpoint, scales: dict[str, float], file: Path, p
 def export_hf(checkpoint: Checkpoint, scales: dict[str, float], directory: Path, progress=lambda n: None):
     """Writes `checkpoint` with FP8 weights as llm-compressor publishes it, for vLLM, TGI and transformers.
 
-    q, k and v, and gate and up, become tensors of their own again, with the scales that they share. Raises ValueError
-    if `directory` holds anything, as `quantize_fp8`, and for a checkpoint of which only a part is read.
+    q, k and v, and gate and up, become tensors of their own again, with the scales that they share.
     https://github.com/vllm-project/compressed-tensors: src/compressed_tensors/quantization
     """
-    source = checkpoint.directory
-    config = read_json(source / "config.json")
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty: name a new directory to export to")
-    if config["model_type"] == "gemma3":
-        raise ValueError("of a multimodal Gemma 3 only the text part is read: it can't be exported whole")
-    check_weights(checkpoint, scales)
-    entries = {}
+    source, entries = checkpoint.directory, {}
     for name, parts in sources(checkpoint.config).items():
         scale, start = scales.get(f"{name}_scale"), 0
         for their_name, shape in parts:
@@ -102,6 +92,7 @@ def export_hf(checkpoint: Checkpoint, scales: dict[str, float], directory: Path,
             entries[theirs] = scale_entry(scales[ours], (1,))
 
     group = {"targets": ["Linear"], "weights": FP8_SCHEME, "input_activations": FP8_SCHEME}
+    config = read_json(source / "config.json")
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
@@ -111,7 +102,7 @@ def export_hf(checkpoint: Checkpoint, scales: dict[str, float], directory: Path,
         "kv_cache_scheme": FP8_SCHEME,
     }
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / "model.safetensors", entries, {"format": "pt"})  # first: what may fail leaves nothing
+    write_safetensors(directory / "model.safetensors", entries, {"format": "pt"})  # first: failing leaves no part
     for name in ("generation_config.json", "tokenizer.model"):
         if (source / name).exists():
             shutil.copyfile(source / name, directory / name)
@@ -141,7 +132,7 @@ def joined_shape(tensors: list[StoredTensor]) -> tuple[int, ...]:
 def stored_rows(tensors: list[StoredTensor], start: int, stop: int) -> Iterator[Tensor]:
     """Rows from `start` to `stop` of tensors joined along their first dimension, ROWS at most at a time."""
     for tensor in tensors:
-        with safe_open(tensor.file, framework="pt") as f:
+        with open_tensors(tensor.file) as f:
             stored, end = f.get_slice(tensor.key), min(stop, tensor.shape[0])
             for row in range(max(start, 0), end, ROWS):
                 yield stored[row : min(row + ROWS, end)]
@@ -172,10 +163,8 @@ def write_int(
     """Writes `checkpoint` with its linear weights, and with `head` its embedding, in the format that `metadata` names.
 
     quantized(name) gives the parameters of a weight, in the order of its format, and is called in the model's order.
-    `progress` is called with the number of source bytes done since the last call. Raises ValueError if a weight is not
-    finite.
+    `progress` is called with the number of source bytes done since the last call.
     """
-    check_weights(checkpoint, {})
     entries, held = {}, {}
     weight_format, group = metadata["weight_format"], int(metadata.get("group_size", 0))
 
@@ -343,10 +332,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--mode", choices=MODES, required=True)
     add_model_options(parser, "checkpoint_path")
     add("--fp8_head", action="store_true", help="fp8: the embedding, which is the output head, too")
-    add("--export_hf", metavar="OUT", help="fp8: write a new directory for vLLM, TGI and transformers instead")
+    add(
+        "--export_hf",
+        type=path,
+        metavar="OUT",
+        help="fp8: write a new directory for vLLM, TGI and transformers instead",
+    )
     add("--quantize_embedding", action="store_true", help="int: the embedding, which is the output head, in int8")
     add("--group_size", type=int, choices=GROUPS, help="int4: neighbours that share a scale (default: 32)")
-    add("--text", type=Path, metavar="FILE", help="gptq: text, or JSON lines with 'text' (default: our own sources)")
+    add("--text", type=path, metavar="FILE", help="gptq: text, or JSON lines with 'text' (default: our own sources)")
     add("--window", type=number(int, 2), metavar="N", help="gptq: tokens seen at once (default: 512)")
     add("--max_tokens", type=number(int, 1), metavar="N", help="gptq: the text's first ones (default: 65536)")
     damping = "gptq: share of its mean that is added to the hessian's diagonal (default: 0.01)"
@@ -368,15 +362,14 @@ def run(args: argparse.Namespace):
     total = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
     prepare = prepare_fp8 if args.mode == "fp8" else prepare_int
     file, write = prepare(args, checkpoint)
-    if args.export_hf is None:
-        check_writable(file)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {file.name}", file=sys.stderr) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {file.name}", leave=False) as bar:
         write(bar.update)
     print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB, {file.stat().st_size / total:.0%} of the source")
 
 
 def prepare_fp8(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path, Callable]:
-    """The file, and what writes it when it is called with `progress`."""
+    """The file, and what writes it when it is called with `progress`. Raises ValueError or OSError for what is known to
+    fail before that."""
     scales_file = checkpoint.directory / SCALES_NAME
     if not scales_file.exists():
         command = f"python calibrate.py --checkpoint_path {checkpoint.directory}"
@@ -386,13 +379,19 @@ def prepare_fp8(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
         scales = {name: scale for name, scale in scales.items() if not name.startswith("head")}
     if args.export_hf is None:
         file = checkpoint.directory / "gemma-fp8.safetensors"
+        check_writable(file)
+        check_weights(checkpoint, scales)
         return file, partial(quantize_fp8, checkpoint, scales, file)
     if args.fp8_head:
         raise ValueError("--export_hf leaves the output head as it is: leave out --fp8_head")
-    if not args.export_hf:
-        raise ValueError("--export_hf needs the name of a directory")
-    out = Path(args.export_hf)
-    return out / "model.safetensors", partial(export_hf, checkpoint, scales, out)
+    out = args.export_hf.absolute()
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{args.export_hf} is not empty: name a new directory to export to")
+    check_writable(next(each for each in (out, *out.parents) if each.exists()) / out.name)
+    if read_json(checkpoint.directory / "config.json")["model_type"] == "gemma3":
+        raise ValueError("of a multimodal Gemma 3 only the text part is read: it can't be exported whole")
+    check_weights(checkpoint, scales)
+    return args.export_hf / "model.safetensors", partial(export_hf, checkpoint, scales, args.export_hf)
 
 
 def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path, Callable]:
@@ -401,6 +400,8 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
     group = (args.group_size or 32) if FORMATS[weight_format].grouped else 0
     if group:
         check_group(checkpoint, group)
+    file = checkpoint.directory / f"gemma-{args.mode}{f'-g{group}' if group else ''}.safetensors"
+    check_writable(file)
     head, metadata, text = args.quantize_embedding, {"weight_format": weight_format}, None
     if group:
         metadata |= {"group_size": str(group), "method": "gptq" if args.mode == "int4-gptq" else "rounded"}
@@ -408,7 +409,7 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
         device = pick_device(args.device)
         text = calibration_windows(args, checkpoint)
         metadata |= {"text": args.text.name if args.text else "built-in", "tokens": str(sum(map(len, text)))}
-    file = checkpoint.directory / f"gemma-{args.mode}{f'-g{group}' if group else ''}.safetensors"
+    check_weights(checkpoint, {})
 
     def write(progress):
         if args.mode == "int4-gptq":

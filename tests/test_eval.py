@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY_GEMMA, reference_model, save_checkpoint
+from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma, reference_model, save_checkpoint
+from safetensors.torch import load_file, save_file
 
 import eval as program
 from cache import KVCache
@@ -249,6 +250,21 @@ def test_mistakes_get_one_line(capsys, file, arguments, message):
     assert message in line
 
 
+@pytest.mark.parametrize("against", [False, True])
+def test_what_is_not_finite_is_no_figure(capsys, file, tmp_path, against):
+    """Of the model, or of the one that it is compared with alone."""
+    damaged = copy_tiny_gemma(tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][5, 7] = float("inf")
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    path = ("--against" if against else "--checkpoint_path", damaged)
+    for options in ((), ("--json",)):
+        status, out, err = run(capsys, "--text", file, "--window", 64, *path, *options)
+        assert (status, out) == (2, "")
+        (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+        assert "model computes is not finite" in line
+
+
 def test_a_text_or_tasks_are_required(capsys):
     for arguments, message in (
         ((), "one of the arguments --text --tasks is required"),
@@ -273,11 +289,11 @@ def test_without_the_harness(capsys, monkeypatch):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "line 2: not a JSON object with a string 'text'"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "line 2: not a JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}\n', "line 3: not a JSON"),
         ("a.json", b'{"prompt": "a"}\n', "line 1: not a JSON"),
         ("a.jsonl", b'{"text": "a"}\n["text"]\n', "line 2: not a JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b', "line 2: not a JSON"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not a JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: not a JSON"),
         ("a.jsonl", b'{"text": ""}\n', "holds no text"),
         ("a.jsonl", b"\n", "holds no text"),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_GEMMA, reference_model, save_checkpoint
+from conftest import TINY_GEMMA, copy_tiny_gemma, reference_model, save_checkpoint
+from safetensors.torch import load_file, save_file
 
 import eval as program
 from eval import HarnessModel, find_tasks, score
@@ -18,7 +19,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # read when d
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval[hf] (requirements-dev.txt)")
 from lm_eval.api.instance import Instance
 
-LONG_TEXTS = [(ROOT / "calibrate.py").read_text()[i : i + 250] for i in (0, 1300, 3000)]
+CODE = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text()  # which no change here changes
+LONG_TEXTS = [CODE[i : i + 250] for i in (900, 6000, 9000)]
 
 TASKS = {
     "next_line": """
@@ -62,13 +64,9 @@ dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}"""
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """YAML files of four tasks, each of 16 items: lines of code, which no change here changes, and what follows them."""
+    """YAML files of four tasks, each of 16 items: lines of code and what follows them."""
     directory = tmp_path_factory.mktemp("tasks")
-    lines = [
-        line
-        for line in (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text().splitlines(keepends=True)
-        if line.strip()
-    ]
+    lines = [line for line in CODE.splitlines(keepends=True) if line.strip()]
     with open(directory / "data.json", "w") as file:
         for index, start in enumerate(range(30, 318, 18)):
             end = start + 2 + index % 3
@@ -303,6 +301,44 @@ def test_from_the_command_line(capsys, tasks):
     out = capsys.readouterr().out
     assert "|next_line|" in out
     assert "|acc " in out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1", "ParserError"),
+        (bytes(range(256)), "ReaderError"),
+        (b"- 1\n", "Expected YAML dict"),
+        (("{field}", "{nope}"), "'nope' is undefined"),
+        (("metric: acc}", "metric: nope}"), "KeyError"),
+        (("data.json", "nowhere.json"), "Unable to find"),
+    ],
+)
+def test_a_task_file_that_is_wrong_is_a_line(tasks, tmp_path, capsys, content, message):
+    file = tmp_path / "wrong.yaml"
+    if isinstance(content, tuple):
+        before, after = content
+        good = Path(tasks[1]).read_text().replace("{{context}}", "{{field}}")
+        assert before in good
+        content = good.replace(before, after).replace("{{field}}", "{{context}}").encode()
+    file.write_bytes(content)
+    assert program.main(["--tasks", str(file), "--limit", "1", "--device", "cpu"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {file} can't be loaded: ")
+    assert message in line
+
+
+def test_scores_that_are_not_finite_are_refused(tasks, tmp_path, capsys):
+    directory = copy_tiny_gemma(tmp_path / "damaged")
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    for task in tasks[:3]:
+        arguments = ["--tasks", task, "--limit", "1", "--device", "cpu", "--checkpoint_path", str(directory)]
+        assert program.main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.splitlines()[-1] == "error: what the model computes is not finite: it can't be scored"
 
 
 def test_tasks_of_a_directory(tasks, tmp_path):

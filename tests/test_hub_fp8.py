@@ -325,7 +325,8 @@ def test_export_refuses(calibrated, exported, tmp_path, capsys):
     for directory in (calibrated, exported):
         assert f"{directory} is not empty: name a new directory" in error(calibrated, directory)
     assert "Not a directory" in error(calibrated, calibrated / "text.txt")
-    assert "--export_hf needs the name of a directory" in error(calibrated, "")
+    assert f"there is no directory {calibrated / 'text.txt'}" in error(calibrated, calibrated / "text.txt" / "out")
+    assert "--export_hf: must be a path, not ''" in error(calibrated, "")
     assert "is quantized already" in error(exported, tmp_path / "out")
     arguments = ["--mode", "fp8", "--checkpoint_path", str(calibrated), "--export_hf", str(tmp_path / "out")]
     assert quantize.main([*arguments, "--fp8_head"]) == 2
