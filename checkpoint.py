@@ -7,7 +7,6 @@ import json
 import os
 import re
 import secrets
-import stat
 import struct
 import warnings
 from collections import Counter
@@ -115,8 +114,7 @@ def sources(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]
 
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file (https://huggingface.co/docs/safetensors: 8 bytes header length,
-    JSON, data). Raises FileNotFoundError, or ValueError if the file is cut, longer than its header says, or no
-    safetensors file."""
+    JSON, data). Raises ValueError if the file is cut, longer than its header says, or no safetensors file."""
     size = _size(file)
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -163,11 +161,10 @@ def open_tensors(file: Path) -> safe_open:
 
 
 def _size(file: Path) -> int:
-    """In bytes. Raises FileNotFoundError, or ValueError if `file` is a directory, pipe or device, which may not end."""
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):
+    """In bytes. Raises ValueError if `file` is none, but a directory, a link to nowhere, or a pipe, which may not end."""
+    if not file.is_file():
         raise ValueError(f"{file} is no regular file")
-    return status.st_size
+    return file.stat().st_size
 
 
 def _parse(text: bytes) -> dict:
@@ -194,7 +191,7 @@ def _parse(text: bytes) -> dict:
 
 
 def read_json(file: Path) -> dict:
-    """Raises FileNotFoundError, or ValueError, naming the file, if it holds no JSON object."""
+    """Raises ValueError, naming the file, if it holds no JSON object."""
     if _size(file) > MAX_JSON:
         raise ValueError(f"{file} has more than {MAX_JSON:,} bytes")
     try:

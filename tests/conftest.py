@@ -178,6 +178,10 @@ def reference(request, tmp_path_factory):
     return model, save_checkpoint(model, tmp_path_factory.mktemp(request.param))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--mutations", type=int, default=300, help="of checkpoints in test_fuzz.py (default: 300)")
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
