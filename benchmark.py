@@ -141,10 +141,11 @@ def weights(args: argparse.Namespace) -> Iterator[dict]:
     format with --calibration_text (GPTQ with 32,768 tokens of it) in a temporary directory (TMPDIR), and eval.py
     compares it with BF16 on --text; disk_mb is the file's. Sizes and speeds, on a GPU: disk_gib of the file, and what
     `sweep` measures at batch 1, 8 and 64; GPTQ's weights have int4's layout, which is measured once for both."""
-    for file in filter(None, (args.text, args.calibration_text)):  # a pipe could be read but once
-        if not file.is_file():
+    checkpoints = list(map(open_checkpoint, args.checkpoint_path or ()))
+    for file in (args.text, args.calibration_text) if checkpoints else ():
+        if not file.is_file():  # a pipe, for one, can be read but once
             raise FileNotFoundError(f"no text file at {file}")
-    for checkpoint in list(map(open_checkpoint, args.checkpoint_path or ())):  # each is looked at first
+    for checkpoint in checkpoints:
         yield from quality(checkpoint, args.precisions, args.text, args.calibration_text)
     if args.device.type != "cuda":
         print("speeds are left out: they need a CUDA GPU", flush=True)
@@ -461,10 +462,13 @@ def first_output(device: torch.device, *options: str, **environment: str) -> tup
     command = [sys.executable, "generate.py", "--prompt", "\n", "--device", device.type, *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
-    process.stdout.read(1)
-    elapsed = time.perf_counter() - start
-    error = process.communicate()[1].decode()
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes) as process:
+        try:
+            process.stdout.read(1)
+            elapsed = time.perf_counter() - start
+            error = process.communicate()[1].decode()
+        finally:
+            process.kill()  # unless it is done: Ctrl-C may come to this process alone
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {error}")
     return elapsed, error
@@ -590,13 +594,15 @@ def program_parser() -> argparse.ArgumentParser:
     add("--precisions", nargs="+", choices=PRECISIONS, help="(default: the protocol's)")
     add("--batches", nargs="+", type=number(int, 1), metavar="N", help="sweep: (default: 1 to 256)")
     add("--ops", nargs="+", choices=OPS, help="prefill: implementations of the operations (default: all)")
-    add("--checkpoint_path", nargs="+", type=path, metavar="DIR", help="weights: trained checkpoints in BF16")
-    add("--text", type=path, metavar="FILE", help="weights: to evaluate them on, as eval.py's")
-    add("--calibration_text", type=path, metavar="FILE", help="weights: for calibrate.py and GPTQ, as theirs")
+    add("--checkpoint_path", nargs="+", type=path, metavar="DIR", help="weights: trained, in BF16 (default: none)")
+    add("--text", type=path, metavar="FILE", help="weights: to evaluate them on (default: none)")
+    add("--calibration_text", type=path, metavar="FILE", help="weights: for calibrate.py and GPTQ (default: none)")
     peer = parser.add_mutually_exclusive_group()
     peer.add_argument("--peers", nargs="+", choices=BOTH, help="to time beside ours (default: those installed)")
-    peer.add_argument("--no_peers", dest="peers", action="store_const", const=(), help="leave them out")
-    add("--vllm_site", type=path, metavar="DIR", help="where vLLM's own process finds it, if it is not installed")
+    peer.add_argument(
+        "--no_peers", dest="peers", action="store_const", const=(), help="leave them out (default: don't)"
+    )
+    add("--vllm_site", type=path, metavar="DIR", help="where vLLM is (default: where it is installed)")
     seconds = "that vLLM may take for a row, loading too (default: 300)"
     add("--peer_timeout", type=number(float, 1), metavar="SECONDS", help=seconds)
     add("--repeats", type=number(int, 1), metavar="N", help="timed runs of each case (default: 5)")

@@ -371,7 +371,7 @@ def program_parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=path, metavar="FILE", help="plain text, or JSON lines (.jsonl) with 'text'")
     source.add_argument("--tasks", metavar="A,B", help="lm-evaluation-harness's tasks, or YAML files of your own")
-    add("--include_path", type=path, metavar="DIR", help="where to look for more tasks")
+    add("--include_path", type=path, metavar="DIR", help="where to look for more tasks (default: nowhere)")
     add("--num_fewshot", type=number(int, 0), metavar="N", help="examples before each question (default: the task's)")
     add("--limit", type=number(int, 1), metavar="N", help="questions of each task (default: all)")
     add("--seed", type=int, help="of a task's examples, and of sampling (default: 1234)")
@@ -380,7 +380,8 @@ def program_parser() -> argparse.ArgumentParser:
     batch_size = "windows or requests at once (default: %(default)s)"
     add("--batch_size", type=number(int, 1), default=8, metavar="N", help=batch_size)
     add_model_options(parser, "checkpoint_path", "fp8", "kv_cache_dtype", "device", "ops", "precision")
-    add("--against", type=path, metavar="PATH", help="a reference checkpoint; its KV cache is as its weights")
+    against = "a reference checkpoint; its KV cache is as its weights (default: none)"
+    add("--against", type=path, metavar="PATH", help=against)
     add("--against_fp8", action="store_true", help="run the reference's linear layers in FP8")
     add("--json", action="store_true", help="print one JSON object")
     return parser

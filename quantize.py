@@ -332,12 +332,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--mode", choices=MODES, required=True)
     add_model_options(parser, "checkpoint_path")
     add("--fp8_head", action="store_true", help="fp8: the embedding, which is the output head, too")
-    add(
-        "--export_hf",
-        type=path,
-        metavar="OUT",
-        help="fp8: write a new directory for vLLM, TGI and transformers instead",
-    )
+    out = "fp8: a new directory for vLLM, TGI and transformers (default: a file of our own)"
+    add("--export_hf", type=path, metavar="OUT", help=out)
     add("--quantize_embedding", action="store_true", help="int: the embedding, which is the output head, in int8")
     add("--group_size", type=int, choices=GROUPS, help="int4: neighbours that share a scale (default: 32)")
     add("--text", type=path, metavar="FILE", help="gptq: text, or JSON lines with 'text' (default: our own sources)")

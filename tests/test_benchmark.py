@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shlex
+import subprocess
 import weakref
 import xml.dom.minidom
 
@@ -86,17 +88,22 @@ def test_help_names_every_protocol(capsys):
         ("sweep --text a.txt", "sweep takes no --text"),
         ("weights --text a.txt --calibration_text b.txt", "need one another: --checkpoint_path is missing"),
         ("weights --checkpoint_path a --calibration_text b.txt", "need one another: --text is missing"),
+        ("cpu --output ''", "--output: must be a path, not ''"),
+        ("weights --checkpoint_path DIR --text /dev/null --calibration_text b.txt", "no text file at /dev/null"),
         ("weights --checkpoint_path a --text a.txt", "need one another: --calibration_text is missing"),
         ("weights --checkpoint_path nowhere --text a.txt --calibration_text b.txt", "no checkpoint at nowhere"),
         ("weights --checkpoint_path DIR DIR/nowhere --text a.txt --calibration_text b.txt", "nowhere"),
         ("weights --checkpoint_path DIR --text nowhere.txt --calibration_text b.txt --precisions int8", "nowhere.txt"),
-        ("weights --checkpoint_path DIR --text a.txt --calibration_text nowhere.txt --precisions fp8", "nowhere.txt"),
+        (
+            "weights --checkpoint_path DIR --text DIR/config.json --calibration_text nowhere.txt --precisions fp8",
+            "nowhere.txt",
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_line(arguments, message, trained, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "environment", lambda device: {"copy_bandwidth_gb_per_second": 1.0})
     try:
-        status = benchmark.main(arguments.replace("DIR", str(trained)).split())
+        status = benchmark.main(shlex.split(arguments.replace("DIR", str(trained))))
     except SystemExit as ended:  # by the program that told
         status = ended.code
     out, err = capsys.readouterr()
@@ -313,6 +320,38 @@ def test_parts_of_a_start():
     assert parts == pytest.approx(
         {"import_and_rest": 3.0, "load": 2.5, "compile": 3.0, "prefill": 0.25, "decode": 0.01}
     )
+
+
+def test_an_interrupted_benchmark_ends_what_it_started(monkeypatch):
+    processes = []
+
+    class Interrupted(subprocess.Popen):
+        def communicate(self, *arguments):
+            processes.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.first_output(CPU, "--max_new_tokens", "8000", "--batch_size", "1")
+    assert processes[0].wait(10) < 0
+
+
+@pytest.mark.parametrize("program", [benchmark, calibrate, evaluation, quantize])
+def test_help_gives_every_default(program, monkeypatch):
+    monkeypatch.setattr(program, "run_program", lambda run, parser, argv: parser)
+    for action in program.main([])._actions:
+        if action.option_strings and not action.required and action.nargs != 0:
+            assert "default" in action.help or (program, action.dest) in ((evaluation, "text"), (evaluation, "tasks"))
+
+
+def test_a_result_that_cannot_be_written_is_told_at_once(monkeypatch, tmp_path, capsys):
+    def never(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr(benchmark, "environment", never)
+    for file, message in ((tmp_path, "it is no regular file"), (tmp_path / "a" / "b", "there is no directory")):
+        assert benchmark.main(["cpu", "--output", str(file)]) == 2
+        assert f"{file} can't be written: {message}" in capsys.readouterr().err
 
 
 def test_a_failure_in_a_process_of_its_own_is_a_row(capfd):
