@@ -37,7 +37,7 @@ class State:
     seen: Tensor | None  # [B, V], bool: what repetition_penalty is for
     settings: Tensor  # [len(SETTINGS)], float64: Sampling's values in their order
     stop_ids: Tensor  # [STOP_IDS], -1 where there is none
-    log: Tensor  # [L + 1, 3], a row a step: whether all rows are done; count and token of the first row
+    log: Tensor  # [L + 1, 4], a row a step: whether all rows are done; count, token of the first; whether logits are finite
     step: Tensor  # [1], the log's next row
 
     @classmethod
@@ -58,7 +58,7 @@ class State:
             seen=None,
             settings=zeros(len(SETTINGS), dtype=torch.float64),
             stop_ids=zeros(STOP_IDS),
-            log=zeros(length + 1, 3),
+            log=zeros(length + 1, 4),
             step=zeros(1),
         )
 
@@ -81,7 +81,7 @@ def decode_step(model: Transformer, cache: KVCache, state: State, kind: DrawKind
 
 def next_token(state: State, logits: Tensor, kind: DrawKind):
     """Draws a token for each row from logits [B, V] in float32 and appends it."""
-    settings = dict(zip(SETTINGS, state.settings))
+    settings, computed = dict(zip(SETTINGS, state.settings)), logits
     if kind.penalize:
         logits = penalize(logits, state.seen, settings["repetition_penalty"])
     if kind.greedy:
@@ -91,7 +91,7 @@ def next_token(state: State, logits: Tensor, kind: DrawKind):
         token = draw(logits, noise, settings, kind)
     if kind.penalize:
         state.seen.scatter_(1, token[:, None], True)
-    append_token(state, token)
+    append_token(state, computed, token)
 
 
 class Runner:
@@ -214,6 +214,8 @@ class Runner:
             width = min(max(16, 1 << (width - 1).bit_length()), self.length)
         elif self.compile_prefill:
             width = max(width, 2)  # a length of 1 would be compiled apart
+        elif self.device.type == "cpu":
+            width = min(_few_widths(width), self.length)
         # A row's own token as padding: none that repetition_penalty would count as seen
         tokens = torch.tensor([prompt + prompt[:1] * (width - len(prompt)) for prompt in prompts]).to(self.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts]).to(self.device)
@@ -266,7 +268,8 @@ class Runner:
         """Steps until every row is done, `steps` times at most; returns how many there were.
 
         on_token gets the first row's tokens, the one that prefill drew included. `check`, for the benchmark: whether all
-        rows are done is read "ping-pong" as below, after "every" step, or "never".
+        rows are done is read "ping-pong" as below, after "every" step, or "never". Raises ValueError if a row that is not
+        done has logits that are not finite.
 
         On CUDA two streams alternate. Step i waits, on the device, for the event that step i - 1 records behind its
         last kernel; behind that event comes the copy of the step's row of the log to the host, which runs beside step i,
@@ -280,7 +283,12 @@ class Runner:
 
         def all_done(i: int) -> bool:
             nonlocal delivered
-            done, count, token = self.log[i].tolist()
+            done, count, token, finite = self.log[i].tolist()
+            if not finite:
+                raise ValueError(
+                    "the model computes values that are not finite (NaN or infinity): its weights are damaged, or need "
+                    "another precision"
+                )
             if on_token is not None and count > delivered:
                 on_token(token)
             delivered = count
@@ -308,22 +316,24 @@ class Runner:
         self.streams[0].wait_stream(before)
         with torch.cuda.stream(self.streams[0]):
             publish(0)
-        while taken < steps:
-            if check == "every" or (check == "ping-pong" and taken > 0):
-                i = taken if check == "every" else taken - 1
-                with _range("stop check", self.device):
-                    landed[i % 2].synchronize()
-                    if all_done(i):
-                        break
-            if on_step is not None:
-                on_step(taken + 1, self)
-            taken += 1
-            with torch.cuda.stream(self.streams[taken % 2]), _range("decode step", self.device):
-                stepped[(taken - 1) % 2].wait()
-                step()
-                publish(taken)
-        for stream in self.streams:
-            before.wait_stream(stream)
+        try:
+            while taken < steps:
+                if check == "every" or (check == "ping-pong" and taken > 0):
+                    i = taken if check == "every" else taken - 1
+                    with _range("stop check", self.device):
+                        landed[i % 2].synchronize()
+                        if all_done(i):
+                            break
+                if on_step is not None:
+                    on_step(taken + 1, self)
+                taken += 1
+                with torch.cuda.stream(self.streams[taken % 2]), _range("decode step", self.device):
+                    stepped[(taken - 1) % 2].wait()
+                    step()
+                    publish(taken)
+        finally:  # after a callback's exception, too: what still runs is ahead of whatever gets this memory next
+            for stream in self.streams:
+                before.wait_stream(stream)
         if check == "never":
             self.log.copy_(self.state.log)
         torch.cuda.synchronize(self.device)
@@ -351,6 +361,13 @@ def _range(name: str, device: torch.device):
 def _padded_rows(rows: int) -> int:
     """How many rows a graph is recorded for: a power of two, or a multiple of 64."""
     return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
+
+
+def _few_widths(width: int) -> int:
+    """The next of four widths between powers of two: oneDNN keeps code for every shape of a product that it meets, some
+    2 MiB for each width of a prefill, and never frees it."""
+    step = 1 << max(0, width.bit_length() - 3)
+    return -(-width // step) * step
 
 
 def _compiled(function: Callable, dynamic: bool | None) -> Callable:

@@ -8,16 +8,19 @@ from ops.common import SMS, jit, launch, launch_dependents, power_of_2, tl, wait
 ARGMAX_BLOCK, ARGMAX_WARPS = 2048, 4
 
 
-def append_token(state, token: Tensor):
-    """Appends token [B] to each row of a `runner.State` that is not done, and logs how far the rows are.
+def append_token(state, logits: Tensor, token: Tensor):
+    """Appends token [B], which was drawn from logits [B, V], to each row of a `runner.State` that is not done.
 
-    A row that is done keeps its count: its token lands behind its last one, where nobody reads it.
+    A row that is done keeps its count: its token lands behind its last one, where nobody reads it. The log gets how far
+    the rows are, and whether the logits of those that were not done are finite: their sum is not if one of them isn't,
+    and is one pass over them.
     """
+    finite = (state.done | logits.sum(-1).isfinite()).all()
     state.token.copy_(token)
     state.output.scatter_(1, state.count[:, None], token[:, None])
     state.count += ~state.done
     state.done |= (token[:, None] == state.stop_ids).any(-1) | (state.count >= state.max_new_tokens)
-    status = torch.stack((state.done.all(), state.count[0], token[0]))
+    status = torch.stack((state.done.all(), state.count[0], token[0], finite))
     state.log.index_copy_(0, state.step, status[None])
     state.step += 1
 
@@ -29,7 +32,8 @@ def greedy_next_token(logits: Tensor, state):
     of rows that are not done.
     """
     state.position += ~state.done
-    append_token(state, logits.float().argmax(-1))
+    logits = logits.float()
+    append_token(state, logits, logits.argmax(-1))
 
 
 @jit
@@ -42,20 +46,23 @@ def _argmax_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Finds the largest of a chunk of logits, and where it is first."""
+    """Finds the largest of a chunk of logits, and where it is first: at -1 if one of them is not finite."""
     launch_dependents(PDL)
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offsets = chunk * CHUNK + tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     index = tl.where(offsets < V, offsets, V - 1)
+    finite = offsets >= 0
     wait_for_previous(PDL)
     for i in range(0, CHUNK, BLOCK):
         value = tl.load(logits_ptr + row * V + offsets + i, mask=offsets + i < V, other=float("-inf")).to(tl.float32)
         index = tl.where(value > best, offsets + i, index)
         best = tl.maximum(best, value)
+        finite = finite & ((tl.abs(value) < float("inf")) | (offsets + i >= V))
     largest = tl.max(best, axis=0)
+    index = tl.where(finite, tl.where(best == largest, index, V - 1), -1)
     tl.store(best_ptr + row * tl.num_programs(1) + chunk, largest)
-    tl.store(index_ptr + row * tl.num_programs(1) + chunk, tl.min(tl.where(best == largest, index, V - 1), axis=0))
+    tl.store(index_ptr + row * tl.num_programs(1) + chunk, tl.min(index, axis=0))
 
 
 @jit
@@ -88,7 +95,8 @@ def _append_token_kernel(
     best = tl.load(best_ptr + offsets, mask=mask[:, None], other=float("-inf"))
     index = tl.load(index_ptr + offsets, mask=mask[:, None], other=0)
     largest = tl.max(best, axis=1)
-    token = tl.min(tl.where(best == largest[:, None], index, V - 1), axis=1).to(tl.int64)
+    token = tl.maximum(tl.min(tl.where(best == largest[:, None], index, V - 1), axis=1), 0).to(tl.int64)
+    finite = tl.min(index, axis=1) >= 0
     was_done = tl.load(done_ptr + row, mask=mask, other=1) != 0
     count = tl.load(count_ptr + row, mask=mask, other=0)
     max_new_tokens = tl.load(max_new_tokens_ptr + row, mask=mask, other=0)
@@ -103,9 +111,11 @@ def _append_token_kernel(
     for i in tl.static_range(STOP_IDS):
         done = done | (token == tl.load(stop_ids_ptr + i))
     tl.store(done_ptr + row, done.to(tl.uint8), mask=mask)
-    tl.store(log_ptr + step * 3, tl.min(done.to(tl.int32), axis=0).to(tl.int64))
-    tl.store(log_ptr + step * 3 + 1, tl.sum(tl.where(row == 0, count, 0), axis=0))
-    tl.store(log_ptr + step * 3 + 2, tl.sum(tl.where(row == 0, token, 0), axis=0))
+    log_ptr += step * 4
+    tl.store(log_ptr, tl.min(done.to(tl.int32), axis=0).to(tl.int64))
+    tl.store(log_ptr + 1, tl.sum(tl.where(row == 0, count, 0), axis=0))
+    tl.store(log_ptr + 2, tl.sum(tl.where(row == 0, token, 0), axis=0))
+    tl.store(log_ptr + 3, tl.min((was_done | finite).to(tl.int32), axis=0).to(tl.int64))
     tl.store(step_ptr, step + 1)
 
 

@@ -155,6 +155,27 @@ def test_bfloat16_loss_is_the_cpus(on_gpu, cached):
     assert loss("cuda") == pytest.approx(loss("cpu"), abs=0.002)
 
 
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0}])
+@pytest.mark.parametrize("compile", [False, True])
+def test_values_that_are_not_finite_end_the_run(on_gpu, prompts, compile, sampling):
+    model = on_gpu[0]
+    options = dict(compile=compile, seed=1, stop_ids=(), **sampling)
+    expected, weight = generate(model, prompts, 40, **options), model.norm.weight
+    good = weight[3].item()
+
+    def poison(step: int, _):
+        if step == 5:
+            weight[3] = float("nan")
+            torch.cuda.synchronize()
+
+    try:
+        with pytest.raises(ValueError, match="not finite"):
+            generate(model, prompts, 40, on_step=poison, **options)
+    finally:
+        weight[3] = good
+    assert generate(model, prompts, 40, **options) == expected
+
+
 # --- FP8
 
 

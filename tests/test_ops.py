@@ -597,6 +597,24 @@ def test_greedy_takes_the_first_of_equals(dtype, shape, monkeypatch):
     assert token(torch.full_like(logits, float("nan")))[0] < shape[1]
 
 
+@DTYPES
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_are_logged(dtype, value, monkeypatch):
+    monkeypatch.setattr(next_token, "ARGMAX_BLOCK", 128)
+    logits = normal(3, 900, dtype=dtype)
+    for row, column in [(None, 0), (0, 0), (2, 899), (1, 500)]:
+        states = decode_states(3, torch.full((3,), 5))
+        states[0].done[1] = states[1].done[1] = True
+        bad = logits.clone()
+        if row is not None:
+            bad[row, column] = value
+        next_token.greedy_next_token_triton(bad, states[0])
+        next_token.greedy_next_token(bad, states[1])
+        for state in states:
+            assert state.log[0, 3] == (row in (None, 1))  # row 1 is done
+            assert 0 <= state.token.min() <= state.token.max() < 900
+
+
 @pytest.mark.parametrize("stop_ids", [(), (5,), (5, 9, 30), (9, 5, *[-1] * 14)])
 @pytest.mark.parametrize("m", [1, 3, 7])
 def test_greedy_next_token(stop_ids, m):

@@ -47,6 +47,40 @@ def test_conversation_behind_its_cache_is_the_conversation_at_once(tiny):
             history, cached = history + answer, model_length
 
 
+def test_eager_prefill_meets_few_shapes(monkeypatch):
+    model, widths = small_model(), set()
+    logits = Transformer.logits
+
+    def watching(self, tokens, *rest):
+        widths.add(tokens.shape[1])
+        return logits(self, tokens, *rest)
+
+    monkeypatch.setattr(Transformer, "logits", watching)
+    longest = model.config.context_length - 1
+    for length in (*range(1, longest, 5), longest):
+        generate(model, [[2] * length], 1, **GREEDY)
+    assert len(widths) <= 4 * longest.bit_length() and longest <= max(widths) <= longest + 1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(top_k=5, repetition_penalty=1.2)])
+@pytest.mark.parametrize("at", [0, 5])
+def test_values_that_are_not_finite_end_the_run(tiny, prompts, sampling, at):
+    model = tiny[0]
+    options = dict(sampling=sampling, seed=1, stop_ids=())
+    expected, weight = generate(model, prompts, 20, **options), model.norm.weight
+    good = weight[3].item()
+
+    def poison(step: int, _):
+        weight[3] = float("nan") if step == at else good
+
+    try:
+        with pytest.raises(ValueError, match="not finite"):
+            generate(model, prompts, 20, on_step=poison, **options)
+    finally:
+        weight[3] = good
+    assert generate(model, prompts, 20, **options) == expected
+
+
 def test_a_step_penalizes_first_and_filters_in_the_order_of_the_table():
     """What a run draws with, against transformers' processors in that order; noise on a grid of N, exact to 1 / N."""
     from transformers.generation import logits_process as reference
