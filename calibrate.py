@@ -56,7 +56,7 @@ class Histogram:
         """The value that `percentile` per cent of all do not exceed. Raises ValueError for infinite values or NaN."""
         counts = self.counts.cpu()
         if counts[0x7F80:].any():
-            raise ValueError("the model computes values that are not finite; it cannot be calibrated")
+            raise ValueError("the model computes values that are not finite; it can't be calibrated")
         cumulative = counts.cumsum(0)
         index = int(torch.searchsorted(cumulative, percentile / 100 * cumulative[-1]))
         if percentile == 100:

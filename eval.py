@@ -106,7 +106,9 @@ def evaluate(
         result |= {"kl": kl.item() / count, "top1_agreement": agreed.item() / count}
     for name, value in result.items():
         if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: what {'a' if reference else 'the'} model computes is not finite")
+            raise ValueError(
+                f"{name} is {value}: {'a' if reference else 'the'} model computes values that are not finite"
+            )
     return result
 
 
@@ -214,7 +216,7 @@ def _score_batch(
             greedy[part] &= ((logits.argmax(-1) == target) | (target < 0)).all(-1)
             del logits
     if not log_probs.isfinite().all():
-        raise ValueError("what the model computes is not finite: it can't be scored")
+        raise ValueError("the model computes values that are not finite; it can't be scored")
     return list(zip(log_probs.tolist(), greedy.tolist()))
 
 

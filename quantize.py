@@ -213,10 +213,12 @@ def gptq(
     columns after a block get its updates at once. A group's scale and zero are those of its values by then; with
     `act_order`, where the columns with the largest inputs come first, those of its values at the start. `damping` times
     the mean of the diagonal is added to it. In hessian's dtype, which is overwritten. Raises ValueError if the hessian
-    isn't positive then.
+    isn't finite, or isn't positive then.
     """
     n, k = weight.shape
     diagonal = hessian.diagonal()
+    if not diagonal.isfinite().all():
+        raise ValueError("the model computes values that are not finite; GPTQ can't go by them")
     diagonal[diagonal == 0] = 1  # an input that is always 0: any code will do
     order = diagonal.argsort(descending=True) if act_order else torch.arange(k, device=weight.device)
     diagonal += damping * diagonal.mean()

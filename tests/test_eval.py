@@ -262,7 +262,7 @@ def test_what_is_not_finite_is_no_figure(capsys, file, tmp_path, against):
         status, out, err = run(capsys, "--text", file, "--window", 64, *path, *options)
         assert (status, out) == (2, "")
         (line,) = (line for line in err.splitlines() if line.startswith("error: "))
-        assert "model computes is not finite" in line
+        assert "model computes values that are not finite" in line
 
 
 def test_a_text_or_tasks_are_required(capsys):

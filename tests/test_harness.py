@@ -338,7 +338,7 @@ def test_scores_that_are_not_finite_are_refused(tasks, tmp_path, capsys):
         assert program.main(arguments) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert err.splitlines()[-1] == "error: what the model computes is not finite: it can't be scored"
+        assert err.splitlines()[-1] == "error: the model computes values that are not finite; it can't be scored"
 
 
 def test_tasks_of_a_directory(tasks, tmp_path):

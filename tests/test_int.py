@@ -124,6 +124,9 @@ def test_gptq_with_inputs_that_are_always_zero_and_without_text():
     assert (error <= 0.6 * result.scale[:, 0, 0].double()).all()
     with pytest.raises(ValueError, match="not positive definite: raise --damping"):
         gptq(weight, -torch.eye(96).double(), 32)
+    hessian[5, 5] = float("inf")
+    with pytest.raises(ValueError, match="computes values that are not finite"):
+        gptq(weight, hessian, 32)
 
 
 # --- files
