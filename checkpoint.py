@@ -294,7 +294,7 @@ def _check(tensor: StoredTensor, shape: tuple[int, ...], weight_format: str | No
     if dtype and tensor.dtype != dtype:
         raise ValueError(f"{tensor.key} is stored as {tensor.dtype}, {weight_format} has {dtype} there")
     if not dtype and tensor.dtype not in DTYPES:
-        raise ValueError(f"{tensor.key} is stored as {tensor.dtype}; BF16, F16 and F32 can be read")
+        raise ValueError(f"{tensor.key} in {tensor.file} is stored as {tensor.dtype}; BF16, F16 and F32 can be read")
     if tensor.size != prod(tensor.shape) * torch_dtype(tensor).itemsize:
         raise ValueError(f"{tensor.file} is damaged: the bytes of {tensor.key} do not match its shape")
 

@@ -179,7 +179,7 @@ def reference(request, tmp_path_factory):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--mutations", type=int, default=300, help="of checkpoints in test_fuzz.py (default: 300)")
+    parser.addoption("--mutations", type=int, default=1000, help="of checkpoints in test_fuzz.py (default: 1000)")
 
 
 def pytest_collection_modifyitems(items):

@@ -17,7 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import quantize
-from checkpoint import check_writable, convert, open_checkpoint, read_header, sources, write_atomically
+from checkpoint import (
+    check_writable,
+    convert,
+    fp8_scale_names,
+    open_checkpoint,
+    read_header,
+    sources,
+    write_atomically,
+    write_scales,
+)
 from config import ModelConfig
 from generate import load_model
 from model import Transformer
@@ -240,7 +249,7 @@ def edit_weights(directory: Path, edit):
         (lambda w: w.update({"model.norm.weight": torch.zeros(2)}), r"model.norm.weight has shape \[2\].*\[64\]"),
         (
             lambda w: w.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}),
-            "model.norm.weight is stored as I8",
+            "model.norm.weight in .* is stored as I8",
         ),
         (lambda w: w.update({"language_model.model.norm.weight": torch.zeros(64)}), "model.norm.weight is in .* and"),
     ],
@@ -391,6 +400,59 @@ def test_a_pipe_or_directory_in_place_of_a_file_is_refused_at_once(copy, name, m
         make(file)
     with pytest.raises(ValueError, match=f"{files[0].name} is no regular file"):
         load(copy)
+
+
+def edit_header(file: Path, old: str, new: str, data: bytes = b""):
+    content = file.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    write_raw(file, content[8:length].decode().replace(old, new, 1), content[length:] + data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: edit_header(f, "{", "\ufeff{"), "header is not complete"),
+        (lambda f: edit_header(f, '"tokens": "1"', '"tokens": 1'), "not text"),
+        (lambda f: edit_header(f, "[0, 4]", "[0, 4.0]"), "not a list of whole numbers"),
+        (lambda f: edit_header(f, "[4, 8]", "[0, 4]"), "does not begin where the tensor before it ends"),
+        (lambda f: edit_header(f, '"F32"', '"F99"'), "is damaged"),
+        (lambda f: edit_header(f, '"F32"', '"I32"'), "is stored as I32; BF16, F16 and F32 can be read"),
+        (lambda f: edit_header(f, '"shape": []', '"shape": [1, 1]'), r"is of shape \[1, 1\]; only one scale"),
+        (lambda f: edit_header(f, '"shape": []', '"shape": [2]'), "damaged|only one scale"),
+        (lambda f: edit_header(f, "F32", "\\ud800"), "dtype|damaged|header"),
+        (lambda f: edit_header(f, "[0, 4]", "[-0, 4]"), "is damaged"),  # a number for Python, none for the library
+        (lambda f: write_raw(f, '{"a": ' + "[" * 100_000), "nested too deeply"),
+        (lambda f: (f.unlink(), os.mkfifo(f)), "is no regular file"),
+        (lambda f: (f.unlink(), f.mkdir()), "is no regular file"),
+    ],
+)
+def test_a_bad_file_of_factors_stops_nothing_but_fp8(copy, damage, message):
+    file = copy / "fp8_scales.safetensors"
+    config = open_checkpoint(copy).config
+    write_scales(file, config, dict.fromkeys(fp8_scale_names(config), 1.0), {"tokens": "1"})
+    assert load(copy).kv_scales.problem is None
+    damage(file)
+    model = load(copy)
+    assert model.kv_scales.values is None
+    assert re.search(message, model.kv_scales.problem)
+    assert "fp8_scales.safetensors" in model.kv_scales.problem
+    with pytest.raises(ValueError, match=message):
+        load_model(copy, device="cpu", fp8=True)
+
+
+def test_a_bad_file_of_factors_for_integers_does_not_stop_the_shards(copy):
+    (copy / "gemma-int8-fp8_scales.safetensors").write_bytes(b"x")
+    load(copy)
+
+
+def test_an_fp8_file_has_fp8_where_it_says(copy):
+    checkpoint = open_checkpoint(copy)
+    convert(checkpoint, copy / "gemma.safetensors")
+    weights = load_file(copy / "gemma.safetensors")
+    weights |= {name: torch.tensor(1.0) for name in fp8_scale_names(checkpoint.config) if not name.startswith("head")}
+    save_file(weights, copy / "x.safetensors", {"format": "gemma-fast", "format_version": "1", "weight_format": "fp8"})
+    with pytest.raises(ValueError, match="wqkv.weight is stored as F32, fp8 has F8_E4M3 there"):
+        load(copy / "x.safetensors")
 
 
 def test_a_pipe_as_the_checkpoint_is_refused_at_once(copy):

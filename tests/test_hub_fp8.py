@@ -229,7 +229,7 @@ def test_other_quantization_is_refused_by_name(tmp_path, settings, message):
         (lambda w: w.update({f"{Q}.weight": w[f"{Q}.weight"].bfloat16()}), "stored as BF16, fp8 has F8_E4M3 there"),
         (
             lambda w: w.update({"model.norm.weight": w["model.norm.weight"].to(torch.float8_e4m3fn)}),
-            "model.norm.weight is stored as F8_E4M3",
+            "model.norm.weight in .* is stored as F8_E4M3",
         ),
         (lambda w: w.update({f"{Q}.weight_scale": torch.tensor(float("nan"))}), "weight_scale in .* is nan; a scale"),
         (lambda w: w.update({f"{Q}.input_scale": torch.tensor(0.0)}), r"input_scale in .* is 0\.0; a scale"),
