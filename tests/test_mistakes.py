@@ -281,12 +281,12 @@ def test_text_comes_before_a_profile_that_cant_be_written(capfd, monkeypatch, he
 # --- standard streams
 
 
-def shell(line: str, here: Path, **environment) -> tuple[int, str, str]:
+def shell(line: str, here: Path) -> tuple[int, str, str]:
     """Status and output of a shell's line, in which `generate` is the program with options that make it quick."""
     command = f"{sys.executable} {ROOT}/generate.py --checkpoint_path tiny --max_new_tokens 2 --device cpu --seed 1"
     done = subprocess.run(
         ["bash", "-c", f'generate() {{ {command} "$@"; }}; {line}'],
-        cwd=here, env=os.environ | environment, capture_output=True, timeout=120, check=False,
+        cwd=here, env=os.environ | {"PYTHONUNBUFFERED": ""}, capture_output=True, timeout=120, check=False,
     )  # fmt: skip
     assert b"Traceback" not in done.stderr
     return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -408,7 +408,8 @@ def test_ctrl_c_leaves_nothing_behind(capfd, monkeypatch, here):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     monkeypatch.setattr("convert_hf_checkpoint.convert", interrupted)
     before = contents(here)
-    handler = signal.signal(signal.SIGINT, interrupt.quit_at_once)  # as in a program
+    monkeypatch.setattr("interrupt.quit_at_once", lambda *_: None)  # in a program, the end
+    handler = signal.signal(signal.SIGINT, interrupt.quit_at_once)
     try:
         status, out, _ = run(capfd, monkeypatch, "convert_hf_checkpoint", [str(here / "tiny")])
         assert signal.getsignal(signal.SIGINT) is interrupt.quit_at_once
