@@ -35,6 +35,7 @@ import torch
 
 from benchmarks import peers, report
 from benchmarks.checkpoints import E4M3, FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
+from benchmarks.report import OURS
 from cache import KVScales, cache_bytes, codec_of
 from checkpoint import check_writable, open_checkpoint, write_atomically
 from cli import DEFAULT_CHECKPOINT, Parser, Stats, number, path, run_program
@@ -47,7 +48,6 @@ from runner import Runner, lease
 from sampling import Sampling
 
 ROOT = Path(__file__).parent
-OURS = "gemma-fast"
 OPS = ("kernels", "te", "torch")  # implementations of the operations, as load_model's ops names them
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,16 +72,7 @@ def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_t
         yield row | rounded({"padded_prefill_seconds": prefill, "padded_seconds": prefill + row["decode_seconds"]})
 
     yield from each_model(args, of_model)
-    yield from vllm_rows(args, partial(tutorial_prompts, batch, longest), shape)
-    for name in args.models if "transformers" in args.peers else ():
-        peer = peers.transformers_model(config_of_peer(name), args.device)
-        prompts = tutorial_prompts(batch, longest, peer.config.vocab_size)
-        for cache in ("dynamic", "static"):
-            run = peers.transformers_generate(peer, prompts, new_tokens, cache_implementation=cache)
-            case = {"model": name, "precision": "bf16", **shape}
-            yield from measure(args, {f"transformers, {cache} cache": run}, case, repeats=2)
-        del peer, run
-        release()
+    yield from peer_rows(args, partial(tutorial_prompts, batch, longest), shape, ("dynamic", "static"), repeats=2)
 
 
 def latency(
@@ -98,15 +89,7 @@ def latency(
 
     yield from each_model(args, of_model)
     shape = {"batch": 1, "context": contexts[0], "new_tokens": new_tokens}
-    yield from vllm_rows(args, partial(random_prompts, 1, contexts[0]), shape)
-    for name in args.models if "transformers" in args.peers else ():
-        peer = peers.transformers_model(config_of_peer(name), args.device)
-        prompts = random_prompts(1, contexts[0], peer.config.vocab_size)
-        run = peers.transformers_generate(peer, prompts, new_tokens, cache_implementation="static")
-        case = {"model": name, "precision": "bf16", **shape}
-        yield from measure(args, {"transformers, static cache": run}, case)
-        del peer, run
-        release()
+    yield from peer_rows(args, partial(random_prompts, 1, contexts[0]), shape, ("static",))
 
 
 def sweep(
@@ -165,9 +148,9 @@ def stop_check(
 
     def of_model(model: Transformer, kv_dtype, case: dict):
         for batch in batches:
-            run = partial(ours, model, random_prompts(batch, context, model.config.vocab_size), new_tokens)
-            options = {"compile": True, "kv_cache_dtype": kv_dtype}
-            runners = {check: run(stop_check=check, **options) for check in ("never", "every", "ping-pong")}
+            prompts = random_prompts(batch, context, model.config.vocab_size)
+            run = partial(ours, model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)
+            runners = {check: run(stop_check=check) for check in ("never", "every", "ping-pong")}
             shape = {"batch": batch, "context": context, "new_tokens": new_tokens}
             rows = measure(args, runners, case | shape, repeats=max(5, args.repeats))
             for row in rows:
@@ -194,9 +177,7 @@ def startup(args: argparse.Namespace) -> Iterator[dict]:
                         path = "--checkpoint_path", str(directory)
                         values.append(first_output(args.device, *options, *path, **environment))
         for kind, values in runs.items():
-            seconds = [value for value, _ in values]
-            row = {"model": name, "kernel_caches": kind, "seconds": median(seconds)}
-            row |= {"seconds_spread": [min(seconds), max(seconds)]}
+            row = {"model": name, "kernel_caches": kind, **spread([value for value, _ in values])}
             parts = [start_parts(*value) for value in values]
             row |= {f"{part}_seconds": median(p[part] for p in parts) for part in parts[0]}
             yield rounded(row | {"load_gb_per_second": size / row["load_seconds"] / 1e9})
@@ -218,7 +199,10 @@ def prefill(
 
     def of_model(model: Transformer, kv_dtype, case: dict):
         for ops in args.ops or OPS:
-            if not use_ops(model, ops):
+            try:
+                model.ops = choose(ops, model.device)
+            except ValueError as error:
+                print(f"ops {ops} is left out: {error}", file=sys.stderr)
                 continue
             for (batch, tokens), compile_prefill in product(shapes, (False, True)):
                 runs = time_prefill(args, model, batch, tokens, kv_dtype, compile_prefill)
@@ -251,9 +235,7 @@ def cpu(args: argparse.Namespace) -> Iterator[dict]:
     """tiny-gemma, batch 1 and 16, 32 prompt tokens, 200 new, in turn with transformers; and the time from process start
     to the first token."""
     eager, compiled = (load_model(DEFAULT_CHECKPOINT, args.device)[0] for _ in range(2))
-    peer = None
-    if "transformers" in args.peers:
-        peer = peers.transformers_checkpoint(DEFAULT_CHECKPOINT)
+    peer = peers.transformers_checkpoint(DEFAULT_CHECKPOINT) if "transformers" in args.peers else None
     for batch in (1, 16):
         prompts = random_prompts(batch, 32, eager.config.vocab_size)
         runners = {"eager": ours(eager, prompts, 200), "compile": ours(compiled, prompts, 200, compile=True)}
@@ -265,8 +247,7 @@ def cpu(args: argparse.Namespace) -> Iterator[dict]:
                 row["times_transformers"] = round(row["tokens_per_second"] / rows[-1]["tokens_per_second"], 2)
             yield row
     seconds = [first_output(args.device, "--max_new_tokens", "1")[0] for _ in range(args.repeats)]
-    row = {"model": "tiny-gemma", "name": "process start to first token", "seconds": median(seconds)}
-    yield rounded(row | {"seconds_spread": [min(seconds), max(seconds)]})
+    yield rounded({"model": "tiny-gemma", "name": "process start to first token", **spread(seconds)})
 
 
 class Protocol(NamedTuple):
@@ -315,17 +296,6 @@ def each_model(args: argparse.Namespace, of_model: Callable[..., Iterator[dict]]
         release()
 
 
-def use_ops(model: Transformer, name: str) -> bool:
-    """Lets a model compute with one implementation of its operations; returns False, and prints a line, where that one
-    can't run."""
-    try:
-        model.ops = choose(name, model.device)
-    except ValueError as error:
-        print(f"ops {name} is left out: {error}", file=sys.stderr)
-        return False
-    return True
-
-
 def config_of_peer(name: str) -> dict:
     return peers.hf_config(ModelConfig.from_name(name))
 
@@ -370,13 +340,13 @@ def time_in_turn(runners: dict[str, Callable], repeats: int, device: torch.devic
     return runs
 
 
+def spread(seconds: list[float]) -> dict:
+    return {"seconds": median(seconds), "seconds_spread": [min(seconds), max(seconds)]}
+
+
 def seconds_of(runs: list[tuple]) -> dict:
-    seconds = [value for value, _ in runs[1:]]
-    return {
-        "seconds": median(seconds),
-        "seconds_spread": [min(seconds), max(seconds)],
-        "first_run_seconds": runs[0][0],
-    }
+    """Of what `time_in_turn` returns of a runner: the first run warms up."""
+    return spread([seconds for seconds, _ in runs[1:]]) | {"first_run_seconds": runs[0][0]}
 
 
 def measure(args: argparse.Namespace, runners: dict[str, Callable], case: dict, repeats: int | None = None):
@@ -391,19 +361,33 @@ def measure(args: argparse.Namespace, runners: dict[str, Callable], case: dict, 
     return rows
 
 
-def vllm_rows(args: argparse.Namespace, prompts_of: Callable[[int], list[list[int]]], shape: dict) -> Iterator[dict]:
-    """A row for each model and each of vLLM's precisions beside ours, on the prompts that prompts_of(vocabulary size)
-    gives; a failure is told in a line and has no row."""
+def peer_rows(
+    args: argparse.Namespace,
+    prompts_of: Callable[[int], list[list[int]]],
+    shape: dict,
+    caches: tuple[str, ...],
+    repeats: int | None = None,
+) -> Iterator[dict]:
+    """A row for each model, and each of vLLM's precisions beside ours, or each of transformers' `caches`, on the prompts
+    that prompts_of(vocabulary size) gives. A failure of vLLM is told in a line and has no row."""
     precisions = peers.vllm_precisions(args.precisions) if "vllm" in args.peers else ()
     for name, precision in product(args.models, precisions):
-        config, new_tokens = config_of_peer(name), shape["new_tokens"]
-        prompts, settings = prompts_of(config["vocab_size"]), (args.repeats, args.vllm_site, args.peer_timeout)
+        config, settings = config_of_peer(name), (args.repeats, args.vllm_site, args.peer_timeout)
+        prompts = prompts_of(config["vocab_size"])
         try:
-            figures = peers.vllm_figures(config, precision, prompts, new_tokens, *settings)
+            figures = peers.vllm_figures(config, precision, prompts, shape["new_tokens"], *settings)
         except RuntimeError as error:
             print(f"vLLM, {name} {precision}, is left out: {error}", file=sys.stderr, flush=True)
         else:
             yield rounded({"model": name, "precision": precision, **shape, **figures})
+    for name in args.models if "transformers" in args.peers else ():
+        peer = peers.transformers_model(config_of_peer(name), args.device)
+        prompts, case = prompts_of(peer.config.vocab_size), {"model": name, "precision": "bf16", **shape}
+        for cache in caches:
+            run = peers.transformers_generate(peer, prompts, shape["new_tokens"], cache_implementation=cache)
+            yield from measure(args, {f"transformers, {cache} cache": run}, case, repeats)
+        del peer, run
+        release()
 
 
 def decode_figures(repeats: list[Stats], bandwidth: float) -> dict:
@@ -529,10 +513,14 @@ def memory_of_load(directory: str, repeats: int) -> dict:
 
     figures = seconds_of([(load(), None) for _ in range(1 + repeats)])
     weights, allocated, reserved = sizes
-    figures |= {"weights_gib": weights / GIB, "peak_allocated_gib": allocated / GIB}
-    figures |= {"peak_reserved_gib": reserved / GIB, "above_weights_gib": (allocated - weights) / GIB}
-    size = (Path(directory) / FP8_NAME).stat().st_size
-    return rounded(figures | {"load_gb_per_second": size / figures["seconds"] / 1e9})
+    figures |= {
+        "weights_gib": weights / GIB,
+        "peak_allocated_gib": allocated / GIB,
+        "peak_reserved_gib": reserved / GIB,
+        "above_weights_gib": (allocated - weights) / GIB,
+        "load_gb_per_second": (Path(directory) / FP8_NAME).stat().st_size / figures["seconds"] / 1e9,
+    }
+    return rounded(figures)
 
 
 def environment(device: torch.device) -> dict:
@@ -543,10 +531,8 @@ def environment(device: torch.device) -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "device": name,

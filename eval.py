@@ -94,10 +94,8 @@ def evaluate(
                 agreed += (ours.argmax(-1) == theirs.argmax(-1)).sum()
             progress(len(batch))
     except torch.OutOfMemoryError:
-        raise ValueError(
-            f"out of {device.type} memory with {batch_size} windows of {max(lengths)} tokens; "
-            "lower --batch_size or --window"
-        ) from None
+        advice = f"{batch_size} windows of {max(lengths)} tokens; lower --batch_size or --window"
+        raise ValueError(f"out of {device.type} memory with {advice}") from None
 
     count = sum(len(window) - 1 for window in windows)
     loss = loss / count
@@ -178,9 +176,8 @@ def score(
                 results[index] = result
             progress(len(rows))
     except torch.OutOfMemoryError:
-        raise ValueError(
-            f"out of {device.type} memory with {batch_size} requests at once; lower --batch_size"
-        ) from None
+        advice = f"{batch_size} requests at once; lower --batch_size"
+        raise ValueError(f"out of {device.type} memory with {advice}") from None
     return results
 
 
@@ -436,19 +433,15 @@ def run_text(args: argparse.Namespace):
 
 
 def run_tasks(args: argparse.Namespace):
-    tasks, seed, kv_cache_dtype = (
-        args.tasks.split(","),
-        1234 if args.seed is None else args.seed,
-        args.kv_cache_dtype,
-    )
+    tasks, seed = args.tasks.split(","), 1234 if args.seed is None else args.seed
     manager = find_tasks(tasks, args.include_path)
     from lm_eval import simple_evaluate
 
     model, tokenizer = _load(args, args.checkpoint_path, args.fp8)
-    model.kv_scales.check(codec_of(kv_cache_dtype, model.dtype))
+    model.kv_scales.check(codec_of(args.kv_cache_dtype, model.dtype))
     with redirect_stdout(sys.stderr):  # where the harness's notes belong
         result = simple_evaluate(
-            model=HarnessModel(model, tokenizer, args.batch_size, kv_cache_dtype, args.compile, seed),
+            model=HarnessModel(model, tokenizer, args.batch_size, args.kv_cache_dtype, args.compile, seed),
             tasks=tasks,
             num_fewshot=args.num_fewshot,
             limit=args.limit,

@@ -142,9 +142,8 @@ def stored_rows(tensors: list[StoredTensor], start: int, stop: int) -> Iterator[
 def check_weights(checkpoint: Checkpoint, scales: dict[str, float]):
     """Reads all weights once. Raises ValueError if one is not finite, or is not what its factor in `scales` says."""
     for name, tensors in checkpoint.parts.items():
-        amax = max(
-            largest(tensor.key, rows) for tensor in tensors for rows in stored_rows([tensor], 0, tensor.shape[0])
-        )
+        rows = ((tensor.key, part) for tensor in tensors for part in stored_rows([tensor], 0, tensor.shape[0]))
+        amax = max(largest(*each) for each in rows)
         if scale := scales.get(weight_scale_name(name)):
             check_weight_scale(name, amax, scale)
 
@@ -258,8 +257,8 @@ def gptq_weights(
     quantize: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     group: int,
     batch_size: int = 8,
-) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-    """(name, `quantize`(weight, hessian)) of each linear layer in turn, on inputs that come through the layers before as
+) -> Iterator[tuple[Tensor, ...]]:
+    """`quantize`(weight, hessian) of each linear layer in turn, on inputs that come through the layers before as
     they are quantized, to int4 in groups of `group`.
 
     On `device` are one block's weights and the residual stream of all windows in bf16, and a hessian in float32.
@@ -305,7 +304,7 @@ def gptq_weights(
             parameters = quantize(linear.weight, watched.pop(linear))
             rounded = Weight.of("int4", *parameters, shape=linear.shape, group=group)
             linear.weight = torch.nn.Parameter(rounded.format.dequantize(rounded, dtype), False)
-            yield f"layers.{i}.{name}.weight", parameters
+            yield parameters
         streams = _forward(model, i, streams)
         layer.to("meta")
 
@@ -420,9 +419,7 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
                 return round_weight(checkpoint, name, FORMATS[weight_format].of_embedding.name, 0, progress)
             if args.mode != "int4-gptq":
                 return round_weight(checkpoint, name, weight_format, group, progress)
-            found, parameters = next(weights)
-            if found != name:
-                raise RuntimeError(f"{found} came where {name} was wanted")
+            parameters = next(weights)  # of `name`: both go by the model's order
             progress(sum(tensor.size for tensor in checkpoint.parts[name]))
             return parameters
 

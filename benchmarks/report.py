@@ -122,8 +122,16 @@ def plain(rows: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
 # Tables of the protocols, each of the rows of one JSON file
 
 
+def figure(key: str, text: str = "{:,.0f}") -> Callable[[dict], str]:
+    """Returns what makes a cell of a row's figure."""
+    return lambda row: form(row.get(key), text)
+
+
+whole_rate, decoding = figure("tokens_per_second"), figure("decode_tokens_per_second")
+
+
 def decode_rate(row: dict) -> str:
-    return form(row.get("decode_tokens_per_second"), "{:,.0f}") + share(row.get("share_of_copy_bandwidth"))
+    return decoding(row) + share(row.get("share_of_copy_bandwidth"))
 
 
 def tokens(key: str) -> Callable[[dict], str]:
@@ -131,20 +139,16 @@ def tokens(key: str) -> Callable[[dict], str]:
 
 
 def latency(rows: list[dict]) -> str:
-    decoding = [row for row in rows if "decode_tokens_per_second" in row]
     contexts = {row["context"] for row in rows if row["name"] != OURS}
     whole = [row for row in rows if row["context"] in contexts]
     out = "Tokens/s while decoding and share of the copy bandwidth, by the number of prompt tokens:\n\n"
-    out += pivot(decoding, ("model", "precision", "name"), tokens("context"), decode_rate)
+    decoded = [row for row in rows if "decode_tokens_per_second" in row]
+    out += pivot(decoded, ("model", "precision", "name"), tokens("context"), decode_rate)
     if whole:
         case = f"{joined(f'{context:,}' for context in sorted(contexts))} prompt tokens, {new_tokens(rows)} new"
         out += f"\nTokens/s of the whole call, prefill included: {case}.\n\n"
         out += pivot(whole, ("model", "precision"), lambda row: row["name"], whole_rate) + loads(rows)
     return out
-
-
-def whole_rate(row: dict) -> str:
-    return form(row.get("tokens_per_second"), "{:,.0f}")
 
 
 def new_tokens(rows: list[dict]) -> str:
@@ -163,13 +167,12 @@ def loads(rows: list[dict]) -> str:
 
 def tutorial(rows: list[dict]) -> str:
     def floor(row: dict) -> str:
-        step = row.get("floor_ms")
-        return "" if step is None else form(step * (row["new_tokens"] - 1) / 1000, "{:.2f}")
+        return form(row["floor_ms"] * (row["new_tokens"] - 1) / 1000, "{:.2f}") if "floor_ms" in row else ""
 
     columns = {
-        "seconds": lambda row: form(row.get("seconds"), "{:.2f}"),
+        "seconds": figure("seconds", "{:.2f}"),
         "floor of its decoding": floor,
-        "padded, seconds": lambda row: form(row.get("padded_seconds"), "{:.2f}"),
+        "padded, seconds": figure("padded_seconds", "{:.2f}"),
         "tokens/s": whole_rate,
     }
     shapes = {(row["batch"], row["context"], row["new_tokens"]) for row in rows}
@@ -219,11 +222,10 @@ def fastest(rows: list[dict]) -> str:
 
 def weights_cells(row: dict) -> dict[str, str]:
     if "model" in row:
-        rate = form(row.get("decode_tokens_per_second"), "{:,.0f}")
         if row["batch"] > 1:
-            return {f"batch {row['batch']}": rate}
+            return {f"batch {row['batch']}": decoding(row)}
         sizes = {"disk, GiB": form(row.get("disk_gib"), "{:.2f}"), "GPU, GiB": form(row.get("gpu_gib"), "{:.2f}")}
-        return sizes | {"batch 1": rate + share(row.get("share_of_copy_bandwidth"))}
+        return sizes | {"batch 1": decode_rate(row)}
     cells = {"MB": f"{row['disk_mb']:.1f}", "perplexity": f"{row['perplexity']:.3f}"}
     if "kl" in row:
         cells["perplexity"] += f" ({row['change_percent']:+.2f} %)"
@@ -233,7 +235,7 @@ def weights_cells(row: dict) -> dict[str, str]:
 
 def stop_check(rows: list[dict]) -> str:
     def content(row: dict) -> str:
-        return form(row.get("decode_tokens_per_second"), "{:,.0f}") + form(row.get("overhead_percent"), " ({:+.2f} %)")
+        return decoding(row) + form(row.get("overhead_percent"), " ({:+.2f} %)")
 
     out = "Tokens/s while decoding, and how much longer it takes than without a check, by batch:\n\n"
     rows = [row | {"check": row["name"]} for row in rows]
@@ -241,13 +243,11 @@ def stop_check(rows: list[dict]) -> str:
 
 
 def startup(rows: list[dict]) -> str:
-    parts = ("import_and_rest", "load", "compile", "prefill", "decode")
     columns = {"compiled kernels": lambda row: {"cold": "none yet", "warm": "cached"}[row["kernel_caches"]]}
-    columns["seconds"] = lambda row: form(row.get("seconds"), "{:.1f}")
-    for part in parts:
-        columns[part.replace("_", " ")] = lambda row, part=part: form(row.get(f"{part}_seconds"), "{:.2f}")
-    columns["load, GB/s"] = lambda row: form(row.get("load_gb_per_second"), "{:.1f}")
-    return plain(rows, columns)
+    columns["seconds"] = figure("seconds", "{:.1f}")
+    for part in ("import_and_rest", "load", "compile", "prefill", "decode"):
+        columns[part.replace("_", " ")] = figure(f"{part}_seconds", "{:.2f}")
+    return plain(rows, columns | {"load, GB/s": figure("load_gb_per_second", "{:.1f}")})
 
 
 def prefill(rows: list[dict]) -> str:
@@ -257,7 +257,7 @@ def prefill(rows: list[dict]) -> str:
         [row for row in rows if "model" in row],
         ("model", "precision", "ops", "compile_prefill"),
         lambda row: f"{row['batch']} × {row['context']:,}",
-        lambda row: form(row.get("tokens_per_second"), "{:,.0f}") + share(row.get("share_of_matrix_product")),
+        lambda row: whole_rate(row) + share(row.get("share_of_matrix_product")),
     )
     if peaks:
         names = joined(dict.fromkeys(row["name"] for row in peaks))
@@ -267,20 +267,21 @@ def prefill(rows: list[dict]) -> str:
 
 
 def memory(rows: list[dict]) -> str:
-    def gib(key: str) -> Callable[[dict], str]:
-        return lambda row: form(row.get(key), "{:.2f}")
-
     runs, loading = ([row for row in rows if ("name" in row) == named] for named in (False, True))
-    peaks = {"weights": gib("weights_gib"), "peak, allocated": gib("peak_allocated_gib")}
-    peaks["peak, reserved"] = gib("peak_reserved_gib")
-    columns = {"slots": lambda row: form(row.get("kv_cache_length"), "{:,}"), "KV cache": gib("kv_cache_gib"), **peaks}
-    columns["exit status"] = lambda row: form(row.get("failed"), "{}")
+    keys = {"weights": "weights_gib", "peak, allocated": "peak_allocated_gib", "peak, reserved": "peak_reserved_gib"}
+    peaks = {head: figure(key, "{:.2f}") for head, key in keys.items()}
+    status = {"exit status": figure("failed", "{}")}
+    columns = {
+        "slots": figure("kv_cache_length", "{:,}"),
+        "KV cache": figure("kv_cache_gib", "{:.2f}"),
+        **peaks,
+        **status,
+    }
     columns["fragmentation"] = lambda row: form(row.get("fragmentation") and 100 * row["fragmentation"], "{:.1f} %")
     out = "While generating, GiB:\n\n" + plain(runs, columns)
     if loading:
-        columns = {**peaks, "above the weights": gib("above_weights_gib"), "seconds": gib("seconds")}
-        columns["GB/s"] = lambda row: form(row.get("load_gb_per_second"), "{:.1f}")
-        columns["exit status"] = lambda row: form(row.get("failed"), "{}")
+        columns = {**peaks, "above the weights": figure("above_weights_gib", "{:.2f}")}
+        columns |= {"seconds": figure("seconds", "{:.2f}"), "GB/s": figure("load_gb_per_second", "{:.1f}"), **status}
         out += "\nWhile loading, GiB:\n\n" + plain([row | {"name": OURS} for row in loading], columns)
     return out
 
