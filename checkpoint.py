@@ -248,10 +248,9 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
         key, file_name = next(iter(strict.items()))
         raise ValueError(f"{key} is missing from {directory / file_name}, where the index says it is")
 
-    if weight_format:
-        _warn_if_older(file, weight_format)
     table = sources(config)
     if weight_format:  # one stored tensor a parameter, of the joined shape
+        _warn_if_older(file, weight_format)
         table = {name: [(name, (sum(s[0] for _, s in parts), *parts[0][1][1:]))] for name, parts in table.items()}
     linear, head, dtypes = [name for name in table if name.endswith(LINEAR_WEIGHTS)], [], {}
     if weight_format in WEIGHT_FORMATS.values():
