@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -45,9 +46,11 @@ from generate import generate, load_model
 from model import Transformer
 from ops import choose
 from runner import Runner, lease
-from sampling import Sampling
+from sampling import DrawKind, Sampling
+from scheduler import Request
 
 ROOT = Path(__file__).parent
+GREEDY = Sampling(temperature=0)
 OPS = ("kernels", "te", "torch")  # implementations of the operations, as load_model's ops names them
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,6 +93,27 @@ def latency(
     yield from each_model(args, of_model)
     shape = {"batch": 1, "context": contexts[0], "new_tokens": new_tokens}
     yield from peer_rows(args, partial(random_prompts, 1, contexts[0]), shape, ("static",))
+
+
+def throughput(args: argparse.Namespace, count: int = 512) -> Iterator[dict]:
+    """512 requests of mixed lengths, greedy, no stop, the whole call: prompts of 16 to 1,024 tokens (mean 206), 16 to
+    1,024 new ones (mean 266), all there at once. Our rows are as many as memory holds. Peer: vLLM."""
+    lengths = request_lengths(count)
+    limits = [new for _, new in lengths]
+    shape = {"requests": count, "prompt_tokens": sum(prompt for prompt, _ in lengths), "new_tokens": sum(limits)}
+
+    def prompts_of(vocab_size: int) -> list[list[int]]:
+        prompts = random_prompts(count, max(prompt for prompt, _ in lengths), vocab_size)
+        return [prompt[:length] for prompt, (length, _) in zip(prompts, lengths)]
+
+    def of_model(model: Transformer, kv_dtype, case: dict):
+        prompts = prompts_of(model.config.vocab_size)
+        for rows in args.batches or (None,):
+            run = ours(model, prompts, limits, compile=True, kv_cache_dtype=kv_dtype, batch_size=rows)
+            yield from measure(args, {OURS: run}, case | shape | ({"batch": rows} if rows else {}))
+
+    yield from each_model(args, of_model)
+    yield from peer_rows(args, prompts_of, shape, limits=limits)
 
 
 def sweep(
@@ -267,6 +291,7 @@ BOTH = ("transformers", "vllm")
 PROTOCOLS = {
     "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-kv", "fp8-all"), BOTH),
     "latency": Protocol(latency, "cuda", ("gemma-2b", "gemma-7b"), ("bf16", "fp8-kv", "fp8-all"), BOTH),
+    "throughput": Protocol(throughput, "cuda", ("gemma-7b",), ("bf16", "fp8-kv"), ("vllm",), options=("batches",)),
     "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all"), options=("batches", "picture")),
     "weights": Protocol(weights, "cuda", ("gemma-7b",), tuple(PRECISIONS), options=TRAINED),
     "stop-check": Protocol(stop_check, "cuda", ("gemma-2b",), ("bf16", "fp8-all")),
@@ -308,6 +333,17 @@ def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
     return tokens.tolist()
 
 
+def request_lengths(count: int) -> list[tuple[int, int]]:
+    """Tokens of the prompt and new ones of each request: log-normal around means of 200 and 250, cut at 16 and 1,024."""
+    source, deviation = random.Random(20261124), 0.8
+
+    def length(mean: float) -> int:
+        value = source.lognormvariate(math.log(mean) - deviation**2 / 2, deviation)
+        return max(16, min(1024, round(value)))
+
+    return [(length(200), length(250)) for _ in range(count)]
+
+
 def tutorial_prompts(rows: int, longest: int, vocab_size: int) -> list[list[int]]:
     """<bos> and at least one random id each, `longest` tokens at most."""
     lengths = torch.randint(2, longest + 1, (rows,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -318,11 +354,11 @@ def tutorial_prompts(rows: int, longest: int, vocab_size: int) -> list[list[int]
 # Measuring
 
 
-def ours(model: Transformer, prompts: list[list[int]], new_tokens: int, **options) -> Callable[[], Stats]:
+def ours(model: Transformer, prompts: list[list[int]], new_tokens: int | list[int], **options) -> Callable[[], Stats]:
     def run() -> Stats:
         stats = Stats()
         options_of_all = {"temperature": 0, "stop_ids": (), "batch_size": len(prompts), "stats": stats}
-        generate(model, prompts, new_tokens, **options_of_all, **options)
+        generate(model, prompts, new_tokens, **options_of_all | options)
         return stats
 
     return run
@@ -354,7 +390,7 @@ def measure(args: argparse.Namespace, runners: dict[str, Callable], case: dict, 
     rows = []
     for name, runs in time_in_turn(runners, repeats or args.repeats, args.device).items():
         row = case | {"name": name} | seconds_of(runs)
-        row["tokens_per_second"] = case["batch"] * case["new_tokens"] / row["seconds"]
+        row["tokens_per_second"] = (1 if "requests" in case else case["batch"]) * case["new_tokens"] / row["seconds"]
         if runs[0][1] is not None:
             row |= decode_figures([stats for _, stats in runs[1:]], args.bandwidth)
         rows.append(rounded(row))
@@ -365,17 +401,18 @@ def peer_rows(
     args: argparse.Namespace,
     prompts_of: Callable[[int], list[list[int]]],
     shape: dict,
-    caches: tuple[str, ...],
+    caches: tuple[str, ...] = (),
     repeats: int | None = None,
+    limits: list[int] | None = None,
 ) -> Iterator[dict]:
     """A row for each model, and each of vLLM's precisions beside ours, or each of transformers' `caches`, on the prompts
-    that prompts_of(vocabulary size) gives. A failure of vLLM is told in a line and has no row."""
+    that prompts_of(vocabulary size) gives; `limits` are new tokens of each, if they differ. A failure of vLLM is told in a line and has no row."""
     precisions = peers.vllm_precisions(args.precisions) if "vllm" in args.peers else ()
     for name, precision in product(args.models, precisions):
         config, settings = config_of_peer(name), (args.repeats, args.vllm_site, args.peer_timeout)
         prompts = prompts_of(config["vocab_size"])
         try:
-            figures = peers.vllm_figures(config, precision, prompts, shape["new_tokens"], *settings)
+            figures = peers.vllm_figures(config, precision, prompts, limits or shape["new_tokens"], *settings)
         except RuntimeError as error:
             print(f"vLLM, {name} {precision}, is left out: {error}", file=sys.stderr, flush=True)
         else:
@@ -399,6 +436,7 @@ def decode_figures(repeats: list[Stats], bandwidth: float) -> dict:
         "decode_seconds": decode,
         "decode_tokens_per_second": median(rates),
         "decode_spread": [min(rates), max(rates)],
+        "steps": stats.steps,
         "step_ms": 1e3 * decode / stats.steps,
         "floor_ms": 1e3 * stats.bytes_read / stats.steps / bandwidth,
         "share_of_copy_bandwidth": stats.bytes_read / decode / bandwidth,
@@ -411,9 +449,16 @@ def time_prefill(
 ):
     length = min(-(-(tokens + 1) // 64) * 64, model.config.context_length)
     runner = Runner(model, batch, length, codec_of(kv_dtype, model.dtype), False, compile_prefill)
-    runner.start(model, batch, Sampling(temperature=0), ())
-    prompts = random_prompts(batch, tokens, model.config.vocab_size)
-    run = partial(runner.prefill, model, prompts, [], 1)
+    requests = [
+        Request((i, 0), prompt, 1, GREEDY)
+        for i, prompt in enumerate(random_prompts(batch, tokens, model.config.vocab_size))
+    ]
+
+    def run():
+        runner.start(model, batch, DrawKind.of(model.config.vocab_size, GREEDY), ())
+        runner.admit(model, list(range(batch)), requests)
+        runner.finish()
+
     return time_in_turn({"prefill": run}, args.repeats, args.device)["prefill"]
 
 
@@ -578,7 +623,13 @@ def program_parser() -> argparse.ArgumentParser:
     add("protocol", choices=rows)
     add("--models", nargs="+", choices=("gemma-2b", "gemma-7b"), help="(default: the protocol's)")
     add("--precisions", nargs="+", choices=PRECISIONS, help="(default: the protocol's)")
-    add("--batches", nargs="+", type=number(int, 1), metavar="N", help="sweep: (default: 1 to 256)")
+    add(
+        "--batches",
+        nargs="+",
+        type=number(int, 1),
+        metavar="N",
+        help="sweep, throughput: (default: 1 to 256; what memory holds)",
+    )
     add("--ops", nargs="+", choices=OPS, help="prefill: implementations of the operations (default: all)")
     add("--checkpoint_path", nargs="+", type=path, metavar="DIR", help="weights: trained, in BF16 (default: none)")
     add("--text", type=path, metavar="FILE", help="weights: to evaluate them on (default: none)")

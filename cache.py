@@ -4,7 +4,6 @@ Shapes are named by letters: B rows of the batch, K key/value heads, S slots, D 
 """
 
 import warnings
-from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -94,12 +93,12 @@ class LayerCache:
         self.k = torch.zeros(shape, dtype=codec.dtype, device=device)
         self.v = torch.zeros(shape, dtype=codec.dtype, device=device)
 
-    def first_rows(self, count: int) -> "LayerCache":
-        """A view of the first `count` rows, in the same memory."""
+    def rows(self, start: int, count: int) -> "LayerCache":
+        """A view of `count` rows, in the same memory."""
         if count == len(self.k):
             return self  # a compiled step knows it
         view = copy(self)
-        view.k, view.v = self.k[:count], self.v[:count]
+        view.k, view.v = self.k[start : start + count], self.v[start : start + count]
         return view
 
     def held_positions(self, end: Tensor) -> Tensor:
@@ -174,18 +173,28 @@ class KVCache:
                 layers.append(LayerCache(shape, codec, device, scales.of(layer, codec)))
         return cls(layers)
 
-    def first_rows(self, count: int) -> "KVCache":
-        """A view of the first `count` rows, in the same memory."""
-        return self if count == self.batch_size else KVCache([layer.first_rows(count) for layer in self.layers])
+    def rows(self, start: int, count: int) -> "KVCache":
+        """A view of `count` rows, in the same memory."""
+        return self if count == self.batch_size else KVCache([layer.rows(start, count) for layer in self.layers])
 
-    def copy_rows(self, source: "KVCache", rows: Sequence[int] | Tensor):
-        """Fills row i with row rows[i] of `source`, which has the same length or a smaller one.
+    def like(self, batch_size: int, length: int) -> "KVCache":
+        """Another cache of that size, for shorter sequences or as long ones."""
+        layers = []
+        for layer in self.layers:
+            _, heads, slots, head_dim = layer.k.shape
+            shape, scales = (batch_size, heads, min(slots, length), head_dim), (layer.k_scale, layer.v_scale)
+            layers.append(LayerCache(shape, layer.codec, layer.k.device, scales))
+        return KVCache(layers)
+
+    def copy_rows(self, source: "KVCache", rows=slice(None), to=slice(None)):
+        """Fills the rows at index `to` with the rows at index `rows` of `source`, which has the same length or a smaller
+        one.
 
         A slot of a smaller cache is the same in a larger one: rings are either full already or not yet closed.
         """
-        for new, old in zip(self.layers, source.layers):
-            new.k[:, :, : old.slots] = old.k[rows]
-            new.v[:, :, : old.slots] = old.v[rows]
+        for mine, other in zip(self.layers, source.layers):
+            for stored, x in ((mine.k, other.k), (mine.v, other.v)):
+                _as_bytes(stored)[to, :, : other.slots] = _as_bytes(x)[rows]
 
     @property
     def bytes(self) -> int:

@@ -23,7 +23,7 @@ from cache import Codec, KVCache, codec_of
 from cli import Parser, add_model_options, number, path, run_program
 from generate import generate, load_model
 from model import Transformer
-from runner import Runner, release
+from runner import release
 from text import batches, read_texts, windows
 from tokenizer import Tokenizer
 
@@ -35,7 +35,6 @@ except ImportError:  # only --tasks needs it: `find_tasks` says so
     TemplateLM = object
 
 LOGITS = 4096  # positions whose logits are in memory at once where continuations are scored
-STOP_STEPS = 16  # decode steps between two looks for stop strings
 
 
 @torch.inference_mode()
@@ -296,8 +295,13 @@ class HarnessModel(TemplateLM):
             if not 0 < count < self.max_length:
                 raise ValueError(f"max_gen_toks of {count} leaves no prompt in the context of {self.max_length}")
             prompts = [self.tok_encode(requests[index].args[0])[count - self.max_length :] for index in indices]
-            n_batches = -(-len(prompts) // self.batch_size)
-            with tqdm(total=n_batches, unit="batch", leave=False, disable=disable_tqdm) as bar:
+            tail = max((len(stop.encode()) for stop in stops), default=0)  # tokens; each has at least a byte
+
+            def stops_within(tokens: list[int], stops=stops, tail=tail) -> bool:
+                text = self.text.decode(tokens[-tail:]) if stops else ""
+                return any(stop in text for stop in stops)
+
+            with tqdm(total=len(prompts), unit="text", leave=False, disable=disable_tqdm) as bar:
                 completions = generate(
                     self.model,
                     prompts,
@@ -307,7 +311,8 @@ class HarnessModel(TemplateLM):
                     seed=self.seed,
                     kv_cache_dtype=self.kv_cache_dtype,
                     compile=self.compile,
-                    on_step=lambda step, runner, stops=stops, bar=bar: self._on_step(step, runner, stops, bar),
+                    stop_when=stops_within,
+                    on_completion=lambda *_, bar=bar: bar.update(),
                     **({"top_k": 0} | settings),
                 )
             for index, tokens in zip(indices, completions):
@@ -315,22 +320,6 @@ class HarnessModel(TemplateLM):
                 text = self.text.decode(tokens[:-1] if stopped else tokens)
                 texts[index] = text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
         return texts
-
-    def _on_step(self, step: int, runner: Runner, stops: list[str], bar: tqdm):
-        """Ends the rows that have a stop string, every STOP_STEPS steps: what they get too many is cut off later."""
-        if step == 0:
-            bar.update(1)
-        if step == 0 or step % STOP_STEPS or not stops:
-            return
-        device = self.model.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # steps run on streams of their own
-        done = runner.state.done
-        tail = STOP_STEPS + max(len(stop.encode()) for stop in stops)  # tokens; each has at least a byte
-        ends = [self.text.decode(tokens[-tail:]) for tokens in runner.results(len(done))]
-        done |= torch.tensor([any(stop in end for stop in stops) for end in ends], device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
 
 def find_tasks(tasks: list[str], include_path: Path | None = None):

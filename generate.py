@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,16 +48,18 @@ from cli import (
     print_figures,
     run_program,
 )
-from device import check_memory, now, pick_device
+from device import check_memory, free_memory, now, pick_device
 from model import Transformer
 from ops import choose
 from runner import Runner, held_bytes, lease
-from sampling import Sampling, noise_of
+from sampling import ALL_GREEDY, DrawKind, Sampling
+from scheduler import CHUNK, Request, Scheduler
 from text import check_prompt, check_text, read_prompts
 from tokenizer import TextStream, Tokenizer
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
-MAX_BATCH = 64  # rows that run at once where --batch_size doesn't say
+MAX_BATCH = 256  # rows that run at once where --batch_size doesn't say
+SHARE = 0.95  # of free memory that a run may plan with: graphs and libraries take some
 CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
 MOST = 2**31 - 1  # of anything that is counted
 RESULT_BYTES, TOKEN_BYTES = 500, 40  # of the host's memory for a finished row, and for each of its tokens
@@ -159,9 +160,9 @@ def load_model(
 def generate(
     model: Transformer,
     prompts: list[list[int]],
-    max_new_tokens: int = 200,
+    max_new_tokens: int | list[int] = 200,
     *,
-    sampling: Sampling | None = None,
+    sampling: Sampling | list[Sampling] | None = None,
     batch_size: int | None = None,
     num_samples: int = 1,
     temperature: float | None = None,
@@ -171,23 +172,29 @@ def generate(
     repetition_penalty: float | None = None,
     seed: int | None = None,
     stop_ids: tuple[int, ...] | None = None,
+    stop_when: Callable[[list[int]], bool] | None = None,
     kv_cache_dtype: str | torch.dtype | None = None,
     compile: bool = False,
     compile_prefill: bool = False,
     on_token: Callable[[int], None] | None = None,
-    on_step: Callable[[int, Runner | None], None] | None = None,
+    on_step: Callable[[int, Runner], None] | None = None,
+    on_completion: Callable[[int, list[int]], None] | None = None,
     stop_check: str = "ping-pong",
     stats: Stats | None = None,
 ) -> list[list[int]]:
     """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; returns the new token ids.
 
     There are num_samples continuations of each prompt, side by side, in the order of the prompts. One that ends with a
-    stop id (default: the model's; () never stops) keeps it as its last token. Settings are those of `sampling` (default:
-    `Sampling()`), but for temperature to repetition_penalty where they are given. At most batch_size rows run at once,
-    those of similar length together; a row's result does not depend on the others, nor its noise (drawn from `seed`,
-    the prompt's index and the sample's) on the device. kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a dtype.
-    on_token gets the tokens of a single row as they come; on_step(i, runner) is called before prefill (0) and before each
-    decode step; stop_check is for the benchmark (`Runner.decode`); `stats` is added to.
+    stop id (default: the model's; () never stops) keeps it as its last token, and so does one that ends because
+    stop_when(its new tokens) is true. Settings are those of `sampling` (default: `Sampling()`), but for temperature to
+    repetition_penalty where they are given; max_new_tokens and sampling may be lists of one value a prompt. At most
+    batch_size rows run at once (default: what memory holds, at most MAX_BATCH), refilled as they finish; a row's result
+    does not depend on the others, nor its noise (drawn from `seed`, the prompt's index and the sample's) on the device.
+    kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a dtype.
+
+    on_token gets the tokens of a single row as they come, on_completion the index and the tokens of each result as soon
+    as it is there; on_step(i, runner) is called before each prefill (i is 0) and before decode step i; stop_check is for
+    the benchmark (`scheduler.LAGS`); `stats` is added to.
 
     Several threads may run one model at a time, each with a cache of its own. Raises ValueError for an empty prompt, an
     unknown token id, a prompt too long for the context, a setting of a wrong type or out of its range, or too little
@@ -195,21 +202,24 @@ def generate(
     """
     config, device = model.config, model.device
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-    if not isinstance(sampling, Sampling | None):
-        raise ValueError(f"sampling must be a Sampling, not {sampling!r}")
-    sampling = replace(sampling or Sampling(), **{name: value for name, value in given.items() if value is not None})
+    overrides = {name: value for name, value in given.items() if value is not None}
     codec = codec_of(kv_cache_dtype, model.dtype)
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples), ("batch_size", batch_size)):
-        if value is None and name == "batch_size":
-            continue
+    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, list | tuple) for prompt in prompts):
+        raise ValueError("prompts must be lists of token ids, which tokenizer.encode(text) makes")
+    limits = _of_each("max_new_tokens", max_new_tokens, prompts)
+    samplings = _of_each("sampling", Sampling() if sampling is None else sampling, prompts)
+    whole = [*(("max_new_tokens", limit) for limit in limits), ("num_samples", num_samples)]
+    for name, value in [*whole, ("batch_size", batch_size)] if batch_size is not None else whole:
         if not _is_whole(value):
             raise ValueError(f"{name} must be a whole number, not {value!r}")
         if not 1 <= value <= MOST:
             raise ValueError(f"{name} must be at {f'least 1, not {value}' if value < 1 else f'most {MOST}'}")
+    for each in samplings:
+        if not isinstance(each, Sampling):
+            raise ValueError(f"sampling must be a Sampling, not {each!r}")
+    samplings = [replace(each, **overrides) for each in samplings]
     if seed is not None and not _is_whole(seed):
         raise ValueError(f"seed must be a whole number, not {seed!r}")
-    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, list | tuple) for prompt in prompts):
-        raise ValueError("prompts must be lists of token ids, which tokenizer.encode(text) makes")
     prompts = [list(prompt) for prompt in prompts]
     if not prompts:
         return []
@@ -221,8 +231,9 @@ def generate(
             raise ValueError(f"{which} must be a list of token ids, which tokenizer.encode(text) makes")
         if not all(0 <= token < config.vocab_size for token in prompt):
             raise ValueError(f"{which} has a token id outside the vocabulary of {config.vocab_size}")
-        check_context(model, len(prompt), max_new_tokens, which)
-    for name, value in (("on_token", on_token), ("on_step", on_step)):
+        check_context(model, len(prompt), limits[index], which)
+    callbacks = dict(on_token=on_token, on_step=on_step, on_completion=on_completion, stop_when=stop_when)
+    for name, value in callbacks.items():
         if value is not None and not callable(value):
             raise ValueError(f"{name} must be a function, not {value!r}")
     if on_token is not None and len(prompts) * num_samples > 1:
@@ -236,56 +247,63 @@ def generate(
     seed = secrets.randbits(32) if seed is None else seed
     stats = Stats() if stats is None else stats
 
-    n_rows = len(prompts) * num_samples
-    n_batches = -(-n_rows // min(batch_size or MAX_BATCH, n_rows))
-    batch_size = -(-n_rows // n_batches)  # even batches: no last one that is nearly empty
-    longest = max(map(len, prompts))
-    length = min(-(-(longest + max_new_tokens) // LENGTH_STEP) * LENGTH_STEP, config.context_length)
-    _check_run_memory(model, batch_size, length, longest, codec, sampling)
+    n_rows, longest = len(prompts) * num_samples, max(map(len, prompts))
+    length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+    length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, config.context_length)
+    kind = DrawKind.of(config.vocab_size, *set(samplings))
+    rows = _rows_that_fit(model, min(batch_size or MAX_BATCH, n_rows), length, longest, codec, kind, batch_size is None)
     check_memory(
-        n_rows * (RESULT_BYTES + TOKEN_BYTES * max_new_tokens),
+        num_samples * sum(RESULT_BYTES + TOKEN_BYTES * limit for limit in limits),
         torch.device("cpu"),
         f"the text of {n_rows} rows",
         "lower --num_samples, --max_new_tokens or the number of prompts",
     )
-
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rows = ((i, j) for i in by_length for j in range(num_samples))
-    results: list[list[list[int]]] = [[] for _ in prompts]  # of each prompt, its samples in order
+    requests = [
+        Request((i, j), prompt, limits[i], samplings[i], seed, stop_when)
+        for i, prompt in enumerate(prompts)
+        for j in range(num_samples)
+    ]
+    results: list[list[int] | None] = [None] * n_rows
     try:
         start = now(device)
-        with lease(model, batch_size, length, codec, compile, compile_prefill) as runner:
-            runner.start(model, batch_size, sampling, stop_ids)
-            stats.compile_seconds += now(device) - start
-            while batch := list(islice(rows, batch_size)):
-                noise = [noise_of(seed, *row, max_new_tokens) for row in batch] if sampling.temperature else []
-                start = now(device)
-                if on_step is not None:
-                    on_step(0, runner)
-                runner.prefill(model, [prompts[row[0]] for row in batch], noise, max_new_tokens)
-                prefilled = now(device)
-                steps = runner.decode(model, max_new_tokens - 1, on_token, on_step, stop_check)
-                end = now(device)
-                new = runner.results(len(batch))
-                for (i, _), tokens in zip(batch, new):
-                    results[i].append(tokens)
-
-                new_tokens = sum(map(len, new))
-                prompt_tokens = sum(len(prompts[row[0]]) for row in batch)
-                context = int((prompt_tokens + new_tokens / 2) / len(batch))
-                stats.prefill_seconds += prefilled - start
-                stats.decode_seconds += end - prefilled
-                stats.prompt_tokens += prompt_tokens
-                stats.new_tokens += new_tokens
-                stats.rows += len(batch)
-                stats.steps += steps
-                stats.bytes_read += steps * (model.weight_bytes + cache_bytes(config, len(batch), context, codec))
+        with lease(model, rows, length, codec, compile, compile_prefill) as runner:
+            runner.start(model, rows, kind, tuple(stop_ids))
+            started = now(device)
+            scheduler = Scheduler(runner, model, requests, rows, "every" if device.type == "cpu" else stop_check)
+            try:
+                for request, tokens in scheduler.run(on_step, on_token):
+                    index = request.key[0] * num_samples + request.key[1]
+                    results[index] = tokens
+                    if on_completion is not None:
+                        on_completion(index, tokens)
+            finally:
+                prefill_seconds = runner.finish()
+            stats.compile_seconds += started - start
+            stats.prefill_seconds += prefill_seconds
+            stats.decode_seconds += now(device) - started - prefill_seconds
+            stats.steps += scheduler.steps
+            stats.bytes_read += scheduler.steps * model.weight_bytes
     except torch.OutOfMemoryError:
         raise ValueError(
-            f"out of {device.type} memory with {batch_size} rows of {length} tokens; "
+            f"out of {device.type} memory with {rows} rows of {length} tokens; "
             "lower --batch_size, --max_new_tokens or the length of the prompts"
         ) from None
-    return [tokens for samples in results for tokens in samples]
+    for request, tokens in zip(requests, results):
+        stats.rows += 1
+        stats.prompt_tokens += len(request.prompt)
+        stats.new_tokens += len(tokens)
+        context = len(request.prompt) + len(tokens) // 2
+        stats.bytes_read += (len(tokens) - 1) * cache_bytes(config, 1, context, codec)
+    return results
+
+
+def _of_each(name: str, value, prompts: list) -> list:
+    """One value for each prompt, of one for all or of a list of them."""
+    if not isinstance(value, list | tuple):
+        return [value] * len(prompts)
+    if len(value) != len(prompts):
+        raise ValueError(f"{name} has {len(value)} values for {len(prompts)} prompts")
+    return list(value)
 
 
 def _is_whole(value) -> bool:
@@ -304,19 +322,27 @@ def check_context(model: Transformer, prompt_tokens: int, max_new_tokens: int, w
         )
 
 
-def _check_run_memory(model: Transformer, batch_size: int, length: int, longest: int, codec: Codec, sampling: Sampling):
-    """Raises ValueError if KV cache, decode state and prefill's largest activations (the feed-forward layer's, some at
-    once) don't fit."""
+def _rows_that_fit(
+    model: Transformer, rows: int, length: int, longest: int, codec: Codec, kind: DrawKind, fewer: bool
+) -> int:
+    """`rows`, or as many of them as memory has room for if `fewer` may be taken: of KV cache, decode state, and what a
+    prefill takes (activations of the feed-forward layer, some at once, and a cache of its own). Raises ValueError if they
+    don't fit."""
     config = model.config
-    cache = max(0, cache_bytes(config, batch_size, length, codec) - held_bytes(model))
-    activations = batch_size * longest * (3 * config.intermediate_size + 4 * config.hidden_size) * model.dtype.itemsize
-    logits = batch_size * config.vocab_size * (4 if sampling.temperature == 0 else 24)
-    check_memory(
-        cache + activations + logits,
-        model.device,
-        f"a batch of {batch_size} rows of {length} tokens",
-        "lower --batch_size, --max_new_tokens or the length of the prompts",
-    )
+
+    def needed(rows: int) -> int:
+        cache = max(0, cache_bytes(config, rows, length, codec) - held_bytes(model))
+        tokens = max(longest, min(CHUNK, rows * longest))
+        activations = tokens * (3 * config.intermediate_size + 4 * config.hidden_size) * model.dtype.itemsize
+        logits = rows * config.vocab_size * (4 if kind == ALL_GREEDY else 24)
+        return cache + activations + logits + (cache_bytes(config, 1, tokens, codec) if rows > 1 else 0)
+
+    room = SHARE * free_memory(model.device)
+    while fewer and rows > 1 and needed(rows) > room:
+        rows = (rows - 1) // 64 * 64 or rows - max(1, rows // 8)
+    advice = "lower --batch_size, --max_new_tokens or the length of the prompts"
+    check_memory(needed(rows), model.device, f"a batch of {rows} rows of {length} tokens", advice)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,13 +399,16 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sam
     if args.max_new_tokens > room:
         raise ValueError(f"--max_new_tokens can be at most {room} in a conversation of {length} tokens")
     codec = codec_of(args.kv_cache_dtype, model.dtype)
-    _check_run_memory(model, 1, length, min(length, 1024), codec, sampling)
+    kind = DrawKind.of(model.config.vocab_size, sampling)
+    _rows_that_fit(model, 1, length, min(length, 1024), codec, kind, False)
     with lease(model, 1, length, codec, args.compile, args.compile_prefill) as runner:
-        runner.start(model, 1, sampling, model.config.stop_ids)
-        _converse(model, tokenizer, runner, args.max_new_tokens, seed)
+        runner.start(model, 1, kind, model.config.stop_ids)
+        _converse(model, tokenizer, runner, sampling, args.max_new_tokens, seed)
 
 
-def _converse(model: Transformer, tokenizer: Tokenizer, runner: Runner, max_new_tokens: int, seed: int):
+def _converse(
+    model: Transformer, tokenizer: Tokenizer, runner: Runner, sampling: Sampling, max_new_tokens: int, seed: int
+):
     """Answers each line of stdin by at most max_new_tokens tokens, until there is none."""
     length = min(runner.length, CHAT_LENGTH)
     cached, unread, turn = 0, [], 0  # tokens in the cache; the model's last token, which is not
@@ -404,11 +433,14 @@ def _converse(model: Transformer, tokenizer: Tokenizer, runner: Runner, max_new_
             unread = []
             continue
         stream = tokenizer.stream()
-        noise = [] if runner.kind.greedy else [noise_of(seed, turn, 0, max_new_tokens)]
-        runner.prefill(model, [tokens], noise, max_new_tokens, cached)
-        runner.decode(model, max_new_tokens - 1, partial(_print_token, stream, model.config.stop_ids))
+        request = Request((turn, 0), tokens, max_new_tokens, sampling, seed)
+        runner.start(model, 1, runner.kind, model.config.stop_ids)
+        on_token = partial(_print_token, stream, model.config.stop_ids)
+        try:
+            ((_, answer),) = Scheduler(runner, model, [request], 1).run(on_token=on_token, cached=cached)
+        finally:
+            runner.finish()
         print(stream.end(), flush=True)
-        (answer,) = runner.results(1)
         cached += len(tokens) + len(answer) - 1
         unread = [] if answer[-1] in model.config.stop_ids else answer[-1:]
         unread, turn = [*unread, tokenizer.end_of_turn], turn + 1

@@ -1,10 +1,11 @@
 """The device's side of decoding: the state of a batch, whole-step graphs, and the chain of two streams that runs them."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from cache import Codec, KVCache, cache_bytes
 from device import free_memory
 from model import Transformer
-from ops.next_token import append_token
-from sampling import SETTINGS, DrawKind, Sampling, draw, penalize
+from ops.next_token import append_token, log_step
+from sampling import ALL_GREEDY, SETTINGS, DrawKind, draw, penalize
 
 STOP_IDS = 16  # at most
 
@@ -23,25 +24,24 @@ STOP_IDS = 16  # at most
 class State:
     """What a decode step reads and writes, all on the device, for B rows of at most L tokens.
 
-    A row that is done keeps its position and count: what it still writes, a token and a slot of the cache, lies behind
-    its results.
+    A row that is done keeps its position and count; a step still writes a slot of its cache, behind its tokens.
     """
 
     token: Tensor  # [B], each row's newest
     position: Tensor  # [B], how many of its tokens are in the KV cache
-    output: Tensor  # [B, L + 1], its new tokens
-    count: Tensor  # [B], how many they are
+    count: Tensor  # [B], how many new ones it has
     max_new_tokens: Tensor  # [B], how many they may be
     done: Tensor  # [B], bool
+    finite: Tensor  # [B], bool: whether the logits of its newest token were
     noise: Tensor  # [B, L + 1], float64 in [0, 1), one for each new token
     seen: Tensor | None  # [B, V], bool: what repetition_penalty is for
-    settings: Tensor  # [len(SETTINGS)], float64: Sampling's values in their order
+    settings: Tensor  # [B, len(SETTINGS)], float64: Sampling's values in their order
     stop_ids: Tensor  # [STOP_IDS], -1 where there is none
-    log: Tensor  # [L + 1, 4], a row a step: whether all rows are done; count, token of the first; whether logits are finite
-    step: Tensor  # [1], the log's next row
+    log: Tensor  # [L + 1, B, 4], int32, an entry a step, in turn: done, count, token, finite
+    step: Tensor  # [1], how many entries were written
 
     @classmethod
-    def empty(cls, batch_size: int, length: int, device: torch.device) -> "State":
+    def empty(cls, batch_size: int, length: int, device: torch.device, entries: int = 1) -> "State":
         """The state of batch_size rows of at most `length` tokens, all of them done."""
 
         def zeros(*shape, dtype=torch.long):
@@ -50,45 +50,45 @@ class State:
         return cls(
             token=zeros(batch_size),
             position=zeros(batch_size),
-            output=zeros(batch_size, length + 1),
             count=zeros(batch_size),
             max_new_tokens=zeros(batch_size),
             done=torch.ones(batch_size, dtype=torch.bool, device=device),
+            finite=torch.ones(batch_size, dtype=torch.bool, device=device),
             noise=zeros(batch_size, length + 1, dtype=torch.float64),
             seen=None,
-            settings=zeros(len(SETTINGS), dtype=torch.float64),
+            settings=zeros(batch_size, len(SETTINGS), dtype=torch.float64),
             stop_ids=zeros(STOP_IDS),
-            log=zeros(length + 1, 4),
+            log=zeros(length + 1, batch_size, 4, dtype=torch.int32),
             step=zeros(1),
         )
 
     def first_rows(self, count: int) -> "State":
         """A view of the first `count` rows, in the same memory."""
-        shared = ("settings", "stop_ids", "log", "step")
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return State(**{k: v if k in shared or v is None else v[:count] for k, v in values.items()})
+        values = {name: getattr(self, name) for name in ROW_FIELDS}
+        rows = {name: value if value is None else value[:count] for name, value in values.items()}
+        return State(**rows, stop_ids=self.stop_ids, log=self.log[:, :count], step=self.step)
+
+
+ROW_FIELDS = tuple(field.name for field in fields(State) if field.name not in ("stop_ids", "log", "step"))
 
 
 def decode_step(model: Transformer, cache: KVCache, state: State, kind: DrawKind):
-    """Computes, draws and appends one token for each row."""
+    """Computes, draws and appends one token for each row, and writes the log."""
     logits = model.logits(state.token[:, None], cache, state.position)
-    if kind.greedy and not kind.penalize:
+    if kind == ALL_GREEDY:
         model.ops.greedy(logits, state)
     else:
         state.position += ~state.done
         next_token(state, logits.float(), kind)
+        log_step(state)
 
 
 def next_token(state: State, logits: Tensor, kind: DrawKind):
     """Draws a token for each row from logits [B, V] in float32 and appends it."""
-    settings, computed = dict(zip(SETTINGS, state.settings)), logits
+    settings, computed = dict(zip(SETTINGS, state.settings.split(1, dim=1))), logits
     if kind.penalize:
         logits = penalize(logits, state.seen, settings["repetition_penalty"])
-    if kind.greedy:
-        token = logits.argmax(-1)
-    else:
-        noise = state.noise.gather(1, state.count[:, None])[:, 0]
-        token = draw(logits, noise, settings, kind)
+    token = draw(logits, state.noise.gather(1, state.count[:, None])[:, 0], settings, kind)
     if kind.penalize:
         state.seen.scatter_(1, token[:, None], True)
     append_token(state, computed, token)
@@ -97,10 +97,18 @@ def next_token(state: State, logits: Tensor, kind: DrawKind):
 class Runner:
     """The state and KV cache of up to `batch_size` rows of at most `length` tokens, allocated once, and what advances them.
 
-    It may serve many runs, one at a time: prompts, sampling and, on a GPU, the number of rows change between them.
+    It may serve many runs, one at a time: prompts, sampling and, on a GPU, the number of rows change between them, and
+    within a run `admit` fills rows with new prompts, whatever the others do.
     `compile` records the decode step as one CUDA graph, once for each number of rows and `DrawKind`, all in one memory
     pool; on a CPU torch.compile makes the step. `compile_prefill` does so with prefill, for prompts padded to a power of
     two. Raises ValueError for an FP8 cache whose scales are bad.
+
+    `admit` and `step` are events of one chain: each begins, on the device, when the one before has ended, and writes an
+    entry of the log, which `read` gives to the host. On CUDA two streams alternate. Event i waits, on the device, for the
+    CUDA event that event i - 1 records behind its last kernel; behind that comes the copy of the log's entry to the
+    host, which runs beside event i, and then another CUDA event, on which `read` waits. Who reads entry i - 1 while
+    event i runs never lets the device wait. An entry is read before the log, which has one for every token of a row,
+    comes round to it.
     """
 
     def __init__(
@@ -119,50 +127,57 @@ class Runner:
         self.whole_cache = KVCache.empty(model.config, batch_size, length, codec, self.device, model.kv_scales)
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
             self.whole_state = State.empty(batch_size, length, self.device)
-            self.log = torch.zeros_like(self.whole_state.log, device="cpu", pin_memory=self.device.type == "cuda")
+            shape, pinned = self.whole_state.log.shape, self.device.type == "cuda"
+            self.log = torch.zeros(shape, dtype=torch.int32, pin_memory=pinned)
         self.cache, self.state = self.whole_cache, self.whole_state  # of the rows that are in use
-        self.kind = DrawKind(True, 0, False, False)
+        self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
         self.steps, self.prefills, self.pool = {}, {}, None
         # Functions, not methods of self: without a cycle, memory is free as soon as the runner is.
         self._step, self._prefill = decode_step, Transformer.logits
         if self.device.type == "cuda":
             self.streams = _streams(self.device)
+            self.ended, self.landed = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
         else:
             self._step = _compiled(decode_step, dynamic=False) if compile else decode_step
             self._prefill = _compiled(Transformer.logits, dynamic=None) if compile_prefill else Transformer.logits
 
-    def start(self, model: Transformer, rows: int, sampling: Sampling, stop_ids: tuple[int, ...]):
+    def start(self, model: Transformer, rows: int, kind: DrawKind, stop_ids: tuple[int, ...]):
         """Readies the first `rows` rows of state and KV cache for a run, or some more where steps are graphs, and compiles
         or records what is not yet. Raises ValueError for too many stop ids, or --compile on a CPU without a compiler."""
         if self.compile and self.device.type == "cuda":
             rows = min(_padded_rows(rows), self.batch_size)
         if len(stop_ids) > STOP_IDS:
             raise ValueError(f"{len(stop_ids)} stop ids are given; at most {STOP_IDS} can be")
-        self.kind = DrawKind.of(sampling, model.config.vocab_size)
-        if self.kind.penalize and self.whole_state.seen is None:
+        self.kind = kind
+        if kind.penalize and self.whole_state.seen is None:
             with torch.inference_mode(False):
                 shape = (self.batch_size, model.config.vocab_size)
                 self.whole_state.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        self.cache, self.state = self.whole_cache.first_rows(rows), self.whole_state.first_rows(rows)
-        self.state.settings.copy_(torch.tensor([getattr(sampling, name) for name in SETTINGS], dtype=torch.float64))
+        self.cache, self.state = self.whole_cache.rows(0, rows), self.whole_state.first_rows(rows)
         self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (STOP_IDS - len(stop_ids)))))
-        self.state.step.zero_()
+        self.state.done.fill_(True)
         if self.device.type == "cpu" and not self.compile and 2 * model.weight_bytes < free_memory(self.device):
             model.pack()
-        if not self.compile and not self.compile_prefill:
-            return
         try:
-            if self.compile and (rows, self.kind) not in self.steps:
-                self.steps[rows, self.kind] = self._make_step(model)
+            if self.compile and (rows, kind) not in self.steps:
+                self.steps[rows, kind] = self._make_step(model)
             if self.compile_prefill and self.device.type == "cpu" and rows not in self.prefills:
-                self.prefill(model, [[0] * min(8, self.length)], [[0.0]], 1)
                 self.prefills[rows] = None
+                width = min(8, self.length)
+                tokens = torch.zeros(rows, width, dtype=torch.long)
+                self._logits(model, tokens, self.cache, None, torch.full((rows,), width))
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
                 raise torch.OutOfMemoryError(str(error)) from None
             if "InvalidCxxCompiler" not in f"{error!r}{error.__cause__!r}":
                 raise
             raise ValueError("--compile needs a C++ compiler: install g++ or leave it out") from None
+        self.state.step.zero_()
+        self.state.position.zero_()  # of rows that stay idle: their steps read one slot
+        self.events, self.entries, self.prefills_timed = 0, 0, []
+        if self.device.type == "cuda":
+            self.before = torch.cuda.current_stream()
+            self.streams[0].wait_stream(self.before)
 
     def _make_step(self, model: Transformer) -> "torch.cuda.CUDAGraph | None":
         """Compiles the step for this number of rows and kind of draw; on CUDA also records it as one graph.
@@ -177,7 +192,6 @@ class Runner:
             graph = None
             with torch._inductor.config.patch(freezing=True):
                 self._step(model, self.cache, self.state, self.kind)
-        self.state.step.zero_()
         return graph
 
     def _record(self, run: Callable):
@@ -194,157 +208,159 @@ class Runner:
         self.pool = graph.pool()
         return graph
 
-    def prefill(
-        self,
-        model: Transformer,
-        prompts: list[list[int]],
-        noise: list[list[float]],
-        max_new_tokens: int,
-        cached: int = 0,
-    ):
-        """Starts a row for each prompt (at most those of `start`; the other rows stay idle) and draws its first token.
+    def admit(self, model: Transformer, rows: list[int], requests: list, cached: int = 0):
+        """Starts a row for each of `requests` and draws its first token: an event of the chain.
 
-        `cached` tokens of every row are in the KV cache already and the prompts continue them.
+        A request has a prompt (token ids), max_new_tokens, a Sampling and noise, as `scheduler.Request` does. `cached`
+        tokens of these rows are in the KV cache already and the prompts continue them; rows are neighbours then.
         """
-        state = self.state
-        idle = len(state.token) - len(prompts)
-        prompts = prompts + [prompts[0][:1]] * idle
-        width = max(map(len, prompts))
+        n, width = len(rows), max(len(request.prompt) for request in requests)
+        in_place = rows == list(range(rows[0], rows[0] + n))
         if self.compile_prefill and self.device.type == "cuda":
             width = min(max(16, 1 << (width - 1).bit_length()), self.length)
         elif self.compile_prefill:
             width = max(width, 2)  # a length of 1 would be compiled apart
         elif self.device.type == "cpu":
             width = min(_few_widths(width), self.length)
-        # A row's own token as padding: none that repetition_penalty would count as seen
-        tokens = torch.tensor([prompt + prompt[:1] * (width - len(prompt)) for prompt in prompts]).to(self.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts]).to(self.device)
-        position = torch.full_like(lengths, cached) if cached else None
+
+        def run():
+            # A row's own token as padding: none that repetition_penalty would count as seen
+            tokens = self._sent(
+                [request.prompt + request.prompt[:1] * (width - len(request.prompt)) for request in requests]
+            )
+            lengths, index = self._sent([len(request.prompt) for request in requests]), self._sent(rows)
+            state = self._state_of(requests)
+            state.position.copy_(lengths + cached)
+            position = state.position - lengths if cached else None
+            cache = self.cache.rows(rows[0], n) if in_place else self.cache.like(n, width)
+            if self.compile_prefill and self.device.type == "cuda" and rows == list(range(n)) and not cached:
+                logits = self._recorded_prefill(model, tokens, lengths)
+            else:
+                logits = self._logits(model, tokens, cache, position, lengths)
+            if not in_place:
+                self.cache.copy_rows(cache, to=index)
+            if self.kind.penalize:
+                seen = self.state.seen[index] if cached else torch.zeros_like(self.state.seen[:n])
+                state.seen = seen.scatter(1, tokens, True)
+            next_token(state, logits.float(), self.kind)
+            for name in ROW_FIELDS:
+                mine, value = getattr(self.state, name), getattr(state, name)
+                if value is not None:
+                    mine = mine if value.dim() == 1 else mine[:, : value.shape[1]]
+                    mine.index_copy_(0, index, value)
+            log_step(self.state)
+
+        with _range("prefill", self.device):
+            self._event(run, prefill=True)
+
+    def _state_of(self, requests: list) -> State:
+        """A state of one row a request, before its first token."""
+        state = State.empty(len(requests), 0, self.device)
+        state.done.zero_()
+        state.stop_ids = self.state.stop_ids
+        state.max_new_tokens = self._sent([request.max_new_tokens for request in requests])
+        values = [[getattr(request.sampling, name) for name in SETTINGS] for request in requests]
+        state.settings = self._sent(values, torch.float64)
+        longest = max(1, *(len(request.noise) for request in requests))
+        noise = [request.noise + [0.0] * (longest - len(request.noise)) for request in requests]
+        state.noise = self._sent(noise, torch.float64)
+        return state
+
+    def _sent(self, values: list, dtype: torch.dtype = torch.long) -> Tensor:
+        """On the device; the host goes on meanwhile."""
+        values = torch.tensor(values, dtype=dtype)
+        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
+
+    def _logits(self, model: Transformer, tokens: Tensor, *rest) -> Tensor:
         if self.compile_prefill and self.device.type == "cpu":
             torch._dynamo.mark_dynamic(tokens, 1)
-        if self.compile_prefill and self.device.type == "cuda" and not cached:
-            logits = self._recorded_prefill(model, tokens, lengths)
-        else:
-            with _range("prefill", self.device):
-                logits = self._prefill(model, tokens, self.cache, position, lengths)
-        state.position.copy_(lengths + cached)
-        state.count.zero_()
-        state.max_new_tokens.fill_(max_new_tokens)
-        state.done.copy_(torch.arange(len(prompts)) >= len(prompts) - idle)
-        state.step.zero_()
-        if not self.kind.greedy:
-            noise = torch.tensor(noise, dtype=torch.float64)
-            state.noise[: len(noise), : noise.shape[1]] = noise.to(self.device)
-        if self.kind.penalize:
-            if not cached:
-                state.seen.zero_()
-            state.seen.scatter_(1, tokens, True)
-        next_token(state, logits.float(), self.kind)
+        return self._prefill(model, tokens, *rest)
 
     def _recorded_prefill(self, model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
         if tokens.shape not in self.prefills:
             tokens, lengths = tokens.clone(), lengths.clone()
-            result = []
+            cache, result = self.whole_cache.rows(0, len(tokens)), []
 
             def run():
-                result[:] = [self._prefill(model, tokens, self.cache, None, lengths)]
+                result[:] = [self._prefill(model, tokens, cache, None, lengths)]
 
             self.prefills[tokens.shape] = self._record(run), tokens, lengths, result[0]
         graph, tokens_in, lengths_in, logits = self.prefills[tokens.shape]
         tokens_in.copy_(tokens)
         lengths_in.copy_(lengths)
-        with _range("prefill", self.device):
-            graph.replay()
+        graph.replay()
         return logits
 
-    def decode(
-        self,
-        model: Transformer,
-        steps: int,
-        on_token: Callable[[int], None] | None = None,
-        on_step: Callable[[int, "Runner"], None] | None = None,
-        check: str = "ping-pong",
-    ) -> int:
-        """Steps until every row is done, `steps` times at most; returns how many there were.
+    def step(self, model: Transformer, retired: list[int] = ()):
+        """One more token for each row that is not done: an event of the chain.
 
-        on_token gets the first row's tokens, the one that prefill drew included. `check`, for the benchmark: whether all
-        rows are done is read "ping-pong" as below, after "every" step, or "never". Raises ValueError if a row that is not
-        done has logits that are not finite.
-
-        On CUDA two streams alternate. Step i waits, on the device, for the event that step i - 1 records behind its
-        last kernel; behind that event comes the copy of the step's row of the log to the host, which runs beside step i,
-        and then another event, on which the host waits before it reads the row. It reads row i - 1 while step i runs,
-        so that the device never waits for it. Every step has a row of its own on both sides: none is overwritten while
-        it is copied or read. The one step too many writes where nobody reads: its rows are done.
-        """
+        `retired` rows end before it, whatever they still might make, and read no more than one slot of their caches."""
         graph = self.steps.get((len(self.state.token), self.kind))
-        step = graph.replay if graph is not None else partial(self._step, model, self.cache, self.state, self.kind)
-        delivered = 0
 
-        def all_done(i: int) -> bool:
-            nonlocal delivered
-            done, count, token, finite = self.log[i].tolist()
-            if not finite:
-                raise ValueError(
-                    "the model computes values that are not finite (NaN or infinity): its weights are damaged, or need "
-                    "another precision"
-                )
-            if on_token is not None and count > delivered:
-                on_token(token)
-            delivered = count
-            return bool(done)
+        def run():
+            if retired:
+                index = self._sent(retired)
+                self.state.done.index_fill_(0, index, True)
+                self.state.position.index_fill_(0, index, 0)
+            if graph is not None:
+                graph.replay()
+            else:
+                self._step(model, self.cache, self.state, self.kind)
 
+        with _range("decode step", self.device):
+            self._event(run)
+
+    def _event(self, run: Callable, prefill: bool = False):
+        """Runs `run`, which writes an entry of the log, behind the event before, and has the entry copied to the host."""
+        entry, rows = self.events % len(self.log), len(self.state.token)
         if self.device.type == "cpu":
-            for taken in range(steps + 1):
-                self.log[taken].copy_(self.state.log[taken])
-                if all_done(taken) or taken == steps:
-                    return taken
-                if on_step is not None:
-                    on_step(taken + 1, self)
-                step()
+            start = time.perf_counter()
+            run()
+            self.log[entry, :rows] = self.state.log[entry]
+            if prefill:
+                self.prefills_timed.append(time.perf_counter() - start)
+        else:
+            # Prefills take one of the streams only: what it frees is reused there
+            with torch.cuda.stream(self.streams[0 if prefill else self.events % 2]):
+                if self.events:
+                    self.ended[(self.events - 1) % 2].wait()
+                marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * prefill)]
+                for mark in marks[:1]:
+                    mark.record()
+                run()
+                for mark in marks[1:]:
+                    mark.record()
+                self.prefills_timed += [marks] if marks else []
+                self.ended[self.events % 2].record()
+                self.log[entry, :rows].copy_(self.state.log[entry], non_blocking=True)
+                self.landed[self.events % 2].record()
+        self.events += 1
 
-        stepped, landed = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
-        before = torch.cuda.current_stream()
+    def read(self) -> list[list[int]]:
+        """[done, count, token, finite] of each row after the next event whose entry of the log was not read yet.
 
-        def publish(i: int):
-            stepped[i % 2].record()
-            if check != "never":
-                self.log[i].copy_(self.state.log[i], non_blocking=True)
-                landed[i % 2].record()
+        Raises ValueError if the logits of a row that was not done are not finite."""
+        if self.device.type == "cuda":
+            with _range("stop check", self.device):
+                self.landed[self.entries % 2].synchronize()
+        entry = self.log[self.entries % len(self.log), : len(self.state.token)].tolist()
+        self.entries += 1
+        if not all(finite for *_, finite in entry):
+            raise ValueError(
+                "the model computes values that are not finite (NaN or infinity): its weights are damaged, or need "
+                "another precision"
+            )
+        return entry
 
-        taken = 0
-        self.streams[0].wait_stream(before)
-        with torch.cuda.stream(self.streams[0]):
-            publish(0)
-        try:
-            while taken < steps:
-                if check == "every" or (check == "ping-pong" and taken > 0):
-                    i = taken if check == "every" else taken - 1
-                    with _range("stop check", self.device):
-                        landed[i % 2].synchronize()
-                        if all_done(i):
-                            break
-                if on_step is not None:
-                    on_step(taken + 1, self)
-                taken += 1
-                with torch.cuda.stream(self.streams[taken % 2]), _range("decode step", self.device):
-                    stepped[(taken - 1) % 2].wait()
-                    step()
-                    publish(taken)
-        finally:  # after a callback's exception, too: what still runs is ahead of whatever gets this memory next
-            for stream in self.streams:
-                before.wait_stream(stream)
-        if check == "never":
-            self.log.copy_(self.state.log)
+    def finish(self) -> float:
+        """Ends a run, also one that failed: what comes next on the device waits for the chain. Returns the seconds that
+        its prefills took."""
+        if self.device.type == "cpu":
+            return sum(self.prefills_timed)
+        for stream in self.streams:
+            self.before.wait_stream(stream)
         torch.cuda.synchronize(self.device)
-        for i in range(max(0, taken - 1), taken + 1):
-            all_done(i)
-        return taken
-
-    def results(self, rows: int) -> list[list[int]]:
-        """The new tokens of the first `rows` rows, the stop token included where there is one."""
-        counts = self.state.count.tolist()
-        return [row[:count] for row, count in zip(self.state.output[:rows].tolist(), counts)]
+        return sum(start.elapsed_time(end) / 1000 for start, end in self.prefills_timed)
 
 
 @cache

@@ -72,22 +72,35 @@ TOP_K_STEP = 256  # top_k is rounded up to a multiple for the device, which then
 
 
 class DrawKind(NamedTuple):
-    """What of `Sampling` shapes the computation of a step; values are the device's, and may change between runs."""
+    """What of the `Sampling` of all rows shapes the computation of a step; values are the device's, and differ by row."""
 
-    greedy: bool
-    candidates: int  # a multiple of TOP_K_STEP that covers top_k; 0: the whole vocabulary
-    in_order: bool  # whether the whole vocabulary is sorted, for top-p
+    greedy: bool  # whether some rows take the most probable token
+    candidates: int  # a multiple of TOP_K_STEP that covers top_k of all rows with a filter of sorted logits; 0: none
+    in_order: bool  # whether the whole vocabulary is sorted, for those rows, since some of them have no top-k
+    in_any_order: bool  # whether some rows are drawn from a vocabulary that is not sorted
     penalize: bool
 
     @classmethod
-    def of(cls, sampling: Sampling, vocab_size: int) -> "DrawKind":
-        penalize = sampling.repetition_penalty != 1
-        if sampling.temperature == 0:
-            return cls(True, 0, False, penalize)
-        candidates = 0
-        if 0 < sampling.top_k < vocab_size:
-            candidates = min(-(-sampling.top_k // TOP_K_STEP) * TOP_K_STEP, vocab_size)
-        return cls(False, candidates, candidates == 0 and sampling.top_p < 1, penalize)
+    def of(cls, vocab_size: int, *samplings: Sampling) -> "DrawKind":
+        sampled = [sampling for sampling in samplings if sampling.temperature]
+        in_order = [sampling for sampling in sampled if needs_order(sampling.top_k, sampling.top_p, vocab_size)]
+        limits = [sampling.top_k for sampling in in_order]
+        limited = bool(limits) and all(0 < limit < vocab_size for limit in limits)
+        return cls(
+            greedy=len(sampled) < len(samplings),
+            candidates=min(-(-max(limits) // TOP_K_STEP) * TOP_K_STEP, vocab_size) if limited else 0,
+            in_order=bool(limits) and not limited,
+            in_any_order=len(in_order) < len(sampled),
+            penalize=any(sampling.repetition_penalty != 1 for sampling in samplings),
+        )
+
+
+ALL_GREEDY = DrawKind(True, 0, False, False, False)  # all rows, without a penalty: what `Ops.greedy` is for
+
+
+def needs_order(top_k, top_p, vocab_size: int):
+    """Whether a row is drawn from sorted logits, of numbers or of tensors of them: by its own settings alone."""
+    return (0 < top_k) & (top_k < vocab_size) | (top_p < 1)
 
 
 def penalize(logits: Tensor, seen: Tensor, repetition_penalty: Tensor) -> Tensor:
@@ -99,27 +112,36 @@ def penalize(logits: Tensor, seen: Tensor, repetition_penalty: Tensor) -> Tensor
 def draw(
     logits: Tensor,
     noise: Tensor,
-    settings: dict[str, float | Tensor],
+    settings: dict[str, Tensor],
     kind: DrawKind,
     filters: tuple[Callable[[Tensor, Tensor], Tensor], ...] = FILTERS,
 ) -> Tensor:
     """Draws a token [B] for each row of logits [B, V] by inverting its cumulative distribution at noise [B] in [0, 1).
 
-    `settings` gives each filter its value, by the filter's name. Nothing is read by the host. Double precision keeps sums
-    over a whole vocabulary exact to well below the noise's own resolution.
+    `settings` gives each filter its values [B, 1], by the filter's name. A row's token depends on nothing but its own
+    logits, noise and settings. Nothing is read by the host. Double precision keeps sums over a whole vocabulary exact to
+    well below the noise's own resolution.
     """
-    tokens, in_order = None, kind.candidates > 0 or kind.in_order
-    if kind.candidates:
-        logits, tokens = logits.topk(kind.candidates)  # largest first
-    elif kind.in_order:
-        logits, tokens = logits.sort(descending=True)
-    logits = (logits - logits.amax(-1, keepdim=True)).double()
-    for filter in filters:
-        if in_order or filter not in NEED_ORDER:
+
+    def pick(logits: Tensor, filters) -> Tensor:
+        logits = (logits - logits.amax(-1, keepdim=True)).double()
+        for filter in filters:
             logits = filter(logits, settings[filter.__name__])
-    cumulative = logits.softmax(-1).cumsum(-1)
-    pick = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-    return (pick if tokens is None else tokens.gather(1, pick))[:, 0]
+        cumulative = logits.softmax(-1).cumsum(-1)
+        return (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+
+    token = None
+    if kind.in_any_order:
+        token = pick(logits, [filter for filter in filters if filter not in NEED_ORDER])
+    if kind.candidates or kind.in_order:
+        largest, ids = logits.topk(kind.candidates) if kind.candidates else logits.sort(descending=True)
+        drawn = ids.gather(1, pick(largest, filters))
+        ordered = needs_order(settings["top_k"], settings["top_p"], logits.shape[-1])
+        token = drawn if token is None else torch.where(ordered, drawn, token)
+    if kind.greedy:
+        best = logits.argmax(-1, keepdim=True)
+        token = best if token is None else torch.where(settings["temperature"] == 0, best, token)
+    return token[:, 0]
 
 
 def noise_of(seed: int, prompt: int, sample: int, count: int) -> list[float]:

@@ -135,7 +135,7 @@ def vllm_figures(
     config: dict,
     precision: str,
     prompts: list[list[int]],
-    new_tokens: int,
+    new_tokens: int | list[int],
     repeats: int,
     site: Path | None,
     timeout: float,
@@ -149,17 +149,18 @@ def vllm_figures(
     "load_seconds" is the time to make vllm.LLM ready, compiling included. Raises RuntimeError, in a line, if vLLM fails
     or takes too long."""
     job = {"precision": precision, "prompts": prompts, "new_tokens": new_tokens, "repeats": repeats}
+    total = sum(new_tokens) if isinstance(new_tokens, list) else len(prompts) * new_tokens
     result = _in_process(config, job, site, timeout)
     first, *whole = result["seconds"]
     _, *single = result["single_token_seconds"]
     decode = [long - short for long, short in zip(whole, single)]
-    rates = [len(prompts) * (new_tokens - 1) / seconds for seconds in decode]
+    rates = [(total - len(prompts)) / seconds for seconds in decode]
     return {
         "name": VLLM,
         "seconds": median(whole),
         "seconds_spread": [min(whole), max(whole)],
         "first_run_seconds": first,
-        "tokens_per_second": len(prompts) * new_tokens / median(whole),
+        "tokens_per_second": total / median(whole),
         "prefill_seconds": median(single),
         "decode_seconds": median(decode),
         "decode_tokens_per_second": median(rates),
@@ -247,14 +248,16 @@ def main(directory: Path):
     load_seconds = time.perf_counter() - start
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
 
-    def generate(new_tokens: int) -> float:
-        settings = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    def generate(new_tokens: int | list[int]) -> float:
+        wanted = new_tokens if isinstance(new_tokens, list) else [new_tokens] * len(prompts)
+        greedy = dict(temperature=0.0, ignore_eos=True, detokenize=False)
+        settings = [SamplingParams(max_tokens=count, **greedy) for count in wanted]
         start = time.perf_counter()
         outputs = llm.generate(prompts, settings, use_tqdm=False)
         seconds = time.perf_counter() - start
-        counts = {len(output.outputs[0].token_ids) for output in outputs}
-        if counts != {new_tokens}:
-            raise ValueError(f"{new_tokens} tokens were asked for, {sorted(counts)} came")
+        counts = [len(output.outputs[0].token_ids) for output in outputs]
+        if counts != wanted:
+            raise ValueError(f"{sum(wanted)} tokens were asked for, {sum(counts)} came")
         return seconds
 
     runs = [(generate(job["new_tokens"]), generate(1)) for _ in range(1 + job["repeats"])]

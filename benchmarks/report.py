@@ -165,6 +165,16 @@ def loads(rows: list[dict]) -> str:
     return f"\nLoading and compiling come before that and took {joined(cases)}.\n" if cases else ""
 
 
+def throughput(rows: list[dict]) -> str:
+    columns = {
+        "seconds": lambda row: form(row["seconds"], "{:.2f}"),
+        "new tokens/s": lambda row: form(row["tokens_per_second"], "{:,.0f}"),
+        "prefill, s": lambda row: form(row.get("prefill_seconds"), "{:.2f}"),
+        "steps": lambda row: form(row.get("steps"), "{:,}"),
+    }
+    return plain(rows, columns)
+
+
 def tutorial(rows: list[dict]) -> str:
     def floor(row: dict) -> str:
         return form(row["floor_ms"] * (row["new_tokens"] - 1) / 1000, "{:.2f}") if "floor_ms" in row else ""
@@ -326,6 +336,13 @@ padding included; "padded" is the time with such a prefill, "seconds" the time w
 transformers' prompts are padded on the left.""",
         tutorial,
     ),
+    "throughput": Section(
+        "Many requests",
+        """512 requests, all there at once, greedy, no stop, the whole call: prompts of 16 to 1,024 tokens and 16 to
+1,024 new ones, log-normal. Rows are refilled as they finish; where no batch is given, there are as many rows as memory
+holds.""",
+        throughput,
+    ),
     "sweep": Section("Batches", "Prompts of one length, a growing number of rows that are decoded together.", sweep),
     "weights": Section(
         "Which weights?",
@@ -419,7 +436,7 @@ def command(name: str, content: dict, picture: bool) -> str:
     protocol, rows = content["protocol"], content["results"]
     ours = [row for row in rows if row.get("name") in (None, OURS, "load")]
     found = {"models": "model", "precisions": "precision", "ops": "ops"}
-    if protocol == "sweep":
+    if protocol in ("sweep", "throughput"):
         found["batches"] = "batch"
     if protocol in ("cpu", "startup", "stop-check"):
         ours, found = rows, {"models": "model", "precisions": "precision"} if protocol != "cpu" else {}
@@ -428,7 +445,7 @@ def command(name: str, content: dict, picture: bool) -> str:
         values = dict.fromkeys(str(row[key]) for row in ours if key in row)
         out += f" --{option} {' '.join(values)}" if values else ""
     programs = {row.get("name", "").split(",")[0].lower() for row in rows}
-    if protocol in ("latency", "tutorial", "cpu"):
+    if protocol in ("latency", "tutorial", "throughput", "cpu"):
         names = [peer for peer in ("transformers", "vllm") if peer in programs]
         out += f" --peers {' '.join(names)}" if names else " --no_peers"
     if any("checkpoint" in row for row in rows):

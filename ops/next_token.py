@@ -11,29 +11,32 @@ ARGMAX_BLOCK, ARGMAX_WARPS = 2048, 4
 def append_token(state, logits: Tensor, token: Tensor):
     """Appends token [B], which was drawn from logits [B, V], to each row of a `runner.State` that is not done.
 
-    A row that is done keeps its count: its token lands behind its last one, where nobody reads it. The log gets how far
-    the rows are, and whether the logits of those that were not done are finite: their sum is not if one of them isn't,
-    and is one pass over them.
+    A row that is done keeps its count. `finite` says whether the logits of a row that was not done are finite: their sum
+    is not if one of them isn't, and is one pass over them.
     """
-    finite = (state.done | logits.sum(-1).isfinite()).all()
     state.token.copy_(token)
-    state.output.scatter_(1, state.count[:, None], token[:, None])
+    state.finite.copy_(state.done | logits.sum(-1).isfinite())
     state.count += ~state.done
     state.done |= (token[:, None] == state.stop_ids).any(-1) | (state.count >= state.max_new_tokens)
-    status = torch.stack((state.done.all(), state.count[0], token[0], finite))
-    state.log.index_copy_(0, state.step, status[None])
+
+
+def log_step(state):
+    """Writes the log's next entry: done, count, token and finite of each row."""
+    entry = torch.stack((state.done, state.count, state.token, state.finite), -1).int()
+    state.log.index_copy_(0, state.step % len(state.log), entry[None])
     state.step += 1
 
 
 def greedy_next_token(logits: Tensor, state):
     """Ends a greedy step, in place in a `runner.State` of B rows.
 
-    Takes each row's largest of logits [B, V], of equal ones the first, appends it as a token, and advances the position
-    of rows that are not done.
+    Takes each row's largest of logits [B, V], of equal ones the first, appends it as a token, advances the position of
+    rows that are not done, and writes the log.
     """
     state.position += ~state.done
     logits = logits.float()
     append_token(state, logits, logits.argmax(-1))
+    log_step(state)
 
 
 @jit
@@ -70,23 +73,24 @@ def _append_token_kernel(
     best_ptr,
     index_ptr,
     token_ptr,
-    output_ptr,
     count_ptr,
     max_new_tokens_ptr,
     done_ptr,
+    finite_ptr,
     stop_ids_ptr,
     log_ptr,
     step_ptr,
     position_ptr,
     M,
-    length,
+    entries,
+    stride,
     V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNKS: tl.constexpr,
     STOP_IDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Takes the best of the chunks and appends it, all rows in one program."""
+    """Takes the best of the chunks, appends it, and writes an entry of the log, all rows in one program."""
     launch_dependents(PDL)
     row, chunk = tl.arange(0, BLOCK_M), tl.arange(0, CHUNKS)
     mask = row < M
@@ -103,7 +107,6 @@ def _append_token_kernel(
     position = tl.load(position_ptr + row, mask=mask, other=0)
     step = tl.load(step_ptr)
     tl.store(token_ptr + row, token, mask=mask)
-    tl.store(output_ptr + row.to(tl.int64) * length + count, token, mask=mask)
     count = tl.where(was_done, count, count + 1)
     tl.store(count_ptr + row, count, mask=mask)
     tl.store(position_ptr + row, tl.where(was_done, position, position + 1), mask=mask)
@@ -111,11 +114,13 @@ def _append_token_kernel(
     for i in tl.static_range(STOP_IDS):
         done = done | (token == tl.load(stop_ids_ptr + i))
     tl.store(done_ptr + row, done.to(tl.uint8), mask=mask)
-    log_ptr += step * 4
-    tl.store(log_ptr, tl.min(done.to(tl.int32), axis=0).to(tl.int64))
-    tl.store(log_ptr + 1, tl.sum(tl.where(row == 0, count, 0), axis=0))
-    tl.store(log_ptr + 2, tl.sum(tl.where(row == 0, token, 0), axis=0))
-    tl.store(log_ptr + 3, tl.min((was_done | finite).to(tl.int32), axis=0).to(tl.int64))
+    finite = was_done | finite
+    tl.store(finite_ptr + row, finite.to(tl.uint8), mask=mask)
+    entry = log_ptr + step % entries * stride + row * 4
+    tl.store(entry, done.to(tl.int32), mask=mask)
+    tl.store(entry + 1, count.to(tl.int32), mask=mask)
+    tl.store(entry + 2, token.to(tl.int32), mask=mask)
+    tl.store(entry + 3, finite.to(tl.int32), mask=mask)
     tl.store(step_ptr, step + 1)
 
 
@@ -132,8 +137,9 @@ def greedy_next_token_triton(logits: Tensor, state):
     launch(
         _append_token_kernel,
         (1,),
-        *(best, index, state.token, state.output, state.count, state.max_new_tokens, state.done.view(torch.uint8)),
-        *(state.stop_ids, state.log, state.step, state.position, m, state.output.shape[1]),
+        *(best, index, state.token, state.count, state.max_new_tokens, state.done.view(torch.uint8)),
+        *(state.finite.view(torch.uint8), state.stop_ids, state.log, state.step, state.position),
+        *(m, len(state.log), state.log.stride(0)),
         V=v,
         BLOCK_M=power_of_2(m),
         CHUNKS=chunks,

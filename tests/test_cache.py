@@ -79,11 +79,11 @@ def test_rows_of_a_smaller_cache_go_on_in_a_larger_one():
 
 
 @torch.no_grad()
-def test_the_first_rows_are_a_view():
+def test_rows_are_a_view():
     model, x = small_model(), tokens(3, 12, 120)
     cache = cache_of(model, 3, 16, torch.float32)
-    assert cache.first_rows(3) is cache
-    model(x[:2], cache.first_rows(2))
+    assert cache.rows(0, 3) is cache
+    model(x[:2], cache.rows(0, 2))
     assert cache.layers[0].k[:2].abs().amin(dim=(1, 2, 3)).shape == (2,)
     assert cache.layers[0].k[:2, :, :12].count_nonzero() > 0
     assert cache.layers[0].k[2].count_nonzero() == 0

@@ -52,6 +52,59 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny, prompts):
         assert generate(model, prompts, 20, batch_size=batch_size, **GREEDY) == greedy
 
 
+def test_settings_of_each_prompt(tiny, prompts):
+    """Rows of all kinds of draws, limits and lengths side by side, refilled: each as it is alone."""
+    model, tokenizer = tiny
+    more = [tokenizer.encode("x" * n) for n in (1, 40, 7, 150)]
+    prompts = [*prompts, *more]
+    limits = [1, 30, 7, 12, 25, 3, 18, 9]
+    samplings = [
+        Sampling(temperature=0),
+        Sampling(top_k=20),
+        Sampling(top_k=0),
+        Sampling(top_k=0, top_p=0.8, temperature=1.2),
+        Sampling(temperature=0, repetition_penalty=1.3),
+        Sampling(top_k=300, min_p=0.05, repetition_penalty=1.1),
+        Sampling(top_k=1),
+        Sampling(),
+    ]
+    options = dict(seed=5, stop_ids=())
+    alone = []
+    for i, prompt in enumerate(prompts):  # behind others, so that its index and its noise are the same
+        before = [[tokenizer.bos_id]] * i
+        alone.append(generate(model, [*before, prompt], [*[1] * i, limits[i]], sampling=samplings[i], **options)[i])
+    assert [len(tokens) for tokens in alone] == limits
+    for batch_size in (None, 1, 2, 3, 5):
+        found = {}
+        results = generate(
+            model,
+            prompts,
+            limits,
+            sampling=samplings,
+            batch_size=batch_size,
+            on_completion=found.__setitem__,
+            **options,
+        )
+        assert results == alone
+        assert [found[i] for i in range(8)] == alone
+
+
+def test_a_list_of_settings_has_one_for_each_prompt(tiny, prompts):
+    with pytest.raises(ValueError, match="max_new_tokens has 3 values for 4 prompts"):
+        generate(tiny[0], prompts, [1, 2, 3])
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
+        generate(tiny[0], prompts, [1, 2, 3, 0])
+    with pytest.raises(ValueError, match="sampling must be a Sampling, not None"):
+        generate(tiny[0], prompts, 3, sampling=[None] * 4)
+
+
+def test_stop_when(tiny, prompts):
+    model, _ = tiny
+    endless = generate(model, prompts, 24, **GREEDY)
+    results = generate(model, prompts, 24, stop_when=lambda tokens: len(tokens) == 5 + tokens[0] % 3, **GREEDY)
+    assert results == [tokens[: 5 + tokens[0] % 3] for tokens in endless]
+
+
 def test_samples_stand_side_by_side_in_the_order_of_the_prompts(tiny, prompts):
     model, _ = tiny
     few = generate(model, prompts[:2], 12, num_samples=3, seed=1, batch_size=4)
@@ -102,7 +155,7 @@ def test_on_step_is_called_before_prefill_and_each_step(tiny, prompts):
         calls.append((step, len(runner.state.token), runner.state.count.max().item() if step else None))
 
     generate(model, prompts, 4, batch_size=2, on_step=on_step, **GREEDY)
-    assert calls == [(0, 2, None), (1, 2, 1), (2, 2, 2), (3, 2, 3)] * 2
+    assert calls == [(0, 2, None), (1, 2, 1), (2, 2, 2), (3, 2, 3), (0, 2, None), (4, 2, 1), (5, 2, 2), (6, 2, 3)]
     assert held_bytes(model) > 0
 
 

@@ -130,13 +130,13 @@ def test_a_single_prompt_streams_on_a_terminal(capsys):
 def test_interactive_chat_keeps_its_cache_between_turns(monkeypatch):
     """Each turn's prefill gets what is new; what it sees is the whole conversation."""
     prefills = []
-    prefill = Runner.prefill
+    admit = Runner.admit
 
-    def record(self, model, prompts, noise, max_new_tokens, cached=0):
-        prefills.append((prompts[0], cached))
-        prefill(self, model, prompts, noise, max_new_tokens, cached)
+    def record(self, model, rows, requests, cached=0):
+        prefills.append((requests[0].prompt, cached))
+        admit(self, model, rows, requests, cached)
 
-    monkeypatch.setattr(Runner, "prefill", record)
+    monkeypatch.setattr(Runner, "admit", record)
     monkeypatch.setattr("builtins.input", fake_input(["Sort a list.", "", "Reverse it.", "Thanks."]))
     assert program.main(["--interactive", "--temperature", "0", "--max_new_tokens", "8", "--device", "cpu"]) == 0
     assert len(prefills) == 3

@@ -42,11 +42,11 @@ class LLM:
             time.sleep(60)
 
     def generate(self, prompts, settings, use_tqdm):
-        self.seen |= {"prompts": prompts, "settings": settings.options}
+        self.seen |= {"prompts": prompts, "settings": settings[0].options}
         with open(HERE / "seen.jsonl", "a") as file:
             print(json.dumps(self.seen), file=file)
-        time.sleep(0.002 * settings.options["max_tokens"])
-        return [Output(settings.options["max_tokens"]) for _ in prompts]
+        time.sleep(0.002 * settings[0].options["max_tokens"])
+        return [Output(each.options["max_tokens"]) for each in settings]
 """
 
 

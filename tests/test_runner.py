@@ -16,7 +16,8 @@ from formats import FORMATS
 from generate import generate
 from model import Transformer
 from runner import Runner, State, held_bytes, lease, next_token, release
-from sampling import SETTINGS, DrawKind, Sampling
+from sampling import ALL_GREEDY, SETTINGS, DrawKind, Sampling
+from scheduler import Request, Scheduler
 
 FP32 = CODECS["fp32"]
 
@@ -37,10 +38,10 @@ def test_conversation_behind_its_cache_is_the_conversation_at_once(tiny):
     with torch.inference_mode():
         for turn in turns:
             unread = history[cached:] + turn
-            runner.start(model, 1, Sampling(temperature=0), ())
-            runner.prefill(model, [unread], [], 10, cached)
-            runner.decode(model, 9)
-            (answer,) = runner.results(1)
+            runner.start(model, 1, ALL_GREEDY, ())
+            request = Request((0, 0), unread, 10, Sampling(temperature=0))
+            ((_, answer),) = Scheduler(runner, model, [request], 1).run(cached=cached)
+            runner.finish()
             history += turn
             assert answer == generate(model, [history], 10, **GREEDY)[0]
             model_length = len(history) + len(answer) - 1
@@ -102,11 +103,11 @@ def test_a_step_penalizes_first_and_filters_in_the_order_of_the_table():
     state = State.empty(n, 4, torch.device("cpu"))
     state.done[:], state.max_new_tokens[:], state.stop_ids[:] = False, 4, -1
     state.noise[:, 0] = (torch.arange(n) + 0.5) / n
-    state.settings[:] = torch.tensor([getattr(sampling, name) for name in SETTINGS])
+    state.settings[:] = torch.tensor([getattr(sampling, name) for name in SETTINGS]).double()
     state.seen = torch.zeros(n, vocabulary, dtype=torch.bool)
     state.seen[:, seen] = True
-    next_token(state, logits.expand(n, -1), DrawKind.of(sampling, vocabulary))
-    frequency = torch.bincount(state.output[:, 0], minlength=vocabulary).double() / n
+    next_token(state, logits.expand(n, -1), DrawKind.of(vocabulary, sampling))
+    frequency = torch.bincount(state.token, minlength=vocabulary).double() / n
     assert (frequency[exact == 0] == 0).all()
     torch.testing.assert_close(frequency, exact, atol=1.5 / n, rtol=0)
     assert state.seen[torch.arange(n), state.token].all()
@@ -116,12 +117,21 @@ def test_a_step_penalizes_first_and_filters_in_the_order_of_the_table():
 def test_rows_that_are_not_used_stay_done(tiny, prompts):
     model, _ = tiny
     runner = Runner(model, 4, 64, FP32)
+    requests = [Request((i, 0), prompt, 6, Sampling(temperature=0)) for i, prompt in enumerate(prompts[:2])]
     with torch.inference_mode():
-        runner.start(model, 3, Sampling(temperature=0), ())
-        runner.prefill(model, prompts[:2], [], 6)
-        assert runner.state.done.tolist() == [False, False, True]
-        runner.decode(model, 5)
-        assert runner.results(2) == generate(model, prompts[:2], 6, **GREEDY)
+        runner.start(model, 3, ALL_GREEDY, ())
+        runner.admit(model, [2, 0], requests)
+        assert runner.state.done.tolist() == [False, True, False]
+        for _ in range(5):
+            runner.step(model)
+        entries = [runner.read() for _ in range(6)]
+        runner.finish()
+    expected = generate(model, prompts[:2], 6, **GREEDY)
+    assert [[entry[row][2] for entry in entries] for row in (2, 0)] == expected
+    assert [[entry[row][:2] for entry in entries] for row in (0, 1)] == [
+        [[count == 6, count] for count in range(1, 7)],
+        [[1, 0]] * 6,
+    ]
 
 
 # --- who has a runner
@@ -233,9 +243,10 @@ def _is_freed(model: Transformer, **options) -> bool:
     try:
         with torch.inference_mode():
             runner = Runner(model, 1, 64, FP32, **options)
-            runner.start(model, 1, Sampling(temperature=0), ())
-            runner.prefill(model, [[2, 3]], [], 9)
-            runner.decode(model, 8)
+            runner.start(model, 1, ALL_GREEDY, ())
+            runner.admit(model, [0], [Request((0, 0), [2, 3], 9, Sampling(temperature=0))])
+            runner.step(model)
+            runner.finish()
         alive = weakref.ref(runner)
         del runner
         return alive() is None

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sampling import FILTERS, DrawKind, Sampling, draw, min_p, noise_of, temperature, top_k, top_p
+from sampling import FILTERS, ALL_GREEDY, DrawKind, Sampling, draw, min_p, noise_of, temperature, top_k, top_p
 from sampling import SETTINGS as NAMES
 
 VOCABULARY = 50
@@ -30,7 +30,7 @@ def drawn(logits: torch.Tensor, noise: torch.Tensor, filters=FILTERS, **settings
     """Tokens [B] by a run's own way from settings to `draw`."""
     sampling = Sampling(**(OFF | settings))
     values = {name: getattr(sampling, name) for name in NAMES}
-    return draw(logits, noise, values, DrawKind.of(sampling, logits.shape[-1]), filters)
+    return draw(logits, noise, values, DrawKind.of(logits.shape[-1], sampling), filters)
 
 
 def frequencies(logits: torch.Tensor, n: int, filters=FILTERS, **settings) -> torch.Tensor:
@@ -129,16 +129,37 @@ def test_rows_are_drawn_alone():
 
 def test_values_do_not_change_what_a_step_computes():
     """`DrawKind` tells what has to be compiled anew: nothing for another temperature, p, or top_k in the same step."""
-    kind = DrawKind.of(Sampling(), 4096)
-    assert kind == (False, 256, False, False)
+    kind = DrawKind.of(4096, Sampling())
+    assert kind == (False, 256, False, False, False)
     for same in (dict(temperature=2.0), dict(top_k=7), dict(top_k=256), dict(top_p=0.5), dict(min_p=0.1)):
-        assert DrawKind.of(Sampling(**same), 4096) == kind
-    assert DrawKind.of(Sampling(top_k=257), 4096).candidates == 512
-    assert DrawKind.of(Sampling(top_k=30), 50) == (False, 50, False, False)
-    assert DrawKind.of(Sampling(top_k=0), 4096) == DrawKind.of(Sampling(top_k=4096), 4096) == (False, 0, False, False)
-    assert DrawKind.of(Sampling(top_k=0, top_p=0.9), 4096) == (False, 0, True, False)
-    assert DrawKind.of(Sampling(repetition_penalty=1.1), 4096).penalize
-    assert DrawKind.of(Sampling(temperature=0, top_p=0.9), 4096) == (True, 0, False, False)
+        assert DrawKind.of(4096, Sampling(**same)) == kind
+    whole = DrawKind.of(4096, Sampling(top_k=0))
+    assert DrawKind.of(4096, Sampling(top_k=257)).candidates == 512
+    assert DrawKind.of(50, Sampling(top_k=30)) == (False, 50, False, False, False)
+    assert whole == DrawKind.of(4096, Sampling(top_k=4096)) == (False, 0, False, True, False)
+    assert DrawKind.of(4096, Sampling(top_k=0, top_p=0.9)) == (False, 0, True, False, False)
+    assert DrawKind.of(4096, Sampling(repetition_penalty=1.1)).penalize
+    greedy = Sampling(temperature=0, top_p=0.9)
+    assert DrawKind.of(4096, greedy) == ALL_GREEDY
+    assert DrawKind.of(4096, greedy, Sampling(), Sampling(top_k=300)) == (True, 512, False, False, False)
+    assert DrawKind.of(4096, Sampling(), Sampling(top_k=0, top_p=0.9)) == (False, 0, True, False, False)
+    assert DrawKind.of(4096, Sampling(), Sampling(top_k=0)) == (False, 256, False, True, False)
+
+
+def test_a_row_is_drawn_alike_beside_rows_of_other_settings():
+    logits, vocabulary = torch.cat([random_logits(seed) for seed in range(4)]), VOCABULARY
+    rows = [dict(temperature=0.0), dict(top_k=7), dict(top_k=0, top_p=1.0), dict(top_k=0, top_p=0.7, temperature=1.3)]
+    samplings = [Sampling(**row) for row in rows]
+    for noise in (torch.full((4,), value, dtype=torch.float64) for value in (0.05, 0.4, 0.8, 0.99)):
+        alone = []
+        for i, sampling in enumerate(samplings):
+            values = {name: torch.tensor([[getattr(sampling, name)]]).double() for name in NAMES}
+            alone.append(draw(logits[i : i + 1], noise[:1], values, DrawKind.of(vocabulary, sampling)))
+        for group in itertools.permutations(range(4), 3):
+            some = [samplings[i] for i in group]
+            values = {name: torch.tensor([[getattr(each, name)] for each in some]).double() for name in NAMES}
+            tokens = draw(logits[list(group)], noise[:3], values, DrawKind.of(vocabulary, *some))
+            assert tokens.tolist() == [alone[i].item() for i in group]
 
 
 # --- noise and settings
