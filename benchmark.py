@@ -406,7 +406,8 @@ def peer_rows(
     limits: list[int] | None = None,
 ) -> Iterator[dict]:
     """A row for each model, and each of vLLM's precisions beside ours, or each of transformers' `caches`, on the prompts
-    that prompts_of(vocabulary size) gives; `limits` are new tokens of each, if they differ. A failure of vLLM is told in a line and has no row."""
+    that prompts_of(vocabulary size) gives; `limits` are the new tokens of each, if they differ. A failure of vLLM is told
+    in a line and has no row."""
     precisions = peers.vllm_precisions(args.precisions) if "vllm" in args.peers else ()
     for name, precision in product(args.models, precisions):
         config, settings = config_of_peer(name), (args.repeats, args.vllm_site, args.peer_timeout)

@@ -258,12 +258,13 @@ def generate(
         f"the text of {n_rows} rows",
         "lower --num_samples, --max_new_tokens or the number of prompts",
     )
-    requests = [
-        Request((i, j), prompt, limits[i], samplings[i], seed, stop_when)
-        for i, prompt in enumerate(prompts)
+    longest_first = sorted(range(len(prompts)), key=lambda i: -limits[i])  # one that starts last keeps few rows busy
+    requests = (
+        Request((i, j), prompts[i], limits[i], samplings[i], seed, stop_when)
+        for i in longest_first
         for j in range(num_samples)
-    ]
-    results: list[list[int] | None] = [None] * n_rows
+    )
+    results: dict[int, list[int]] = {}
     try:
         start = now(device)
         with lease(model, rows, length, codec, compile, compile_prefill) as runner:
@@ -276,6 +277,11 @@ def generate(
                     results[index] = tokens
                     if on_completion is not None:
                         on_completion(index, tokens)
+                    context = len(request.prompt) + len(tokens) // 2
+                    stats.bytes_read += (len(tokens) - 1) * cache_bytes(config, 1, context, codec)
+                    stats.prompt_tokens += len(request.prompt)
+                    stats.new_tokens += len(tokens)
+                    stats.rows += 1
             finally:
                 prefill_seconds = runner.finish()
             stats.compile_seconds += started - start
@@ -288,13 +294,7 @@ def generate(
             f"out of {device.type} memory with {rows} rows of {length} tokens; "
             "lower --batch_size, --max_new_tokens or the length of the prompts"
         ) from None
-    for request, tokens in zip(requests, results):
-        stats.rows += 1
-        stats.prompt_tokens += len(request.prompt)
-        stats.new_tokens += len(tokens)
-        context = len(request.prompt) + len(tokens) // 2
-        stats.bytes_read += (len(tokens) - 1) * cache_bytes(config, 1, context, codec)
-    return results
+    return [results[index] for index in range(n_rows)]
 
 
 def _of_each(name: str, value, prompts: list) -> list:

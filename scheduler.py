@@ -1,8 +1,9 @@
 """Which request runs in which row and when: rows are refilled as they finish. Host logic alone, without torch."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from math import inf
 
 from sampling import Sampling, noise_of
@@ -42,16 +43,15 @@ class Running:
 
 
 class Scheduler:
-    """Runs requests on the rows of a `runner.Runner`, which has been started for that many rows.
+    """Runs requests, in their order, on the rows of a `runner.Runner`, which has been started for that many rows.
 
-    Those that may take longest start first. Finished rows are refilled together, a sixteenth of all at a time: a prefill
-    of one prompt takes little less than that of some. A row whose limit is reached is refilled without waiting for the
-    log; one that stops is known a step late.
+    Finished rows are refilled together, a sixteenth of all at a time: a prefill of one prompt takes little less than that
+    of some. A row whose limit is reached is refilled without waiting for the log; one that stops is known a step late.
     """
 
-    def __init__(self, runner, model, requests: list[Request], rows: int, check: str = "ping-pong"):
+    def __init__(self, runner, model, requests: Iterable[Request], rows: int, check: str = "ping-pong"):
         self.runner, self.model, self.rows, self.lag = runner, model, rows, LAGS[check]
-        self.waiting = deque(sorted(requests, key=lambda request: -request.max_new_tokens))
+        self.requests, self.waiting = iter(requests), deque()  # those that come next, one a row at most, were taken
         self.free = list(range(rows))
         self.running: list[Running] = []
         self.retired: list[int] = []  # rows that have to be ended on the device
@@ -63,6 +63,7 @@ class Scheduler:
         on_step(0, runner) is called before each prefill, on_step(i, runner) before decode step i; on_token gets each new
         token. `cached` tokens of the prompts are in the rows' caches already.
         """
+        self._look_ahead()
         while self.waiting or self.running:
             groups = self._admissions()
             for rows, requests in groups:
@@ -79,12 +80,16 @@ class Scheduler:
             elif not groups:
                 yield from self._read(on_token, lag=0)
 
+    def _look_ahead(self):
+        self.waiting.extend(islice(self.requests, self.rows - len(self.waiting)))
+
     def _admissions(self) -> list[tuple[list[int], list[Request]]]:
         """Rows and requests of the prefills that are due: prompts of about one length share one."""
         count = min(len(self.waiting), len(self.free))
         if count < min(len(self.waiting), max(1, self.rows // 16)):
             return []
         requests = sorted((self.waiting.popleft() for _ in range(count)), key=lambda request: len(request.prompt))
+        self._look_ahead()
         groups, tokens = [[]], 0
         for request in requests:
             length, group = len(request.prompt), groups[-1]

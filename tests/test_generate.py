@@ -10,7 +10,7 @@ from conftest import GREEDY, TEXTS, TINY_GEMMA, reference_model, save_checkpoint
 import device as device_file
 from cli import Stats
 from generate import generate, load_model
-from runner import held_bytes
+from runner import Runner, held_bytes
 from sampling import Sampling
 
 
@@ -87,6 +87,18 @@ def test_settings_of_each_prompt(tiny, prompts):
         )
         assert results == alone
         assert [found[i] for i in range(8)] == alone
+
+
+def test_those_that_may_take_longest_start_first(tiny, prompts, monkeypatch):
+    limits, admit = [], Runner.admit
+
+    def watching(self, model, rows, requests, *rest):
+        limits.extend(request.max_new_tokens for request in requests)
+        admit(self, model, rows, requests, *rest)
+
+    monkeypatch.setattr(Runner, "admit", watching)
+    generate(tiny[0], prompts, [2, 9, 5, 7], batch_size=1, **GREEDY)
+    assert limits == [9, 7, 5, 2]
 
 
 def test_a_list_of_settings_has_one_for_each_prompt(tiny, prompts):

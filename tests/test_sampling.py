@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sampling import FILTERS, ALL_GREEDY, DrawKind, Sampling, draw, min_p, noise_of, temperature, top_k, top_p
+from sampling import ALL_GREEDY, FILTERS, DrawKind, Sampling, draw, min_p, noise_of, temperature, top_k, top_p
 from sampling import SETTINGS as NAMES
 
 VOCABULARY = 50

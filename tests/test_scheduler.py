@@ -101,15 +101,6 @@ def test_a_row_is_refilled_in_the_event_after_its_limit():
     assert (scheduler.steps, runner.events) == (3 * rounds, 4 * rounds)
 
 
-def test_those_that_may_take_longest_start_first():
-    requests = [Request((i, 0), [1, i], limit, GREEDY) for i, limit in enumerate([2, 9, 5, 7, 1, 8])]
-    runner = Rows(2)
-    list(Scheduler(runner, None, requests, 2).run())
-    limits = [request.max_new_tokens for _, group in runner.admitted for request in group]
-    assert sorted(limits[:2]) == [8, 9]
-    assert limits[2:] == [7, 5, 2, 1]
-
-
 def test_prompts_of_about_one_length_share_a_prefill():
     source = random.Random(3)
     requests = [Request((i, 0), [2] * source.randrange(1, 3000), 1, GREEDY) for i in range(200)]
