@@ -34,7 +34,7 @@ from formats import largest
 from generate import load_model
 from model import Transformer
 from ops import TORCH
-from text import batches, own_text, read_texts, windows
+from text import batches, sample_windows
 
 MIN_TOKENS = 64  # fewer say next to nothing about what inputs can be
 
@@ -91,8 +91,8 @@ def record(model: Transformer, token_windows: Iterable[list[int]], batch_size: i
     Raises ValueError for a batch_size below 1, no windows, and a weight that is not finite.
     """
     token_windows = list(token_windows)
-    if batch_size < 1 or not token_windows:
-        raise ValueError(f"calibrating needs windows, and a batch_size of at least 1, not {batch_size}")
+    if not token_windows:
+        raise ValueError("calibrating needs windows of tokens")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             largest(name, parameter)
@@ -170,19 +170,12 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace):
     file = scales_file(open_checkpoint(args.checkpoint_path))
     check_writable(file)
-    texts = read_texts(args.text) if args.text else own_text()
-    if not args.text:
-        print("note: these are this program's sources; --text FILE with your kind of text is better", file=sys.stderr)
     model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision)
     if any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters()):
         raise ValueError(f"{args.checkpoint_path} is quantized already: calibrating needs BF16 weights")
-    if args.window > model.config.context_length:
-        raise ValueError(f"a window of {args.window} tokens exceeds the context of {model.config.context_length}")
-    starts = range(0, args.max_tokens, args.window)
-    pieces = [piece[: args.max_tokens - start] for start, piece in zip(starts, windows(texts, tokenizer, args.window))]
+    context_length = model.config.context_length
+    pieces = sample_windows(args.text, tokenizer, args.window, context_length, args.max_tokens, MIN_TOKENS)
     tokens = sum(map(len, pieces))
-    if tokens < MIN_TOKENS:
-        raise ValueError(f"there are {tokens} tokens of text; calibrating needs at least {MIN_TOKENS}")
     histograms = record(model, pieces, args.batch_size)
     factors = scales(model, histograms, args.percentile)
     metadata = {

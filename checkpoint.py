@@ -4,6 +4,7 @@ Nothing here builds a model. Every file is checked whole (header, names, shapes,
 """
 
 import json
+import math
 import os
 import re
 import secrets
@@ -611,8 +612,10 @@ def fp8_scale_names(config: ModelConfig) -> dict[str, str]:
 
 
 def check_weight_scale(name: str, largest: float, scale: float):
-    """Raises ValueError if the largest of a weight's absolute values is not what its scale says."""
-    largest /= E4M3_MAX
+    """Raises ValueError if the largest of a weight's absolute values is not what its scale says, or not finite."""
+    if not math.isfinite(largest):
+        raise ValueError(f"{name} has values that are not finite")
+    largest = largest / E4M3_MAX or 1.0  # of zeros any scale would do; calibrate.py takes 1
     if not 0.99 * largest <= scale <= 1.01 * largest:
         raise ValueError(
             f"{SCALES_NAME} is of another model: {name} asks for the scale {largest:.3g}, it says {scale:.3g}; "

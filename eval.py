@@ -24,7 +24,7 @@ from cli import Parser, add_model_options, number, path, run_program
 from generate import generate, load_model
 from model import Transformer
 from runner import release
-from text import batches, read_texts, windows
+from text import batches, check_window, read_texts, windows
 from tokenizer import Tokenizer
 
 try:
@@ -60,15 +60,13 @@ def evaluate(
     """
     models = [model] if reference is None else [model, reference]
     codecs = [codec_of(kv_cache_dtype, model.dtype)] + [codec_of(None, each.dtype) for each in models[1:]]
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if not windows:
         raise ValueError("there are no windows to predict")
     lengths = set(map(len, windows))
     if min(lengths) < 2:
         raise ValueError(f"a window needs at least 2 tokens, not {min(lengths)}")
     for each in models:
-        _check_window(each, max(lengths))
+        check_window(max(lengths), each.config.context_length)
     vocab_sizes = [each.config.vocab_size for each in models]
     if len(set(vocab_sizes)) > 1:
         raise ValueError(f"vocabularies of {vocab_sizes[0]} and of {vocab_sizes[1]} tokens can't be compared")
@@ -107,11 +105,6 @@ def evaluate(
                 f"{name} is {value}: {'a' if reference else 'the'} model computes values that are not finite"
             )
     return result
-
-
-def _check_window(model: Transformer, window: int):
-    if window > model.config.context_length:
-        raise ValueError(f"a window of {window} tokens exceeds the context of {model.config.context_length}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,7 +390,7 @@ def run_text(args: argparse.Namespace):
     window = 1024 if args.window is None else args.window
     texts = read_texts(args.text)
     model, tokenizer = _load(args, args.checkpoint_path, args.fp8)
-    _check_window(model, window)
+    check_window(window, model.config.context_length)
     model.kv_scales.check(codec_of(args.kv_cache_dtype, model.dtype))
     pieces = windows(texts, tokenizer, window)
     reference = None

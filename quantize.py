@@ -52,7 +52,7 @@ from model import Residual, Transformer
 from ops import TORCH
 from ops.common import round_fp8
 from ops.integer import pack_int4
-from text import batches, own_text, read_texts, windows
+from text import batches, sample_windows
 from tokenizer import Tokenizer
 
 ROWS = 4096  # of a weight that are in memory at once
@@ -404,7 +404,9 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
         metadata |= {"group_size": str(group), "method": "gptq" if args.mode == "int4-gptq" else "rounded"}
     if args.mode == "int4-gptq":
         device = pick_device(args.device)
-        text = calibration_windows(args, checkpoint)
+        tokenizer, config = Tokenizer(checkpoint.directory / "tokenizer.model"), checkpoint.config
+        window, most = args.window or 512, args.max_tokens or 65536
+        text = sample_windows(args.text, tokenizer, window, config.context_length, most, config.hidden_size)
         metadata |= {"text": args.text.name if args.text else "built-in", "tokens": str(sum(map(len, text)))}
     check_weights(checkpoint, {})
 
@@ -435,22 +437,6 @@ def check_group(checkpoint: Checkpoint, group: int):
         if k % group:
             advice = f"use {' or '.join(fitting)}" if fitting else "use --mode int8"
             raise ValueError(f"--group_size {group} does not divide the {k} inputs of {name}: {advice}")
-
-
-def calibration_windows(args: argparse.Namespace, checkpoint: Checkpoint) -> list[list[int]]:
-    texts = read_texts(args.text) if args.text else own_text()
-    if not args.text:
-        print("note: GPTQ on this program's own sources; --text FILE with your kind of text is better", file=sys.stderr)
-    window, most, least = args.window or 512, args.max_tokens or 65536, checkpoint.config.hidden_size
-    if window > checkpoint.config.context_length:
-        raise ValueError(f"a window of {window} tokens exceeds the context of {checkpoint.config.context_length}")
-    pieces = windows(texts, Tokenizer(checkpoint.directory / "tokenizer.model"), window)
-    pieces = [piece[: most - start] for start, piece in zip(range(0, most, window), pieces)]
-    if (tokens := sum(map(len, pieces))) < least:
-        raise ValueError(
-            f"there are {tokens} tokens of text; GPTQ needs at least {least}, as many as the model is wide"
-        )
-    return pieces
 
 
 if __name__ == "__main__":

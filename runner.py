@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from cache import Codec, KVCache, cache_bytes
+from config import MAX_STOP_IDS
 from device import free_memory
 from model import Transformer
 from ops.next_token import append_token, log_step
 from sampling import ALL_GREEDY, SETTINGS, DrawKind, draw, penalize
-
-STOP_IDS = 16  # at most
 
 
 @dataclass
@@ -36,7 +35,7 @@ class State:
     noise: Tensor  # [B, L + 1], float64 in [0, 1), one for each new token
     seen: Tensor | None  # [B, V], bool: what repetition_penalty is for
     settings: Tensor  # [B, len(SETTINGS)], float64: Sampling's values in their order
-    stop_ids: Tensor  # [STOP_IDS], -1 where there is none
+    stop_ids: Tensor  # [MAX_STOP_IDS], -1 where there is none
     log: Tensor  # [L + 1, B, 4], int32, an entry a step, in turn: done, count, token, finite
     step: Tensor  # [1], how many entries were written
 
@@ -57,7 +56,7 @@ class State:
             noise=zeros(batch_size, length + 1, dtype=torch.float64),
             seen=None,
             settings=zeros(batch_size, len(SETTINGS), dtype=torch.float64),
-            stop_ids=zeros(STOP_IDS),
+            stop_ids=zeros(MAX_STOP_IDS),
             log=zeros(length + 1, batch_size, 4, dtype=torch.int32),
             step=zeros(1),
         )
@@ -146,15 +145,15 @@ class Runner:
         or records what is not yet. Raises ValueError for too many stop ids, or --compile on a CPU without a compiler."""
         if self.compile and self.device.type == "cuda":
             rows = min(_padded_rows(rows), self.batch_size)
-        if len(stop_ids) > STOP_IDS:
-            raise ValueError(f"{len(stop_ids)} stop ids are given; at most {STOP_IDS} can be")
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"{len(stop_ids)} stop ids are given; at most {MAX_STOP_IDS} can be")
         self.kind = kind
         if kind.penalize and self.whole_state.seen is None:
             with torch.inference_mode(False):
                 shape = (self.batch_size, model.config.vocab_size)
                 self.whole_state.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self.cache, self.state = self.whole_cache.rows(0, rows), self.whole_state.first_rows(rows)
-        self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (STOP_IDS - len(stop_ids)))))
+        self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids)))))
         self.state.done.fill_(True)
         if self.device.type == "cpu" and not self.compile and 2 * model.weight_bytes < free_memory(self.device):
             model.pack()

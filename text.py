@@ -129,6 +129,29 @@ def own_text() -> list[str]:
     return [file.read_text(encoding="utf-8") for file in files]
 
 
+def sample_windows(
+    file: Path | None, tokenizer, window: int, context_length: int, max_tokens: int, least: int
+) -> list[list[int]]:
+    """The first max_tokens tokens of the text in `file`, or of this program's own, with a note, in `windows`.
+
+    Raises ValueError for a window longer than the context, and if there are fewer than `least` tokens.
+    """
+    check_window(window, context_length)
+    if file is None:
+        print("note: these are this program's sources; --text FILE with your kind of text is better", file=sys.stderr)
+    pieces = windows(own_text() if file is None else read_texts(file), tokenizer, window)
+    pieces = [piece[: max_tokens - start] for start, piece in zip(range(0, max_tokens, window), pieces)]
+    if (tokens := sum(map(len, pieces))) < least:
+        raise ValueError(f"there are {tokens} tokens of text, and at least {least} are needed")
+    return pieces
+
+
+def check_window(window: int, context_length: int):
+    """Raises ValueError for a window that is longer than the model's context."""
+    if window > context_length:
+        raise ValueError(f"a window of {window} tokens exceeds the context of {context_length}")
+
+
 def windows(texts: list[str], tokenizer, window: int) -> list[list[int]]:
     """<bos>, the tokens and <eos> of each text, all joined and cut into lists of `window` tokens.
 
@@ -145,7 +168,11 @@ def windows(texts: list[str], tokenizer, window: int) -> list[list[int]]:
 
 
 def batches(windows: list[list[int]], batch_size: int):
-    """At most batch_size neighbours of one length at a time: without padding, every forward is that of an empty cache."""
+    """At most batch_size neighbours of one length at a time: without padding, every forward is that of an empty cache.
+
+    Raises ValueError for a batch size below 1."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     start = 0
     for end in range(1, len(windows) + 1):
         if end == len(windows) or end - start == batch_size or len(windows[end]) != len(windows[start]):

@@ -326,13 +326,20 @@ def test_an_interrupted_benchmark_ends_what_it_started(monkeypatch):
     processes = []
 
     class Interrupted(subprocess.Popen):
-        def communicate(self, *arguments):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             processes.append(self)
+            self.stdout = self  # its reader is interrupted
+
+        def read(self, count):
             raise KeyboardInterrupt
+
+        def close(self):
+            pass
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        benchmark.first_output(CPU, "--max_new_tokens", "8000", "--batch_size", "1")
+        benchmark.first_output(CPU)
     assert processes[0].wait(10) < 0
 
 

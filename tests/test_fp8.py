@@ -119,7 +119,7 @@ def one_error(err: str) -> str:
         ("--window 1", "--window: must be a whole number, at least 2, not '1'"),
         ("--window 9000", "a window of 9000 tokens exceeds the context of 8192"),
         ("--max_tokens -1", "--max_tokens: must be a whole number, at least 1, not '-1'"),
-        ("--max_tokens 63", "there are 63 tokens of text; calibrating needs at least 64"),
+        ("--max_tokens 63", "there are 63 tokens of text, and at least 64 are needed"),
         ("--text nowhere.txt", "nowhere.txt"),
         ("--checkpoint_path nowhere", "no checkpoint at nowhere"),
     ],
@@ -135,7 +135,7 @@ def test_calibration_mistakes(tmp_path, capsys, arguments, message):
 def test_calibration_text_that_is_too_short(capsys, tmp_path):
     (tmp_path / "text.txt").write_text("x = 1\n")
     assert calibrate.main(["--text", str(tmp_path / "text.txt"), "--device", "cpu"]) == 2
-    assert "calibrating needs at least 64" in capsys.readouterr().err
+    assert "at least 64 are needed" in capsys.readouterr().err
 
 
 def test_calibration_sees_as_many_tokens_as_it_is_told(copy, monkeypatch):
@@ -153,8 +153,8 @@ def test_calibration_sees_as_many_tokens_as_it_is_told(copy, monkeypatch):
 
 def test_calibration_from_python_refuses(tiny):
     for arguments, message in (
-        (([[2, 3]], 0), "a batch_size of at least 1, not 0"),
-        (([[2, 3]], -1), "a batch_size of at least 1, not -1"),
+        (([[2, 3]], 0), "batch_size must be at least 1, not 0"),
+        (([[2, 3]], -1), "batch_size must be at least 1, not -1"),
         (([], 8), "needs windows"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -351,3 +351,15 @@ def test_program_takes_every_cache_dtype(calibrated, capsys, name):
     options = ("--checkpoint_path", str(calibrated), "--device", "cpu", "--max_new_tokens", "5", "--json", "--fp8")
     assert program.main([*options, "--kv_cache_dtype", name]) == 0
     assert len(json.loads(capsys.readouterr().out)["tokens"]) == 5
+
+
+def test_a_weight_of_zeros_has_a_scale_that_does(tmp_path):
+    directory = copy_tiny_gemma(tmp_path)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"].zero_()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    options = ["--checkpoint_path", str(directory)]
+    assert calibrate.main([*options, "--max_tokens", "256"]) == 0
+    model = load_model(directory, device="cpu", fp8=True)[0]
+    assert model.layers[0].feed_forward.w2.data.float().count_nonzero() == 0
+    assert quantize.main([*options, "--mode", "fp8"]) == 0

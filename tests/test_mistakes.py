@@ -134,10 +134,10 @@ MISTAKES = [
     ("generate --prompts_file latin1.txt", "latin1.txt, line 1: not UTF-8 text"),
     ("generate --prompts_file typo.jsonl", "typo.jsonl, line 3: unknown 'temprature', 'id'; only 'prompt' is known"),
     ("calibrate --text nowhere.txt", "no text file at nowhere.txt"),
-    ("calibrate --text short.txt", "there are 3 tokens of text; calibrating needs at least 64"),
+    ("calibrate --text short.txt", "there are 3 tokens of text, and at least 64 are needed"),
     ("calibrate --text latin1.txt", "latin1.txt: not UTF-8 text"),
     ("quantize --mode int4-gptq --text blank.txt", "blank.txt holds no text"),
-    ("quantize --mode int4-gptq --text short.txt", "GPTQ needs at least"),
+    ("quantize --mode int4-gptq --text short.txt", "at least 256 are needed"),
     ("eval --text surrogate.jsonl", "surrogate.jsonl, line 3: not a JSON object with a string 'text'"),
     ("eval --text tiny", "no text file at tiny"),
     # checkpoints and outputs

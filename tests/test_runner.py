@@ -270,7 +270,7 @@ def test_a_capture_without_memory_says_what_to_lower(tiny, monkeypatch, error):
 
 def test_too_many_stop_ids(tiny):
     with pytest.raises(ValueError, match="17 stop ids are given; at most 16 can be"):
-        generate(tiny[0], [[2]], 3, stop_ids=range(17))
+        generate(tiny[0], [[2]], 3, stop_ids=tuple(range(17)))
 
 
 # --- compiled, with one shape as often as possible: Inductor compiles a kernel once, for all processes
