@@ -11,6 +11,7 @@ from sampling import Sampling, noise_of
 CHUNK = 8192  # tokens of prompts, padding included, that one prefill takes at most, or one prompt
 PADDING = 1.25  # times its prompts' tokens that a prefill may be padded to,
 SMALL = 512  # or this many tokens
+SHARE = 16  # a refill is due when one of so many rows is free
 LAGS = {"every": 0, "ping-pong": 1, "never": inf}  # events that may be under way when the log is read
 
 
@@ -86,7 +87,7 @@ class Scheduler:
     def _admissions(self) -> list[tuple[list[int], list[Request]]]:
         """Rows and requests of the prefills that are due: prompts of about one length share one."""
         count = min(len(self.waiting), len(self.free))
-        if count < min(len(self.waiting), max(1, self.rows // 16)):
+        if count < min(len(self.waiting), max(1, self.rows // SHARE)):
             return []
         requests = sorted((self.waiting.popleft() for _ in range(count)), key=lambda request: len(request.prompt))
         self._look_ahead()
