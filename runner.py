@@ -208,13 +208,15 @@ class Runner:
         return graph
 
     def admit(self, model: Transformer, rows: list[int], requests: list, cached: int = 0):
-        """Starts a row for each of `requests` and draws its first token: an event of the chain.
+        """Starts a row for each of `requests` and draws its first token: an event of the chain. Requests of one prompt
+        share what is computed of it.
 
         A request has a prompt (token ids), max_new_tokens, a Sampling and noise, as `scheduler.Request` does. `cached`
         tokens of these rows are in the KV cache already and the prompts continue them; rows are neighbours then.
         """
-        n, width = len(rows), max(len(request.prompt) for request in requests)
-        in_place = rows == list(range(rows[0], rows[0] + n))
+        prompts = list(dict.fromkeys(tuple(request.prompt) for request in requests))
+        n, width = len(prompts), max(map(len, prompts))
+        in_place = rows == list(range(rows[0], rows[0] + n))  # one prompt a row, of neighbours
         if self.compile_prefill and self.device.type == "cuda":
             width = min(max(16, 1 << (width - 1).bit_length()), self.length)
         elif self.compile_prefill:
@@ -224,22 +226,28 @@ class Runner:
 
         def run():
             # A row's own token as padding: none that repetition_penalty would count as seen
-            tokens = self._sent(
-                [request.prompt + request.prompt[:1] * (width - len(request.prompt)) for request in requests]
-            )
-            lengths, index = self._sent([len(request.prompt) for request in requests]), self._sent(rows)
-            state = self._state_of(requests)
-            state.position.copy_(lengths + cached)
-            position = state.position - lengths if cached else None
+            tokens = self._sent([[*prompt, *prompt[:1] * (width - len(prompt))] for prompt in prompts])
+            lengths, index = self._sent([len(prompt) for prompt in prompts]), self._sent(rows)
+            position = torch.full_like(lengths, cached) if cached else None
             cache = self.cache.rows(rows[0], n) if in_place else self.cache.like(n, width)
             if self.compile_prefill and self.device.type == "cuda" and rows == list(range(n)) and not cached:
                 logits = self._recorded_prefill(model, tokens, lengths)
             else:
                 logits = self._logits(model, tokens, cache, position, lengths)
-            if not in_place:
+            if n < len(rows):
+                places = {prompt: i for i, prompt in enumerate(prompts)}
+                of = [places[tuple(request.prompt)] for request in requests]
+                for i in range(n):
+                    to = [row for row, place in zip(rows, of) if place == i]
+                    self.cache.copy_rows(cache, slice(i, i + 1), self._sent(to))
+                of = self._sent(of)
+                logits, lengths, tokens = logits[of], lengths[of], tokens[of]
+            elif not in_place:
                 self.cache.copy_rows(cache, to=index)
+            state = self._state_of(requests)
+            state.position.copy_(lengths + cached)
             if self.kind.penalize:
-                seen = self.state.seen[index] if cached else torch.zeros_like(self.state.seen[:n])
+                seen = self.state.seen[index] if cached else torch.zeros_like(self.state.seen[: len(rows)])
                 state.seen = seen.scatter(1, tokens, True)
             next_token(state, logits.float(), self.kind)
             for name in ROW_FIELDS:

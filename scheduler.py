@@ -89,15 +89,16 @@ class Scheduler:
         count = min(len(self.waiting), len(self.free))
         if count < min(len(self.waiting), max(1, self.rows // SHARE)):
             return []
-        requests = sorted((self.waiting.popleft() for _ in range(count)), key=lambda request: len(request.prompt))
+        requests = [self.waiting.popleft() for _ in range(count)]
         self._look_ahead()
-        groups, tokens = [[]], 0
-        for request in requests:
+        groups, tokens, prompts = [[]], 0, 0
+        for request in sorted(requests, key=lambda request: (len(request.prompt), request.prompt)):
             length, group = len(request.prompt), groups[-1]
-            tokens, padded = tokens + length, (len(group) + 1) * length
-            if group and (padded > CHUNK or padded > max(PADDING * tokens, SMALL)):
-                groups.append([])
-                tokens = length
+            if not group or request.prompt != group[-1].prompt:  # samples of one prompt share its prefill
+                tokens, prompts = tokens + length, prompts + 1
+                if group and (prompts * length > CHUNK or prompts * length > max(PADDING * tokens, SMALL)):
+                    groups.append([])
+                    tokens, prompts = length, 1
             groups[-1].append(request)
         self.free.sort()
         return [([self.free.pop(0) for _ in group], group) for group in groups if group]

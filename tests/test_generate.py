@@ -10,6 +10,7 @@ from conftest import GREEDY, TEXTS, TINY_GEMMA, reference_model, save_checkpoint
 import device as device_file
 from cli import Stats
 from generate import generate, load_model
+from model import Transformer
 from runner import Runner, held_bytes
 from sampling import Sampling
 
@@ -124,6 +125,24 @@ def test_samples_stand_side_by_side_in_the_order_of_the_prompts(tiny, prompts):
     assert few[0] != few[1]
     # the same noise for sample 0 whatever num_samples is
     assert [few[0], few[3]] == generate(model, prompts[:2], 12, num_samples=1, seed=1)
+
+
+def test_samples_of_a_prompt_share_its_prefill(tiny, prompts, monkeypatch):
+    """Of two prompts, in rows that are neighbours and in others, in groups and behind another row's end."""
+    model, _ = tiny
+    options = dict(seed=3, top_k=40, repetition_penalty=1.1, stop_ids=())
+    alone = [generate(model, prompts[:2], 9, batch_size=1, num_samples=5, **options)]
+    computed, logits = [], Transformer.logits
+
+    def watching(self, tokens, cache, position, *rest):
+        computed.append(len(tokens) if position is None else 0)
+        return logits(self, tokens, cache, position, *rest)
+
+    monkeypatch.setattr(Transformer, "logits", watching)
+    assert [generate(model, prompts[:2], 9, num_samples=5, **options)] == alone
+    assert sum(computed) == 2
+    for batch_size in (2, 3, 4):
+        assert [generate(model, prompts[:2], 9, num_samples=5, batch_size=batch_size, **options)] == alone
 
 
 def test_one_new_token_and_a_prompt_of_bos_alone(tiny):

@@ -103,7 +103,7 @@ def test_a_row_is_refilled_in_the_event_after_its_limit():
 
 def test_prompts_of_about_one_length_share_a_prefill():
     source = random.Random(3)
-    requests = [Request((i, 0), [2] * source.randrange(1, 3000), 1, GREEDY) for i in range(200)]
+    requests = [Request((i, 0), [i] * source.randrange(1, 3000), 1, GREEDY) for i in range(200)]
     requests.append(Request((200, 0), [2] * (2 * CHUNK), 1, GREEDY))
     runner = Rows(201)
     list(Scheduler(runner, None, requests, 201).run())
@@ -114,6 +114,17 @@ def test_prompts_of_about_one_length_share_a_prefill():
         assert len(group) == 1 or padded <= CHUNK
         assert len(group) == 1 or padded <= max(SMALL, PADDING * sum(lengths))
     assert len(runner.admitted) < 60
+
+
+def test_samples_of_one_prompt_share_a_prefill():
+    prompts = [[2] * length for length in (3000, 5000, 12, 3000)]
+    prompts[3][-1] = 3
+    requests = [Request((i, j), prompt, 1, GREEDY) for i, prompt in enumerate(prompts) for j in range(16)]
+    runner = Rows(64)
+    list(Scheduler(runner, None, requests, 64).run())
+    groups = [sorted({request.key[0] for request in group}) for _, group in runner.admitted]
+    assert groups == [[2], [0, 3], [1]]
+    assert [len(group) for _, group in runner.admitted] == [16, 32, 16]
 
 
 def test_a_sixteenth_of_the_rows_is_refilled_at_once():
