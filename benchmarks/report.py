@@ -406,6 +406,7 @@ directory that has it.
 HEADLINES = {  # protocol: unit, what it is called, key of the figure, its format
     "latency": ("tokens/s", "one text", "tokens_per_second", "{:,.0f}"),
     "tutorial": ("seconds", "TransformerEngine's tutorial", "seconds", "{:.2f}"),
+    "throughput": ("tokens/s", "many requests", "tokens_per_second", "{:,.0f}"),
 }
 HEADS = ("protocol", "date", "device", "python", "copy_bandwidth_gb_per_second", "repeats", "results")
 
@@ -514,11 +515,12 @@ def headline_lines(protocol: str, model: str, rows: list[dict]) -> list[dict[str
     for kind, precision in (("BF16", "bf16"), ("FP8", "fp8-kv")):
         found = {}
         for row in rows:
-            if row["precision"] == precision and row["context"] == rows[0]["context"]:
+            if row["precision"] == precision and row.get("context") == rows[0].get("context"):
                 found[program(row)] = min(found.get(program(row), row), row, key=lambda row: row["seconds"])
         cells = {name: form(found.get(name, {}).get(key), spec) for name in (OURS, VLLM, "transformers")}
         if found:
-            case = "batch {batch}, {context} prompt tokens, {new_tokens} new".format(**rows[0])
+            case = "{requests} of mixed lengths" if "requests" in rows[0] else "batch {batch}, {context} prompt tokens"
+            case = f"{case}, {{new_tokens:,}} new".format(**rows[0])
             lines.append({model: f"{name}: {case}", "weights": kind, "unit": unit, **cells})
     return lines
 
