@@ -24,7 +24,7 @@ from cli import Parser, add_model_options, number, path, run_program
 from generate import generate, load_model
 from model import Transformer
 from runner import release
-from text import batches, check_window, read_texts, windows
+from text import batches, before_stop, check_window, read_texts, stops_within, windows
 from tokenizer import Tokenizer
 
 try:
@@ -288,12 +288,6 @@ class HarnessModel(TemplateLM):
             if not 0 < count < self.max_length:
                 raise ValueError(f"max_gen_toks of {count} leaves no prompt in the context of {self.max_length}")
             prompts = [self.tok_encode(requests[index].args[0])[count - self.max_length :] for index in indices]
-            tail = max((len(stop.encode()) for stop in stops), default=0)  # tokens; each has at least a byte
-
-            def stops_within(tokens: list[int], stops=stops, tail=tail) -> bool:
-                text = self.text.decode(tokens[-tail:]) if stops else ""
-                return any(stop in text for stop in stops)
-
             with tqdm(total=len(prompts), unit="text", leave=False, disable=disable_tqdm) as bar:
                 completions = generate(
                     self.model,
@@ -304,14 +298,13 @@ class HarnessModel(TemplateLM):
                     seed=self.seed,
                     kv_cache_dtype=self.kv_cache_dtype,
                     compile=self.compile,
-                    stop_when=stops_within,
+                    stop_when=stops_within(self.text, stops),
                     on_completion=lambda *_, bar=bar: bar.update(),
                     **({"top_k": 0} | settings),
                 )
             for index, tokens in zip(indices, completions):
                 stopped = tokens[-1] in self.model.config.stop_ids
-                text = self.text.decode(tokens[:-1] if stopped else tokens)
-                texts[index] = text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
+                texts[index] = before_stop(self.text.decode(tokens[:-1] if stopped else tokens), stops)
         return texts
 
 

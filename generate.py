@@ -16,8 +16,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,10 +52,10 @@ from device import check_memory, free_memory, now, pick_device
 from model import Transformer
 from ops import choose
 from runner import Runner, held_bytes, lease
-from sampling import ALL_GREEDY, DrawKind, Sampling
+from sampling import ALL_GREEDY, SETTINGS, DrawKind, Sampling
 from scheduler import CHUNK, Request, Scheduler
-from text import check_prompt, check_text, read_prompts
-from tokenizer import TextStream, Tokenizer
+from text import before_stop, check_prompt, check_text, read_prompts, stops_within
+from tokenizer import Tokenizer
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 MAX_BATCH = 256  # rows that run at once where --batch_size doesn't say
@@ -164,15 +164,15 @@ def generate(
     *,
     sampling: Sampling | list[Sampling] | None = None,
     batch_size: int | None = None,
-    num_samples: int = 1,
+    num_samples: int | list[int] = 1,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
-    seed: int | None = None,
+    seed: int | list[int | tuple[int, int]] | None = None,
     stop_ids: tuple[int, ...] | None = None,
-    stop_when: Callable[[list[int]], bool] | None = None,
+    stop_when: Callable[[list[int]], bool] | list[Callable[[list[int]], bool] | None] | None = None,
     kv_cache_dtype: str | torch.dtype | None = None,
     compile: bool = False,
     compile_prefill: bool = False,
@@ -187,8 +187,9 @@ def generate(
     There are num_samples continuations of each prompt, side by side, in the order of the prompts. One that ends with a
     stop id (default: the model's; () never stops) keeps it as its last token, and so does one that ends because
     stop_when(its new tokens) is true. Settings are those of `sampling` (default: `Sampling()`), but for temperature to
-    repetition_penalty where they are given; max_new_tokens and sampling may be lists of one value a prompt. At most
-    batch_size rows run at once (default: what memory holds, at most MAX_BATCH), refilled as they finish; a row's result
+    repetition_penalty where they are given. max_new_tokens, sampling, num_samples, stop_when and seed may be lists of one
+    value a prompt; a prompt with a seed of its own has the text that it has alone, and a seed may be a pair of one and
+    the place that it counts for. At most batch_size rows run at once (default: what memory holds, at most MAX_BATCH), refilled as they finish; a row's result
     does not depend on the others, nor its noise (drawn from `seed`, the prompt's index and the sample's) on the device.
     kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a dtype.
 
@@ -208,18 +209,24 @@ def generate(
         raise ValueError("prompts must be lists of token ids, which tokenizer.encode(text) makes")
     limits = _of_each("max_new_tokens", max_new_tokens, prompts)
     samplings = _of_each("sampling", Sampling() if sampling is None else sampling, prompts)
-    whole = [*(("max_new_tokens", limit) for limit in limits), ("num_samples", num_samples)]
-    for name, value in [*whole, ("batch_size", batch_size)] if batch_size is not None else whole:
-        if not _is_whole(value):
-            raise ValueError(f"{name} must be a whole number, not {value!r}")
-        if not 1 <= value <= MOST:
-            raise ValueError(f"{name} must be at {f'least 1, not {value}' if value < 1 else f'most {MOST}'}")
+    counts = _of_each("num_samples", num_samples, prompts)
+    stop_when = _of_each("stop_when", stop_when, prompts)
+    numbers = dict(max_new_tokens=limits, num_samples=counts, batch_size=[] if batch_size is None else [batch_size])
+    for name, values in numbers.items():
+        for value in values:
+            _check_count(name, value)
     for each in samplings:
         if not isinstance(each, Sampling):
             raise ValueError(f"sampling must be a Sampling, not {each!r}")
     samplings = [replace(each, **overrides) for each in samplings]
-    if seed is not None and not _is_whole(seed):
-        raise ValueError(f"seed must be a whole number, not {seed!r}")
+    if isinstance(seed, list):
+        seeds = [each if isinstance(each, tuple) else (each, 0) for each in _of_each("seed", seed, prompts)]
+    else:
+        seed = secrets.randbits(32) if seed is None else seed
+        seeds = [(seed, place) for place in range(len(prompts))]
+    for each in seeds:
+        if len(each) != 2 or not all(map(_is_whole, each)):
+            raise ValueError(f"seed must be a whole number, not {each[0]!r}")
     prompts = [list(prompt) for prompt in prompts]
     if not prompts:
         return []
@@ -232,11 +239,11 @@ def generate(
         if not all(0 <= token < config.vocab_size for token in prompt):
             raise ValueError(f"{which} has a token id outside the vocabulary of {config.vocab_size}")
         check_context(model, len(prompt), limits[index], which)
-    callbacks = dict(on_token=on_token, on_step=on_step, on_completion=on_completion, stop_when=stop_when)
-    for name, value in callbacks.items():
+    callbacks = dict(on_token=on_token, on_step=on_step, on_completion=on_completion)
+    for name, value in [*callbacks.items(), *(("stop_when", each) for each in stop_when)]:
         if value is not None and not callable(value):
             raise ValueError(f"{name} must be a function, not {value!r}")
-    if on_token is not None and len(prompts) * num_samples > 1:
+    if on_token is not None and sum(counts) > 1:
         raise ValueError("on_token streams a single row")
     if stop_ids is None:
         stop_ids = config.stop_ids
@@ -244,26 +251,26 @@ def generate(
         raise ValueError(f"stop_ids must be a list of token ids, not {stop_ids!r}")
     elif not all(0 <= token < config.vocab_size for token in stop_ids):
         raise ValueError(f"stop_ids has a token id outside the vocabulary of {config.vocab_size}")
-    seed = secrets.randbits(32) if seed is None else seed
     stats = Stats() if stats is None else stats
 
-    n_rows, longest = len(prompts) * num_samples, max(map(len, prompts))
+    n_rows, longest = sum(counts), max(map(len, prompts))
     length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
     length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, config.context_length)
     kind = DrawKind.of(config.vocab_size, *set(samplings))
     rows = _rows_that_fit(model, min(batch_size or MAX_BATCH, n_rows), length, longest, codec, kind, batch_size is None)
     check_memory(
-        num_samples * sum(RESULT_BYTES + TOKEN_BYTES * limit for limit in limits),
+        sum(count * (RESULT_BYTES + TOKEN_BYTES * limit) for count, limit in zip(counts, limits)),
         torch.device("cpu"),
         f"the text of {n_rows} rows",
         "lower --num_samples, --max_new_tokens or the number of prompts",
     )
     longest_first = sorted(range(len(prompts)), key=lambda i: -limits[i])  # one that starts last keeps few rows busy
     requests = (
-        Request((i, j), prompts[i], limits[i], samplings[i], seed, stop_when)
+        Request((i, j), prompts[i], limits[i], samplings[i], seeds[i], stop_when[i])
         for i in longest_first
-        for j in range(num_samples)
+        for j in range(counts[i])
     )
+    first = [0, *accumulate(counts)]  # result of each prompt
     results: dict[int, list[int]] = {}
     try:
         start = now(device)
@@ -273,7 +280,7 @@ def generate(
             scheduler = Scheduler(runner, model, requests, rows, "every" if device.type == "cpu" else stop_check)
             try:
                 for request, tokens in scheduler.run(on_step, on_token):
-                    index = request.key[0] * num_samples + request.key[1]
+                    index = first[request.key[0]] + request.key[1]
                     results[index] = tokens
                     if on_completion is not None:
                         on_completion(index, tokens)
@@ -304,6 +311,13 @@ def _of_each(name: str, value, prompts: list) -> list:
     if len(value) != len(prompts):
         raise ValueError(f"{name} has {len(value)} values for {len(prompts)} prompts")
     return list(value)
+
+
+def _check_count(name: str, value):
+    if not _is_whole(value):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if not 1 <= value <= MOST:
+        raise ValueError(f"{name} must be at {f'least 1, not {value}' if value < 1 else f'most {MOST}'}")
 
 
 def _is_whole(value) -> bool:
@@ -361,7 +375,7 @@ def program_parser() -> argparse.ArgumentParser:
         "--prompts_file",
         type=path,
         metavar="FILE",
-        help="a prompt a line, or JSON lines with 'prompt'; - is stdin (default: none)",
+        help="a prompt a line, or JSON lines with 'prompt' and settings of its own; - is stdin (default: none)",
     )
     source.add_argument("--interactive", action="store_true", help="chat; the cache is kept between turns")
     add("--chat", action="store_true", help="put prompts into the chat format (instruction-tuned checkpoints)")
@@ -376,6 +390,7 @@ def program_parser() -> argparse.ArgumentParser:
     add("--min_p", type=share, default=default.min_p, help="0 is no limit (default: %(default)s)")
     penalty = "1 is none (default: %(default)s)"
     add("--repetition_penalty", type=number(float, 0), default=default.repetition_penalty, help=penalty)
+    add("--stop", nargs="+", action="extend", metavar="TEXT", help="text ends before any of these (default: none)")
     add("--seed", type=int, help="the same seed gives the same samples (default: a random one)")
     add("--compile", action="store_true", help="compile the decode step; on CUDA, record it as one graph")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
@@ -403,14 +418,14 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sam
     _rows_that_fit(model, 1, length, min(length, 1024), codec, kind, False)
     with lease(model, 1, length, codec, args.compile, args.compile_prefill) as runner:
         runner.start(model, 1, kind, model.config.stop_ids)
-        _converse(model, tokenizer, runner, sampling, args.max_new_tokens, seed)
+        _converse(model, tokenizer, runner, sampling, args, seed)
 
 
 def _converse(
-    model: Transformer, tokenizer: Tokenizer, runner: Runner, sampling: Sampling, max_new_tokens: int, seed: int
+    model: Transformer, tokenizer: Tokenizer, runner: Runner, sampling: Sampling, args: argparse.Namespace, seed: int
 ):
     """Answers each line of stdin by at most max_new_tokens tokens, until there is none."""
-    length = min(runner.length, CHAT_LENGTH)
+    length, max_new_tokens, stops = min(runner.length, CHAT_LENGTH), args.max_new_tokens, args.stop or []
     cached, unread, turn = 0, [], 0  # tokens in the cache; the model's last token, which is not
     while True:
         try:
@@ -432,23 +447,42 @@ def _converse(
             print(f"error: {len(tokens)} tokens and {max_new_tokens} new ones exceed {length}", file=sys.stderr)
             unread = []
             continue
-        stream = tokenizer.stream()
-        request = Request((turn, 0), tokens, max_new_tokens, sampling, seed)
+        printer = _Printer(tokenizer, model.config.stop_ids, stops)
+        request = Request((turn, 0), tokens, max_new_tokens, sampling, (seed, turn), stops_within(tokenizer, stops))
         runner.start(model, 1, runner.kind, model.config.stop_ids)
-        on_token = partial(_print_token, stream, model.config.stop_ids)
         try:
-            ((_, answer),) = Scheduler(runner, model, [request], 1).run(on_token=on_token, cached=cached)
+            ((_, answer),) = Scheduler(runner, model, [request], 1).run(on_token=printer, cached=cached)
         finally:
             runner.finish()
-        print(stream.end(), flush=True)
+        printer.end()
         cached += len(tokens) + len(answer) - 1
         unread = [] if answer[-1] in model.config.stop_ids else answer[-1:]
         unread, turn = [*unread, tokenizer.end_of_turn], turn + 1
 
 
-def _print_token(stream: TextStream, stop_ids: tuple[int, ...], token: int):
-    if token not in stop_ids:
-        print(stream.put(token), end="", flush=True)
+class _Printer:
+    """Prints a text as its tokens come, but for what may be the beginning of a stop string, and none of what follows."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...], stops: list[str]):
+        self.stream, self.stop_ids, self.stops = tokenizer.stream(), stop_ids, stops
+        self.held, self.stopped = "", False
+
+    def __call__(self, token: int):
+        if token not in self.stop_ids:
+            self.held += self.stream.put(token)
+            self._print(len(self.held) - max((len(stop) - 1 for stop in self.stops), default=0))
+
+    def end(self):
+        self.held += self.stream.end()
+        self._print(len(self.held))
+        print(flush=True)
+
+    def _print(self, count: int):
+        text = before_stop(self.held, self.stops)
+        if not self.stopped:
+            count = len(text) if text != self.held else max(0, count)
+            print(text[:count], end="", flush=True)
+            self.stopped, self.held = text != self.held, self.held[count:]
 
 
 class _Trace:
@@ -487,10 +521,14 @@ def run(args: argparse.Namespace):
         raise ValueError("--interactive takes no --json, --profile, --num_samples or --batch_size")
     if args.profile is not None:
         check_writable(args.profile)
-    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
-    texts = read_prompts(args.prompts_file) if args.prompts_file else args.prompt or [DEFAULT_PROMPT]
-    for text in texts:
-        check_prompt(text)
+    sampling = Sampling(**{name: getattr(args, name) for name in SETTINGS})
+    if args.prompts_file:
+        asked = read_prompts(args.prompts_file, ("id", "max_new_tokens", "num_samples", "seed", "stop", *SETTINGS))
+    else:
+        asked = [{"prompt": text} for text in args.prompt or [DEFAULT_PROMPT]]
+    for entry in asked:
+        check_prompt(entry["prompt"])
+    settings = [_settings_of(entry, sampling, args) for entry in asked]
     start = time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision, args.fp8, args.ops)
     load_seconds = now(model.device) - start
@@ -499,9 +537,15 @@ def run(args: argparse.Namespace):
         with torch.no_grad():
             return chat(model, tokenizer, args, sampling, seed)
 
+    texts = [entry["prompt"] for entry in asked]
     prompts = [tokenizer.encode_turn(text) if args.chat else tokenizer.encode(text) for text in texts]
-    stop_ids, stats, stream = model.config.stop_ids, Stats(), tokenizer.stream()
-    streaming = sys.stdout.isatty() and not args.json and len(prompts) * args.num_samples == 1
+    for prompt, each, entry in zip(prompts, settings, asked):
+        which = entry.get("where", "the prompt")
+        check_context(model, len(prompt), each.max_new_tokens, which)
+    stops = [each.stop for each in settings]
+    stop_ids, stats = model.config.stop_ids, Stats()
+    streaming = sys.stdout.isatty() and not args.json and sum(each.num_samples for each in settings) == 1
+    printer = _Printer(tokenizer, stop_ids, stops[0]) if streaming else None
     trace = _Trace() if args.profile else None
 
     if streaming and not args.chat:
@@ -509,49 +553,66 @@ def run(args: argparse.Namespace):
     completions = generate(
         model,
         prompts,
-        args.max_new_tokens,
-        sampling=sampling,
+        [each.max_new_tokens for each in settings],
+        sampling=[each.sampling for each in settings],
         batch_size=args.batch_size,
-        num_samples=args.num_samples,
-        seed=seed,
+        num_samples=[each.num_samples for each in settings],
+        seed=[(seed, place) if each.seed is None else (each.seed, 0) for place, each in enumerate(settings)],
+        stop_when=[stops_within(tokenizer, each) for each in stops],
         kv_cache_dtype=args.kv_cache_dtype,
         compile=args.compile,
         compile_prefill=args.compile_prefill,
-        on_token=partial(_print_token, stream, stop_ids) if streaming else None,
+        on_token=printer,
         on_step=trace,
         stats=stats,
     )
     if trace:
         trace.stop()
     if streaming:
-        print(stream.end(), flush=True)
+        printer.end()
     else:
-        _print_completions(texts, prompts, completions, tokenizer, stop_ids, args)
+        rows = [(i, j) for i, each in enumerate(settings) for j in range(each.num_samples)]
+        for (i, j), tokens in zip(rows, completions):
+            text = tokenizer.decode(tokens[:-1] if tokens[-1] in stop_ids else tokens)
+            text, whole = before_stop(text, stops[i]), text
+            if args.json:
+                stopped = tokens[-1] in stop_ids or text != whole
+                completion = {key: value for key, value in asked[i].items() if key in ("id", "prompt")} | {
+                    "text": text,
+                    "tokens": tokens,
+                    "finish_reason": "stop" if stopped else "length",
+                    "prompt_tokens": len(prompts[i]),
+                }
+                ascii_only = sys.stdout.encoding not in ("utf-8", "UTF-8")  # what stands for others then is no JSON
+                print(json.dumps(completion, ensure_ascii=ascii_only))
+                continue
+            if len(rows) > 1:
+                print(f"--- prompt {i + 1}" + (f", sample {j + 1}" if settings[i].num_samples > 1 else ""))
+            print(text if args.chat else texts[i] + text)
+        sys.stdout.flush()
     print_figures(stats, load_seconds, model, seed)
     if trace:
         trace.write(args.profile)
 
 
-def _print_completions(texts, prompts, completions, tokenizer, stop_ids, args):
-    ascii_only = sys.stdout.encoding not in ("utf-8", "UTF-8")  # what stands for other characters then is no JSON
-    for i, tokens in enumerate(completions):
-        prompt, sample_index = divmod(i, args.num_samples)
-        stopped = tokens[-1] in stop_ids
-        text = tokenizer.decode(tokens[:-1] if stopped else tokens)
-        if args.json:
-            completion = {
-                "prompt": texts[prompt],
-                "text": text,
-                "tokens": tokens,
-                "finish_reason": "stop" if stopped else "length",
-                "prompt_tokens": len(prompts[prompt]),
-            }
-            print(json.dumps(completion, ensure_ascii=ascii_only))
-            continue
-        if len(completions) > 1:
-            print(f"--- prompt {prompt + 1}" + (f", sample {sample_index + 1}" if args.num_samples > 1 else ""))
-        print(text if args.chat else texts[prompt] + text)
-    sys.stdout.flush()
+def _settings_of(entry: dict, sampling: Sampling, args: argparse.Namespace) -> argparse.Namespace:
+    """The settings of one prompt: those that its line of a prompts file gives, and the program's. Raises ValueError,
+    naming the line, for one of a wrong type or out of its range."""
+    values = {name: getattr(args, name) for name in ("max_new_tokens", "num_samples", "stop")} | {"seed": None} | entry
+    try:
+        own = {name: entry[name] for name in SETTINGS if name in entry}
+        for name in ("max_new_tokens", "num_samples"):
+            _check_count(name, values[name])
+        if values["seed"] is not None and not _is_whole(values["seed"]):
+            raise ValueError(f"seed must be a whole number, not {values['seed']!r}")
+        stops = [values["stop"]] if isinstance(values["stop"], str) else values["stop"] or []
+        if not isinstance(stops, list) or not all(stop and isinstance(stop, str) for stop in stops):
+            raise ValueError(f"stop must be a text or a list of texts, not {values['stop']!r}")
+        for stop in stops:
+            check_text(stop, "a stop")
+        return argparse.Namespace(**values | {"sampling": replace(sampling, **own), "stop": stops})
+    except ValueError as error:
+        raise ValueError(f"{entry['where']}: {error}" if "where" in entry else str(error)) from None
 
 
 def main(argv: list[str] | None = None) -> int:

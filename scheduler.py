@@ -17,18 +17,18 @@ LAGS = {"every": 0, "ping-pong": 1, "never": inf}  # events that may be under wa
 
 @dataclass(frozen=True)
 class Request:
-    """One completion of one prompt. `key`, of a prompt and a sample, tells it from others and picks its noise."""
+    """One completion of one prompt. `key`, of a prompt and a sample, tells it from others."""
 
     key: tuple[int, int]
     prompt: list[int]  # token ids
     max_new_tokens: int
     sampling: Sampling
-    seed: int = 0
+    seed: tuple[int, int] = (0, 0)  # and a prompt's number: with the sample's, what picks the noise
     stops: Callable[[list[int]], bool] | None = None  # whether these new tokens end it: asked after each
 
     @property
     def noise(self) -> list[float]:
-        return noise_of(self.seed, *self.key, self.max_new_tokens) if self.sampling.temperature else []
+        return noise_of(*self.seed, self.key[1], self.max_new_tokens) if self.sampling.temperature else []
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 BOM = b"\xef\xbb\xbf"
@@ -27,37 +28,46 @@ def check_prompt(prompt: str):
     check_text(prompt, "the prompt")
 
 
-def read_prompts(file: Path) -> list[str]:
-    """Prompts of a text file, one a line, or of JSON lines, one object with a string `prompt` and nothing else a line.
+def read_prompts(file: Path, settings: Iterable[str] = ()) -> list[dict]:
+    """Prompts of a text file, one a line, or of JSON lines: {"prompt": text} and what else an object has of `settings`.
 
     A file, or for "-" stdin, is JSON lines if its name ends in .jsonl or .json, or if any line is an object with a
     `prompt`; then blank lines are skipped. Raises ValueError with the number of a line that holds no prompt or a key
     that is unknown: a setting whose name has a slip would be without effect. FileNotFoundError without the file.
     """
     name, content = _read(file, "prompts file")
-    lines = _lines(content, name)
+    lines, known = _lines(content, name), ("prompt", *settings)
     is_json = file.suffix in JSON_LINES or any("prompt" in _object(line) for line in lines)
-    prompts = []
+    entries = []
     for number, line in enumerate(lines, start=1):
-        prompt = line
+        entry, where = {"prompt": line}, f"{name}, line {number}"
         if is_json:
             if not line.strip():
                 continue
             entry = _object(line)
-            prompt = entry.pop("prompt", None)
-            if not isinstance(prompt, str):
-                raise ValueError(f"{name}, line {number}: not a JSON object with a string 'prompt'")
-            if entry:
-                unknown = ", ".join(map(repr, entry))
-                raise ValueError(f"{name}, line {number}: unknown {unknown}; only 'prompt' is known")
+            if not isinstance(entry.get("prompt"), str):
+                raise ValueError(f"{where}: not a JSON object with a string 'prompt'")
+            if unknown := ", ".join(repr(key) for key in entry if key not in known):
+                raise ValueError(f"{where}: unknown {unknown}; known are {', '.join(known)}")
         try:
-            check_prompt(prompt)
+            check_prompt(entry["prompt"])
         except ValueError as error:
-            raise ValueError(f"{name}, line {number}: {error}") from None
-        prompts.append(prompt)
-    if not prompts:
+            raise ValueError(f"{where}: {error}") from None
+        entries.append(entry | {"where": where})
+    if not entries:
         raise ValueError(f"{name} holds no prompts")
-    return prompts
+    return entries
+
+
+def stops_within(tokenizer, stops: list[str]) -> Callable[[list[int]], bool] | None:
+    """What says, after each of a row's new tokens, whether one of `stops` is in their text now; None without stops."""
+    tail = max((len(stop.encode()) for stop in stops), default=0)  # tokens; each has at least a byte
+    return (lambda tokens: any(stop in tokenizer.decode(tokens[-tail:]) for stop in stops)) if stops else None
+
+
+def before_stop(text: str, stops: list[str]) -> str:
+    """Text up to the first of `stops`."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
 
 
 def read_texts(file: Path) -> list[str]:

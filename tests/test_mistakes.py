@@ -132,7 +132,10 @@ MISTAKES = [
     ("generate --prompts_file tiny", "no prompts file at tiny"),
     ("generate --prompts_file blank.txt", "blank.txt holds no prompts"),
     ("generate --prompts_file latin1.txt", "latin1.txt, line 1: not UTF-8 text"),
-    ("generate --prompts_file typo.jsonl", "typo.jsonl, line 3: unknown 'temprature', 'id'; only 'prompt' is known"),
+    (
+        "generate --prompts_file typo.jsonl",
+        "typo.jsonl, line 3: unknown 'temprature'; known are prompt, id, max_new_tokens",
+    ),
     ("calibrate --text nowhere.txt", "no text file at nowhere.txt"),
     ("calibrate --text short.txt", "there are 3 tokens of text, and at least 64 are needed"),
     ("calibrate --text latin1.txt", "latin1.txt: not UTF-8 text"),
@@ -211,15 +214,15 @@ def test_help_gives_the_default_of_every_option_with_a_value(capfd, name, monkey
 def test_prompts_come_from_files_pipes_and_stdin(tmp_path, monkeypatch, content, prompts):
     file, pipe = tmp_path / "file", tmp_path / "pipe"
     file.write_text(content)
-    assert read_prompts(file) == prompts
+    assert [entry["prompt"] for entry in read_prompts(file)] == prompts
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_text, args=(content,))
     writer.start()
-    assert read_prompts(pipe) == prompts
+    assert [entry["prompt"] for entry in read_prompts(pipe)] == prompts
     writer.join()
     with open(file, encoding="ascii") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert read_prompts(Path("-")) == prompts
+        assert [entry["prompt"] for entry in read_prompts(Path("-"))] == prompts
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="stdin, which is closed"):
         read_prompts(Path("-"))

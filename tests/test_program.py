@@ -224,13 +224,81 @@ def test_profile_is_a_trace_of_prefill_and_ten_steps(capsys, tmp_path):
 # --- mistakes: one line on stderr, exit status 2 (more in test_mistakes.py)
 
 
+def test_lines_of_a_prompts_file_have_settings_of_their_own(capsys, tmp_path):
+    """Each as it is alone with these settings; what a line doesn't say, the options do."""
+    lines = [
+        {"prompt": "import os\n", "seed": 7, "num_samples": 2, "top_k": 30, "id": "first"},
+        {"prompt": "x = [", "temperature": 0, "max_new_tokens": 30, "stop": "]"},
+        {"prompt": "def f(", "seed": 3, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "stop": [")", ","]},
+        {"prompt": "class A:", "id": 4},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    options = ["--seed", "5", "--max_new_tokens", "12", "--json", "--device", "cpu", "--precision", "fp32"]
+    status, out, _ = run(capsys, "--prompts_file", file, *options)
+    assert status == 0
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [completion.get("id") for completion in found] == ["first", "first", None, None, 4]
+    alone = []
+    for line in lines[:3]:
+        mine = [["--" + key, *map(str, value if isinstance(value, list) else [value])] for key, value in line.items()]
+        mine = [part for option in mine if option[0] != "--id" for part in option]
+        status, out, _ = run(capsys, *options, *mine, *([] if "seed" in line else ["--seed", "5"]))
+        assert status == 0
+        alone += [json.loads(line) for line in out.splitlines()]
+    for completion, expected in zip(found, alone):
+        completion.pop("id", None)
+        assert completion == expected
+    assert found[2]["finish_reason"] == "stop" and "]" not in found[2]["text"]
+    assert "]" in program.Tokenizer(TINY_GEMMA / "tokenizer.model").decode(found[2]["tokens"])
+    assert found[4]["finish_reason"] == "length" and len(found[4]["tokens"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"top_p": 0}, "top_p must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"max_new_tokens": 8192}, "exceeds the context of 8192"),
+        ({"num_samples": True}, "num_samples must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"stop": ""}, "stop must be a text or a list of texts"),
+        ({"stop": [3]}, "stop must be a text or a list of texts"),
+        ({"stop": "\ud800"}, "a stop is not UTF-8"),
+    ],
+)
+def test_bad_settings_of_a_prompts_file_are_numbered(capsys, tmp_path, settings, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "a"}) + "\n\n" + json.dumps({"prompt": "b"} | settings))
+    status, _, err = run(capsys, "--prompts_file", file)
+    assert status == 2
+    assert "line 3" in err and message in err
+
+
+def test_text_that_streams_ends_before_a_stop(capsys):
+    tokenizer = program.Tokenizer(TINY_GEMMA / "tokenizer.model")
+    for text in ("ab", "abc", "one STOP two", "one STO", "one STSTOP", "STOP", "a STOP b STOP", "nothing"):
+        for stops in ([], ["STOP"], ["STOP", "b"], ["x"]):
+            printer = program._Printer(tokenizer, (1,), stops)
+            for token in [*tokenizer.encode(text, bos=False), 1]:
+                printer(token)
+            printer.end()
+            expected = text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
+            assert capsys.readouterr().out == expected + "\n"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b'{"prompt": "a"}\n{"prompt": 3}\n', "line 2: not a JSON object with a string 'prompt'"),
         (b'{"prompt": "a"}\n\n{"prompt": 3}\n', "line 3: not a JSON"),
-        (b'{"prompt": "a"}\n{"prompt": "b", "temprature": 0.5}\n', "line 2: unknown 'temprature'; only 'prompt' is"),
-        (b'{"prompt": "a", "max_new_tokens": 3, "id": 1}\n', "line 1: unknown 'max_new_tokens', 'id'; only"),
+        (
+            b'{"prompt": "a"}\n{"prompt": "b", "temprature": 0.5}\n',
+            "line 2: unknown 'temprature'; known are prompt, id",
+        ),
+        (b'{"prompt": "a", "max_tokens": 3, "ID": 1}\n', "line 1: unknown 'max_tokens', 'ID'; known"),
         (b'{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "line 2: the prompt is not UTF-8: '\\ud800' is its character 1"),
         (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "line 2: not UTF-8 text"),
         (b'{"prompt": "a"}\n{"prompt": "\xed\xa0\x80"}\n', "line 2: not UTF-8 text"),
