@@ -15,13 +15,15 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Container
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from tqdm import tqdm
 
 from cache import Codec, KVScales, cache_bytes, codec_of
 from checkpoint import (
@@ -52,13 +54,14 @@ from device import check_memory, free_memory, now, pick_device
 from model import Transformer
 from ops import choose
 from runner import Runner, held_bytes, lease
-from sampling import ALL_GREEDY, SETTINGS, DrawKind, Sampling
-from scheduler import CHUNK, Request, Scheduler
-from text import before_stop, check_prompt, check_text, read_prompts, stops_within
+from sampling import SETTINGS, DrawKind, Sampling
+from scheduler import CHUNK, LAGS, Request, Scheduler
+from text import Output, before_stop, check_prompt, check_text, read_prompts, stops_within
 from tokenizer import Tokenizer
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 MAX_BATCH = 256  # rows that run at once where --batch_size doesn't say
+PADDED = 1.25  # times its tokens that a prefill may be
 SHARE = 0.95  # of free memory that a run may plan with: graphs and libraries take some
 CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
 MOST = 2**31 - 1  # of anything that is counted
@@ -179,6 +182,7 @@ def generate(
     on_token: Callable[[int], None] | None = None,
     on_step: Callable[[int, Runner], None] | None = None,
     on_completion: Callable[[int, list[int]], None] | None = None,
+    skip: Container[int] = (),
     stop_check: str = "ping-pong",
     stats: Stats | None = None,
 ) -> list[list[int]]:
@@ -194,8 +198,9 @@ def generate(
     kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a dtype.
 
     on_token gets the tokens of a single row as they come, on_completion the index and the tokens of each result as soon
-    as it is there; on_step(i, runner) is called before each prefill (i is 0) and before decode step i; stop_check is for
-    the benchmark (`scheduler.LAGS`); `stats` is added to.
+    as it is there; on_step(i, runner) is called before each prefill (i is 0) and before decode step i. A result
+    whose index is in `skip` is not made, and is an empty list. stop_check is for the benchmark (`scheduler.LAGS`); `stats`
+    is added to.
 
     Several threads may run one model at a time, each with a cache of its own. Raises ValueError for an empty prompt, an
     unknown token id, a prompt too long for the context, a setting of a wrong type or out of its range, or too little
@@ -205,6 +210,8 @@ def generate(
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     overrides = {name: value for name, value in given.items() if value is not None}
     codec = codec_of(kv_cache_dtype, model.dtype)
+    if stop_check not in LAGS:
+        raise ValueError(f"stop_check must be one of {', '.join(LAGS)}, not {stop_check!r}")
     if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, list | tuple) for prompt in prompts):
         raise ValueError("prompts must be lists of token ids, which tokenizer.encode(text) makes")
     limits = _of_each("max_new_tokens", max_new_tokens, prompts)
@@ -264,13 +271,14 @@ def generate(
         f"the text of {n_rows} rows",
         "lower --num_samples, --max_new_tokens or the number of prompts",
     )
+    first = [0, *accumulate(counts)]  # result of each prompt
     longest_first = sorted(range(len(prompts)), key=lambda i: -limits[i])  # one that starts last keeps few rows busy
     requests = (
         Request((i, j), prompts[i], limits[i], samplings[i], seeds[i], stop_when[i])
         for i in longest_first
         for j in range(counts[i])
+        if first[i] + j not in skip
     )
-    first = [0, *accumulate(counts)]  # result of each prompt
     results: dict[int, list[int]] = {}
     try:
         start = now(device)
@@ -301,7 +309,7 @@ def generate(
             f"out of {device.type} memory with {rows} rows of {length} tokens; "
             "lower --batch_size, --max_new_tokens or the length of the prompts"
         ) from None
-    return [results[index] for index in range(n_rows)]
+    return [results.get(index, []) for index in range(n_rows)]
 
 
 def _of_each(name: str, value, prompts: list) -> list:
@@ -344,12 +352,15 @@ def _rows_that_fit(
     don't fit."""
     config = model.config
 
+    # Bytes a logit that a draw takes: sorting, float64, and what a penalty makes of them
+    of_logits = 56 if kind.in_order else 32 if kind.in_any_order or kind.penalize else 12
+
     def needed(rows: int) -> int:
         cache = max(0, cache_bytes(config, rows, length, codec) - held_bytes(model))
-        tokens = max(longest, min(CHUNK, rows * longest))
+        tokens = min(PADDED * max(longest, min(CHUNK, rows * longest)), rows * length)
         activations = tokens * (3 * config.intermediate_size + 4 * config.hidden_size) * model.dtype.itemsize
-        logits = rows * config.vocab_size * (4 if kind == ALL_GREEDY else 24)
-        return cache + activations + logits + (cache_bytes(config, 1, tokens, codec) if rows > 1 else 0)
+        own = 2 * tokens * config.n_layers * config.n_kv_heads * config.head_dim * codec.dtype.itemsize
+        return cache + activations + rows * config.vocab_size * of_logits + (own if rows > 1 else 0)
 
     room = SHARE * free_memory(model.device)
     while fewer and rows > 1 and needed(rows) > room:
@@ -396,6 +407,8 @@ def program_parser() -> argparse.ArgumentParser:
     add("--compile_prefill", action="store_true", help="compile prefill, too")
     add_model_options(parser, "fp8", "kv_cache_dtype", "device", "ops", "precision")
     add("--json", action="store_true", help="print one JSON object a completion")
+    output = "write JSON lines as rows finish, resumed where an earlier start was ended (default: none)"
+    add("--output", type=path, metavar="FILE.jsonl", help=output)
     add(
         "--profile",
         type=path,
@@ -426,6 +439,7 @@ def _converse(
 ):
     """Answers each line of stdin by at most max_new_tokens tokens, until there is none."""
     length, max_new_tokens, stops = min(runner.length, CHAT_LENGTH), args.max_new_tokens, args.stop or []
+    check = "every" if model.device.type == "cpu" else "ping-pong"
     cached, unread, turn = 0, [], 0  # tokens in the cache; the model's last token, which is not
     while True:
         try:
@@ -451,7 +465,7 @@ def _converse(
         request = Request((turn, 0), tokens, max_new_tokens, sampling, (seed, turn), stops_within(tokenizer, stops))
         runner.start(model, 1, runner.kind, model.config.stop_ids)
         try:
-            ((_, answer),) = Scheduler(runner, model, [request], 1).run(on_token=printer, cached=cached)
+            ((_, answer),) = Scheduler(runner, model, [request], 1, check).run(on_token=printer, cached=cached)
         finally:
             runner.finish()
         printer.end()
@@ -517,8 +531,9 @@ class _Trace:
 
 
 def run(args: argparse.Namespace):
-    if args.interactive and (args.json or args.profile or args.num_samples > 1 or (args.batch_size or 1) > 1):
-        raise ValueError("--interactive takes no --json, --profile, --num_samples or --batch_size")
+    others = args.json, args.output, args.profile, args.num_samples > 1, (args.batch_size or 1) > 1
+    if args.interactive and any(others):
+        raise ValueError("--interactive takes no --json, --output, --profile, --num_samples or --batch_size")
     if args.profile is not None:
         check_writable(args.profile)
     sampling = Sampling(**{name: getattr(args, name) for name in SETTINGS})
@@ -529,70 +544,115 @@ def run(args: argparse.Namespace):
     for entry in asked:
         check_prompt(entry["prompt"])
     settings = [_settings_of(entry, sampling, args) for entry in asked]
+    seed, output = args.seed, None
+    if args.output is not None:
+        check_writable(args.output)
+        names = ("max_new_tokens", "num_samples", "stop", "chat", "fp8", "kv_cache_dtype", "precision", *SETTINGS)
+        made_by = {name: getattr(args, name) for name in names} | {"checkpoint": str(args.checkpoint_path.resolve())}
+        prompts = [{key: value for key, value in entry.items() if key != "where"} for entry in asked]
+        output = Output(args.output, made_by | {"prompts": prompts}, seed)
+        seed = output.seed
+    seed = secrets.randbits(32) if seed is None else seed
     start = time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision, args.fp8, args.ops)
     load_seconds = now(model.device) - start
-    seed = secrets.randbits(32) if args.seed is None else args.seed
     if args.interactive:
         with torch.no_grad():
             return chat(model, tokenizer, args, sampling, seed)
 
-    texts = [entry["prompt"] for entry in asked]
-    prompts = [tokenizer.encode_turn(text) if args.chat else tokenizer.encode(text) for text in texts]
-    for prompt, each, entry in zip(prompts, settings, asked):
-        which = entry.get("where", "the prompt")
-        check_context(model, len(prompt), each.max_new_tokens, which)
-    stops = [each.stop for each in settings]
-    stop_ids, stats = model.config.stop_ids, Stats()
-    streaming = sys.stdout.isatty() and not args.json and sum(each.num_samples for each in settings) == 1
-    printer = _Printer(tokenizer, stop_ids, stops[0]) if streaming else None
-    trace = _Trace() if args.profile else None
+    prompts = [
+        tokenizer.encode_turn(entry["prompt"]) if args.chat else tokenizer.encode(entry["prompt"]) for entry in asked
+    ]
+    first, stop_ids, stats = [0, *accumulate(each.num_samples for each in settings)], model.config.stop_ids, Stats()
+    fitting = []
+    for i, (prompt, each) in enumerate(zip(prompts, settings)):
+        try:
+            check_context(model, len(prompt), each.max_new_tokens, asked[i].get("where", "the prompt"))
+            fitting.append(i)
+        except ValueError as error:
+            if output is None:
+                raise
+            for index in {*range(first[i], first[i + 1])} - output.done.keys():
+                output.add(index, _named(asked[i]) | {"error": str(error)})
+    starts = [0, *accumulate(settings[i].num_samples for i in fitting)]  # of the fitting prompts' rows
 
+    def completion(i: int, tokens: list[int]) -> dict:
+        whole = tokenizer.decode(tokens[:-1] if tokens[-1] in stop_ids else tokens)
+        text = before_stop(whole, settings[i].stop)
+        stopped = tokens[-1] in stop_ids or text != whole
+        return _named(asked[i]) | {
+            "text": text,
+            "tokens": tokens,
+            "finish_reason": "stop" if stopped else "length",
+            "prompt_tokens": len(prompts[i]),
+        }
+
+    streaming = sys.stdout.isatty() and not args.json and output is None and starts[-1] == 1
+    printer = _Printer(tokenizer, stop_ids, settings[0].stop) if streaming else None
+    trace = _Trace() if args.profile else None
     if streaming and not args.chat:
-        print(texts[0], end="", flush=True)
-    completions = generate(
-        model,
-        prompts,
-        [each.max_new_tokens for each in settings],
-        sampling=[each.sampling for each in settings],
-        batch_size=args.batch_size,
-        num_samples=[each.num_samples for each in settings],
-        seed=[(seed, place) if each.seed is None else (each.seed, 0) for place, each in enumerate(settings)],
-        stop_when=[stops_within(tokenizer, each) for each in stops],
-        kv_cache_dtype=args.kv_cache_dtype,
-        compile=args.compile,
-        compile_prefill=args.compile_prefill,
-        on_token=printer,
-        on_step=trace,
-        stats=stats,
-    )
+        print(asked[0]["prompt"], end="", flush=True)
+    done = [] if output is None else [(bisect_right(first, index) - 1, index) for index in output.done]
+    start_of = dict(zip(fitting, starts))
+    skip = {start_of[i] + index - first[i] for i, index in done if i in start_of}
+    with tqdm(total=starts[-1], initial=len(skip), unit="text", disable=None if output else True, leave=False) as bar:
+
+        def on_completion(k: int, tokens: list[int]):
+            n = bisect_right(starts, k) - 1
+            output.add(first[fitting[n]] + k - starts[n], completion(fitting[n], tokens))
+            bar.update()
+            bar.set_postfix_str(f"{stats.new_tokens / (time.perf_counter() - begin):,.0f} tokens/s")
+
+        begin = time.perf_counter()
+        completions = generate(
+            model,
+            [prompts[i] for i in fitting],
+            [settings[i].max_new_tokens for i in fitting],
+            sampling=[settings[i].sampling for i in fitting],
+            batch_size=args.batch_size,
+            num_samples=[settings[i].num_samples for i in fitting],
+            seed=[(seed, i) if settings[i].seed is None else (settings[i].seed, 0) for i in fitting],
+            stop_when=[stops_within(tokenizer, settings[i].stop) for i in fitting],
+            kv_cache_dtype=args.kv_cache_dtype,
+            compile=args.compile,
+            compile_prefill=args.compile_prefill,
+            on_token=printer,
+            on_step=trace,
+            on_completion=None if output is None else on_completion,
+            skip=skip,
+            stats=stats,
+        )
     if trace:
         trace.stop()
     if streaming:
         printer.end()
+    elif output is None:
+        rows = [(i, j) for i in fitting for j in range(settings[i].num_samples)]
+        _print_completions([completion(i, tokens) for (i, _), tokens in zip(rows, completions)], rows, args)
     else:
-        rows = [(i, j) for i, each in enumerate(settings) for j in range(each.num_samples)]
-        for (i, j), tokens in zip(rows, completions):
-            text = tokenizer.decode(tokens[:-1] if tokens[-1] in stop_ids else tokens)
-            text, whole = before_stop(text, stops[i]), text
-            if args.json:
-                stopped = tokens[-1] in stop_ids or text != whole
-                completion = {key: value for key, value in asked[i].items() if key in ("id", "prompt")} | {
-                    "text": text,
-                    "tokens": tokens,
-                    "finish_reason": "stop" if stopped else "length",
-                    "prompt_tokens": len(prompts[i]),
-                }
-                ascii_only = sys.stdout.encoding not in ("utf-8", "UTF-8")  # what stands for others then is no JSON
-                print(json.dumps(completion, ensure_ascii=ascii_only))
-                continue
-            if len(rows) > 1:
-                print(f"--- prompt {i + 1}" + (f", sample {j + 1}" if settings[i].num_samples > 1 else ""))
-            print(text if args.chat else texts[i] + text)
-        sys.stdout.flush()
+        output.finish()
     print_figures(stats, load_seconds, model, seed)
     if trace:
         trace.write(args.profile)
+
+
+def _named(entry: dict) -> dict:
+    """What of a line of a prompts file stands in its completions, too."""
+    return {key: entry[key] for key in ("id", "prompt") if key in entry}
+
+
+def _print_completions(completions: list[dict], rows: list[tuple[int, int]], args: argparse.Namespace):
+    ascii_only = sys.stdout.encoding not in ("utf-8", "UTF-8")  # what stands for other characters then is no JSON
+    samples = set(rows)
+    for (i, j), completion in zip(rows, completions):
+        if args.json:
+            print(json.dumps(completion, ensure_ascii=ascii_only))
+            continue
+        if len(rows) > 1:
+            alone = j == 0 and (i, 1) not in samples
+            print(f"--- prompt {i + 1}" + ("" if alone else f", sample {j + 1}"))
+        print(completion["text"] if args.chat else completion["prompt"] + completion["text"])
+    sys.stdout.flush()
 
 
 def _settings_of(entry: dict, sampling: Sampling, args: argparse.Namespace) -> argparse.Namespace:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import zip_longest
 from weakref import WeakKeyDictionary
 
 import torch
@@ -88,8 +89,9 @@ def next_token(state: State, logits: Tensor, kind: DrawKind):
     if kind.penalize:
         logits = penalize(logits, state.seen, settings["repetition_penalty"])
     token = draw(logits, state.noise.gather(1, state.count[:, None])[:, 0], settings, kind)
-    if kind.penalize:
-        state.seen.scatter_(1, token[:, None], True)
+    if kind.penalize:  # what a row draws that is done is not seen: a conversation goes on with the others
+        before = state.seen.gather(1, token[:, None])
+        state.seen.scatter_(1, token[:, None], before | ~state.done[:, None])
     append_token(state, computed, token)
 
 
@@ -195,6 +197,10 @@ class Runner:
 
     def _record(self, run: Callable):
         """One CUDA graph of what `run` launches. It runs twice before: kernels are compiled, libraries take memory."""
+        with _recording:
+            return self._record_alone(run)
+
+    def _record_alone(self, run: Callable):
         stream = self.streams[0]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -230,16 +236,22 @@ class Runner:
             lengths, index = self._sent([len(prompt) for prompt in prompts]), self._sent(rows)
             position = torch.full_like(lengths, cached) if cached else None
             cache = self.cache.rows(rows[0], n) if in_place else self.cache.like(n, width)
-            if self.compile_prefill and self.device.type == "cuda" and rows == list(range(n)) and not cached:
+            first = not self.events and rows == list(range(n)) and not cached
+            if self.compile_prefill and self.device.type == "cuda" and first:
                 logits = self._recorded_prefill(model, tokens, lengths)
             else:
                 logits = self._logits(model, tokens, cache, position, lengths)
             if n < len(rows):
                 places = {prompt: i for i, prompt in enumerate(prompts)}
                 of = [places[tuple(request.prompt)] for request in requests]
-                for i in range(n):
-                    to = [row for row, place in zip(rows, of) if place == i]
-                    self.cache.copy_rows(cache, slice(i, i + 1), self._sent(to))
+                rows_of = [[row for row, place in zip(rows, of) if place == i] for i in range(n)]
+                if n <= max(map(len, rows_of)):  # one prompt after another, to all of its rows
+                    for i, to in enumerate(rows_of):
+                        self.cache.copy_rows(cache, slice(i, i + 1), self._sent(to))
+                else:  # all prompts, to their first rows, their second ones and so on
+                    for to in zip_longest(*rows_of):
+                        taken = [i for i, row in enumerate(to) if row is not None]
+                        self.cache.copy_rows(cache, self._sent(taken), self._sent([to[i] for i in taken]))
                 of = self._sent(of)
                 logits, lengths, tokens = logits[of], lengths[of], tokens[of]
             elif not in_place:
@@ -268,9 +280,9 @@ class Runner:
         state.max_new_tokens = self._sent([request.max_new_tokens for request in requests])
         values = [[getattr(request.sampling, name) for name in SETTINGS] for request in requests]
         state.settings = self._sent(values, torch.float64)
-        longest = max(1, *(len(request.noise) for request in requests))
-        noise = [request.noise + [0.0] * (longest - len(request.noise)) for request in requests]
-        state.noise = self._sent(noise, torch.float64)
+        noise = [request.noise for request in requests]
+        longest = max(1, *map(len, noise))
+        state.noise = self._sent([each + [0.0] * (longest - len(each)) for each in noise], torch.float64)
         return state
 
     def _sent(self, values: list, dtype: torch.dtype = torch.long) -> Tensor:
@@ -366,7 +378,7 @@ class Runner:
             return sum(self.prefills_timed)
         for stream in self.streams:
             self.before.wait_stream(stream)
-        torch.cuda.synchronize(self.device)
+        self.before.synchronize()
         return sum(start.elapsed_time(end) / 1000 for start, end in self.prefills_timed)
 
 
@@ -406,7 +418,7 @@ def _compiled(function: Callable, dynamic: bool | None) -> Callable:
 # Runners that wait for their next run
 
 _idle: "WeakKeyDictionary[Transformer, Runner]" = WeakKeyDictionary()  # one a model; who runs one has taken it out
-_lock = threading.Lock()
+_lock, _recording = threading.Lock(), threading.Lock()  # one thread at a time records a graph
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def draw(
     """Draws a token [B] for each row of logits [B, V] by inverting its cumulative distribution at noise [B] in [0, 1).
 
     `settings` gives each filter its values [B, 1], by the filter's name. A row's token depends on nothing but its own
-    logits, noise and settings. Nothing is read by the host. Double precision keeps sums over a whole vocabulary exact to
+    logits, noise and settings; only which of equal logits comes first is PyTorch's choice, which knows all rows. Nothing is read by the host. Double precision keeps sums over a whole vocabulary exact to
     well below the noise's own resolution.
     """
 

@@ -123,10 +123,12 @@ class Scheduler:
             if each.last == inf and each.planned >= each.request.max_new_tokens:
                 each.last = self.runner.events - 1
                 self.free.append(each.row)
+                self.retired.append(each.row)
 
     def _read(self, on_token: Callable | None, lag: float | None = None) -> Iterator:
         """Takes what the log has, up to the last `lag` events, and yields the completions that it ends."""
-        while self.runner.events - self.runner.entries > (self.lag if lag is None else lag):
+        lag = min(self.lag if lag is None else lag, self.runner.length)  # what the log holds
+        while self.runner.events - self.runner.entries > lag:
             event, entry = self.runner.entries, self.runner.read()
             for each in list(self.running):
                 if not each.first <= event <= each.last:

@@ -1,9 +1,14 @@
 """Prompts and texts from files, and texts cut into windows of tokens."""
 
+import fcntl
+import hashlib
 import json
+import secrets
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from checkpoint import write_atomically
 
 BOM = b"\xef\xbb\xbf"
 JSON_LINES = (".jsonl", ".json")  # suffixes
@@ -68,6 +73,57 @@ def stops_within(tokenizer, stops: list[str]) -> Callable[[list[int]], bool] | N
 def before_stop(text: str, stops: list[str]) -> str:
     """Text up to the first of `stops`."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
+
+
+class Output:
+    """Completions of a run as JSON lines, appended to FILE.partial as they finish and sorted into FILE at the end.
+
+    A run that was ended goes on where it stopped: `done` has the completions that are there already, by index, and `seed`
+    the seed that the first start had. `run` is what the completions depend on besides. Raises ValueError for a FILE that
+    exists, a partial one of another run or seed, or one that another process writes.
+    """
+
+    def __init__(self, file: Path, run: dict, seed: int | None):
+        self.file, self.partial = file, file.with_name(f"{file.name}.partial")
+        if file.exists():
+            raise ValueError(f"{file} exists already: name another file, or delete it")
+        self.stream = open(self.partial, "a+b")  # noqa: SIM115, it stays open as long as the run lasts
+        try:
+            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{self.partial} is being written by another process") from None
+        self.stream.seek(0)
+        content = self.stream.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self.stream.truncate(len(whole))  # without a last line that is torn
+        digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        if not whole:
+            self._write({"run": digest, "seed": secrets.randbits(32) if seed is None else seed})
+            self.stream.seek(0)
+            whole = self.stream.read()
+        try:
+            head, *entries = map(json.loads, whole.split(b"\n")[:-1])  # a text may have other line ends
+            same, self.seed, self.done = head["run"] == digest, head["seed"], dict(entries)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.partial} is not of this program: delete it, or name another file") from None
+        if not same or seed not in (None, self.seed):
+            advice = "finish that, delete it, or name another file"
+            raise ValueError(f"{self.partial} is of a run with other prompts or settings: {advice}")
+
+    def add(self, index: int, completion: dict):
+        self.done[index] = completion
+        self._write([index, completion])
+
+    def finish(self):
+        """Writes FILE, in the order of the indices."""
+        lines = [json.dumps(self.done[index], ensure_ascii=False) + "\n" for index in sorted(self.done)]
+        write_atomically(self.file, lambda out: out.writelines(line.encode() for line in lines))
+        self.partial.unlink()
+        self.stream.close()
+
+    def _write(self, line):
+        self.stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self.stream.flush()
 
 
 def read_texts(file: Path) -> list[str]:

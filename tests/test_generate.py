@@ -109,6 +109,8 @@ def test_a_list_of_settings_has_one_for_each_prompt(tiny, prompts):
         generate(tiny[0], prompts, [1, 2, 3, 0])
     with pytest.raises(ValueError, match="sampling must be a Sampling, not None"):
         generate(tiny[0], prompts, 3, sampling=[None] * 4)
+    with pytest.raises(ValueError, match="stop_check must be one of every, ping-pong, never, not 'sometimes'"):
+        generate(tiny[0], prompts, 3, stop_check="sometimes")
 
 
 def test_stop_when(tiny, prompts):
@@ -143,6 +145,8 @@ def test_samples_of_a_prompt_share_its_prefill(tiny, prompts, monkeypatch):
     assert sum(computed) == 2
     for batch_size in (2, 3, 4):
         assert [generate(model, prompts[:2], 9, num_samples=5, batch_size=batch_size, **options)] == alone
+    few = [generate(model, prompts, 9, batch_size=1, num_samples=count, **options) for count in (2, [1, 3, 2, 2])]
+    assert [generate(model, prompts, 9, num_samples=count, **options) for count in (2, [1, 3, 2, 2])] == few
 
 
 def test_one_new_token_and_a_prompt_of_bos_alone(tiny):

@@ -78,7 +78,7 @@ MISTAKES = [
     ("generate hello", "unrecognized arguments: hello"),
     ("generate --prompt a --interactive", "not allowed with argument"),
     ("generate --interactive --json", "--interactive takes no --json"),
-    ("generate --interactive --num_samples 2", "--interactive takes no --json, --profile, --num_samples"),
+    ("generate --interactive --num_samples 2", "--interactive takes no --json, --output, --profile, --num_samples"),
     ("generate --kv_cache_dtype fp8", "invalid choice: 'fp8'"),
     ("generate --precision int4", "invalid choice: 'int4'"),
     ("generate --ops triton", "invalid choice: 'triton'"),

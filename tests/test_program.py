@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import device as device_file
 import generate as program
 from runner import Runner
+from text import Output
 
 
 @pytest.fixture(autouse=True)
@@ -275,6 +276,109 @@ def test_bad_settings_of_a_prompts_file_are_numbered(capsys, tmp_path, settings,
     status, _, err = run(capsys, "--prompts_file", file)
     assert status == 2
     assert "line 3" in err and message in err
+
+
+# --- the output file
+
+
+@pytest.fixture
+def asked(tmp_path):
+    lines = [
+        {"prompt": text, "id": i, "num_samples": 1 + i % 2} for i, text in enumerate(["def f(", "import", "x", "#"])
+    ]
+    lines.insert(2, {"prompt": "long " * 300, "max_new_tokens": 8000, "id": "long"})
+    lines[1]["seed"] = 4
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+OUTPUT = ["--seed", "5", "--max_new_tokens", "12", "--device", "cpu", "--precision", "fp32", "--batch_size", "2"]
+
+
+def test_output_is_what_json_prints_with_a_line_for_what_fails(capsys, asked, tmp_path):
+    out = tmp_path / "out.jsonl"
+    status, printed, _ = run(capsys, "--prompts_file", asked, "--output", out, *OUTPUT)
+    assert (status, printed) == (0, "")
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [completion["id"] for completion in found] == [0, 1, 1, "long", 2, 3, 3]
+    failed = found.pop(3)
+    assert set(failed) == {"id", "prompt", "error"} and "line 3 has 302 tokens" in failed["error"]
+    assert not (tmp_path / "out.jsonl.partial").exists()
+    lines = asked.read_text().splitlines()
+    lines[2] = json.dumps({"prompt": "x", "max_new_tokens": 1})  # in its place: others keep their noise
+    asked.write_text("\n".join(lines))
+    status, printed, _ = run(capsys, "--prompts_file", asked, "--json", *OUTPUT)
+    expected = [json.loads(line) for line in printed.splitlines()]
+    assert status == 0 and found == expected[:3] + expected[4:]
+
+
+@pytest.mark.parametrize("torn", [b"", b"[3", b'[3, {"id": 1, "prompt": "im'])
+@pytest.mark.parametrize("ended", [1, 4])
+def test_output_goes_on_where_it_stopped(capsys, monkeypatch, asked, tmp_path, ended, torn):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    options = ["--prompts_file", asked, *OUTPUT]
+    assert run(capsys, *options, "--output", whole)[0] == 0
+
+    add, added = Output.add, []
+
+    def interrupted(self, index, completion):
+        if len(added) == ended:
+            raise KeyboardInterrupt
+        add(self, index, completion)
+        added.append(index)
+
+    monkeypatch.setattr(Output, "add", interrupted)
+    assert run(capsys, *options, "--output", out)[0] == 130
+    partial = tmp_path / "out.jsonl.partial"
+    with partial.open("ab") as file:
+        file.write(torn)
+    ended = 100
+    assert run(capsys, *options, "--output", out)[0] == 0
+    assert sorted(added) == list(range(7))  # each once
+    assert out.read_text() == whole.read_text() and not partial.exists()
+
+
+def test_output_without_a_seed_keeps_that_of_its_first_start(capsys, monkeypatch, asked, tmp_path):
+    out, finish = tmp_path / "out.jsonl", Output.finish
+    options = ["--prompts_file", asked, *OUTPUT[2:], "--output", out]
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "finish", interrupted)
+    assert run(capsys, *options)[0] == 130
+    head, *before = (tmp_path / "out.jsonl.partial").read_text().splitlines()
+    (tmp_path / "out.jsonl.partial").write_text("\n".join((head, *before[:2])) + "\n")
+    monkeypatch.setattr(Output, "finish", finish)
+    assert run(capsys, *options)[0] == 0
+    completions = dict(map(json.loads, before))
+    assert out.read_text() == "".join(json.dumps(completions[i], ensure_ascii=False) + "\n" for i in range(7))
+
+
+def test_output_of_another_run_is_refused(capsys, asked, tmp_path):
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    options = ["--prompts_file", asked, "--output", out]
+    out.write_text("")
+    assert "exists already" in run(capsys, *options, *OUTPUT)[2]
+    out.unlink()
+    Output(out, {"prompts": []}, 5).stream.close()
+    for content, more, message in (
+        (partial.read_bytes(), OUTPUT, "is of a run with other prompts or settings"),
+        (b"something\n", OUTPUT, "is not of this program"),
+        (b"[1]\n", OUTPUT, "is not of this program"),
+    ):
+        partial.write_bytes(content)
+        status, _, err = run(capsys, *options, *more)
+        assert status == 2 and message in err
+        assert partial.read_bytes() == content
+    partial.unlink()
+    with pytest.raises(ValueError, match="by another process"):
+        one = Output(out, {}, 5)
+        Output(out, {}, 5)
+    one.stream.close()
+    with pytest.raises(ValueError, match="other prompts or settings"):
+        Output(out, {}, 6)
 
 
 def test_text_that_streams_ends_before_a_stop(capsys):

@@ -48,6 +48,26 @@ def test_conversation_behind_its_cache_is_the_conversation_at_once(tiny):
             history, cached = history + answer, model_length
 
 
+@pytest.mark.parametrize("case", ["gemma-gqa", "gemma2-window-small"])
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_conversations_with_penalties_and_stops(case, penalty):
+    """Steps that come too late to know of a stop leave nothing that the next turn counts as seen."""
+    model, sampling = small_model(case=case), Sampling(temperature=0, repetition_penalty=penalty)
+    runner, source = Runner(model, 1, 192, FP32), random.Random(3)
+    for _ in range(5):
+        stop_ids, history, cached = tuple(source.sample(range(128), 12)), [], 0
+        for _ in range(4):
+            turn = [source.randrange(2, 128) for _ in range(source.randrange(1, 20))]
+            request = Request((0, 0), history[cached:] + turn, 12, sampling)
+            with torch.inference_mode():
+                runner.start(model, 1, DrawKind.of(128, sampling), stop_ids)
+                ((_, answer),) = Scheduler(runner, model, [request], 1).run(cached=cached)
+                runner.finish()
+            history += turn
+            assert answer == generate(model, [history], 12, sampling=sampling, stop_ids=stop_ids)[0]
+            history, cached = history + answer, len(history) + len(answer) - 1
+
+
 def test_eager_prefill_meets_few_shapes(monkeypatch):
     model, widths = small_model(), set()
     logits = Transformer.logits
@@ -324,7 +344,7 @@ def test_compiled_prefill_serves_every_length():
 
     model = small_model(num_hidden_layers=1)
     rng = random.Random(0)
-    batches = [[[2, *rng.choices(range(10, 120), k=length)] for _ in range(2)] for length in (30, 5, 1, 0, 47)]
+    batches = [[[2 + row, *rng.choices(range(10, 120), k=length)] for row in range(2)] for length in (30, 5, 1, 0, 47)]
     expected = [generate(model, batch, 8, **GREEDY) for batch in batches]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -333,3 +353,8 @@ def test_compiled_prefill_serves_every_length():
     for batch, tokens in zip(batches, expected):
         assert generate(model, batch, 8, compile_prefill=True, **GREEDY) == tokens
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled == 1
+
+
+def test_compiled_prefill_with_a_softcap():
+    model, prompts = small_model(case="gemma2-window-half", num_hidden_layers=2), [[2, 3, 4, 5, 6, 9], [2]]
+    assert generate(model, prompts, 3, compile_prefill=True, **GREEDY) == generate(model, prompts, 3, **GREEDY)
