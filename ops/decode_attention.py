@@ -54,9 +54,11 @@ def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtyp
     if group > 1:
         return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
     if pairs >= SMS:
-        if slots <= 512 and cache_dtype.itemsize > 1:
-            return AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
-        return AttentionConfig(block_s=32, num_warps=4, num_stages=4, by_sums=True)  # rows of unlike lengths, too
+        if slots > 512:  # rows are of unlike lengths, and the longest must not be the last
+            return AttentionConfig(block_s=32, num_warps=4, num_stages=4, by_sums=True)
+        if cache_dtype.itemsize == 1:
+            return AttentionConfig(block_s=8, num_warps=1, num_stages=6, by_sums=True)
+        return AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
     if slots > 2048:
         return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=True)
     return AttentionConfig(block_s=8, num_warps=1, num_stages=2, by_sums=True, ahead=64)
