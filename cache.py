@@ -144,6 +144,11 @@ def _as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
+def _as_words(x: Tensor) -> Tensor:
+    """x in pieces of 8 bytes, where its last dimension has whole ones: what is indexed goes an element at a time."""
+    return x.view(torch.int64) if x.shape[-1] * x.dtype.itemsize % 8 == 0 else _as_bytes(x)
+
+
 @dataclass
 class KVCache:
     """The caches of all layers of a model, for `batch_size` rows."""
@@ -194,7 +199,7 @@ class KVCache:
         """
         for mine, other in zip(self.layers, source.layers):
             for stored, x in ((mine.k, other.k), (mine.v, other.v)):
-                _as_bytes(stored)[to, :, : other.slots] = _as_bytes(x)[rows]
+                _as_words(stored)[to, :, : other.slots] = _as_words(x)[rows]
 
     @property
     def bytes(self) -> int:
