@@ -15,10 +15,8 @@ import secrets
 import sys
 import time
 import warnings
-from bisect import bisect_right
 from collections.abc import Callable, Container
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -181,8 +179,8 @@ def generate(
     compile_prefill: bool = False,
     on_token: Callable[[int], None] | None = None,
     on_step: Callable[[int, Runner], None] | None = None,
-    on_completion: Callable[[int, list[int]], None] | None = None,
-    skip: Container[int] = (),
+    on_completion: Callable[[int, int, list[int]], None] | None = None,
+    skip: Container[tuple[int, int]] = (),
     stop_check: str = "ping-pong",
     stats: Stats | None = None,
 ) -> list[list[int]]:
@@ -191,16 +189,17 @@ def generate(
     There are num_samples continuations of each prompt, side by side, in the order of the prompts. One that ends with a
     stop id (default: the model's; () never stops) keeps it as its last token, and so does one that ends because
     stop_when(its new tokens) is true. Settings are those of `sampling` (default: `Sampling()`), but for temperature to
-    repetition_penalty where they are given. max_new_tokens, sampling, num_samples, stop_when and seed may be lists of one
-    value a prompt; a prompt with a seed of its own has the text that it has alone, and a seed may be a pair of one and
-    the place that it counts for. At most batch_size rows run at once (default: what memory holds, at most MAX_BATCH), refilled as they finish; a row's result
-    does not depend on the others, nor its noise (drawn from `seed`, the prompt's index and the sample's) on the device.
-    kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a dtype.
+    repetition_penalty where they are given. At most batch_size rows run at once (default: what memory holds, at most
+    MAX_BATCH), refilled as they finish; a row's result does not depend on the others, nor its noise (drawn from `seed`,
+    the prompt's number and the sample's) on the device. kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a dtype.
 
-    on_token gets the tokens of a single row as they come, on_completion the index and the tokens of each result as soon
-    as it is there; on_step(i, runner) is called before each prefill (i is 0) and before decode step i. A result
-    whose index is in `skip` is not made, and is an empty list. stop_check is for the benchmark (`scheduler.LAGS`); `stats`
-    is added to.
+    max_new_tokens, sampling, num_samples, stop_when and seed may be lists of one value a prompt. A prompt with a seed of
+    its own has the text that it has alone; (seed, i) stands for a seed of all prompts and the prompt's number.
+
+    on_token gets the tokens of a single row as they come, on_completion the numbers of the prompt and the sample and the
+    tokens of each result as soon as it is there; on_step(i, runner) is called before each prefill (i is 0) and before
+    decode step i. Results whose (prompt, sample) is in `skip` are not made: they are empty lists. stop_check is for the
+    benchmark (`scheduler.LAGS`); `stats` is added to.
 
     Several threads may run one model at a time, each with a cache of its own. Raises ValueError for an empty prompt, an
     unknown token id, a prompt too long for the context, a setting of a wrong type or out of its range, or too little
@@ -271,15 +270,14 @@ def generate(
         f"the text of {n_rows} rows",
         "lower --num_samples, --max_new_tokens or the number of prompts",
     )
-    first = [0, *accumulate(counts)]  # result of each prompt
     longest_first = sorted(range(len(prompts)), key=lambda i: -limits[i])  # one that starts last keeps few rows busy
     requests = (
         Request((i, j), prompts[i], limits[i], samplings[i], seeds[i], stop_when[i])
         for i in longest_first
         for j in range(counts[i])
-        if first[i] + j not in skip
+        if (i, j) not in skip
     )
-    results: dict[int, list[int]] = {}
+    results: dict[tuple[int, int], list[int]] = {}
     try:
         start = now(device)
         with lease(model, rows, length, codec, compile, compile_prefill) as runner:
@@ -288,10 +286,9 @@ def generate(
             scheduler = Scheduler(runner, model, requests, rows, "every" if device.type == "cpu" else stop_check)
             try:
                 for request, tokens in scheduler.run(on_step, on_token):
-                    index = first[request.key[0]] + request.key[1]
-                    results[index] = tokens
+                    results[request.key] = tokens
                     if on_completion is not None:
-                        on_completion(index, tokens)
+                        on_completion(*request.key, tokens)
                     context = len(request.prompt) + len(tokens) // 2
                     stats.bytes_read += (len(tokens) - 1) * cache_bytes(config, 1, context, codec)
                     stats.prompt_tokens += len(request.prompt)
@@ -309,7 +306,7 @@ def generate(
             f"out of {device.type} memory with {rows} rows of {length} tokens; "
             "lower --batch_size, --max_new_tokens or the length of the prompts"
         ) from None
-    return [results.get(index, []) for index in range(n_rows)]
+    return [results.get((i, j), []) for i, count in enumerate(counts) for j in range(count)]
 
 
 def _of_each(name: str, value, prompts: list) -> list:
@@ -537,21 +534,9 @@ def run(args: argparse.Namespace):
     if args.profile is not None:
         check_writable(args.profile)
     sampling = Sampling(**{name: getattr(args, name) for name in SETTINGS})
-    if args.prompts_file:
-        asked = read_prompts(args.prompts_file, ("id", "max_new_tokens", "num_samples", "seed", "stop", *SETTINGS))
-    else:
-        asked = [{"prompt": text} for text in args.prompt or [DEFAULT_PROMPT]]
-    for entry in asked:
-        check_prompt(entry["prompt"])
-    settings = [_settings_of(entry, sampling, args) for entry in asked]
-    seed, output = args.seed, None
-    if args.output is not None:
-        check_writable(args.output)
-        names = ("max_new_tokens", "num_samples", "stop", "chat", "fp8", "kv_cache_dtype", "precision", *SETTINGS)
-        made_by = {name: getattr(args, name) for name in names} | {"checkpoint": str(args.checkpoint_path.resolve())}
-        prompts = [{key: value for key, value in entry.items() if key != "where"} for entry in asked]
-        output = Output(args.output, made_by | {"prompts": prompts}, seed)
-        seed = output.seed
+    asked = _asked(args, sampling)
+    output = None if args.output is None else _output(args, asked)
+    seed = args.seed if output is None else output.seed
     seed = secrets.randbits(32) if seed is None else seed
     start = time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision, args.fp8, args.ops)
@@ -560,119 +545,127 @@ def run(args: argparse.Namespace):
         with torch.no_grad():
             return chat(model, tokenizer, args, sampling, seed)
 
-    prompts = [
-        tokenizer.encode_turn(entry["prompt"]) if args.chat else tokenizer.encode(entry["prompt"]) for entry in asked
-    ]
-    first, stop_ids, stats = [0, *accumulate(each.num_samples for each in settings)], model.config.stop_ids, Stats()
-    fitting = []
-    for i, (prompt, each) in enumerate(zip(prompts, settings)):
+    stop_ids, stats, fitting = model.config.stop_ids, Stats(), []
+    for i, each in enumerate(asked):
+        each.tokens = tokenizer.encode_turn(each.prompt) if args.chat else tokenizer.encode(each.prompt)
         try:
-            check_context(model, len(prompt), each.max_new_tokens, asked[i].get("where", "the prompt"))
+            check_context(model, len(each.tokens), each.max_new_tokens, each.where or "the prompt")
             fitting.append(i)
         except ValueError as error:
             if output is None:
                 raise
-            for index in {*range(first[i], first[i + 1])} - output.done.keys():
-                output.add(index, _named(asked[i]) | {"error": str(error)})
-    starts = [0, *accumulate(settings[i].num_samples for i in fitting)]  # of the fitting prompts' rows
-
-    def completion(i: int, tokens: list[int]) -> dict:
-        whole = tokenizer.decode(tokens[:-1] if tokens[-1] in stop_ids else tokens)
-        text = before_stop(whole, settings[i].stop)
-        stopped = tokens[-1] in stop_ids or text != whole
-        return _named(asked[i]) | {
-            "text": text,
-            "tokens": tokens,
-            "finish_reason": "stop" if stopped else "length",
-            "prompt_tokens": len(prompts[i]),
-        }
-
-    streaming = sys.stdout.isatty() and not args.json and output is None and starts[-1] == 1
-    printer = _Printer(tokenizer, stop_ids, settings[0].stop) if streaming else None
+            for j in range(each.num_samples):
+                if (i, j) not in output.done:
+                    output.add(i, j, each.named | {"error": str(error)})
+    prompts = [asked[i] for i in fitting]
+    total = sum(each.num_samples for each in prompts)
+    place = {i: n for n, i in enumerate(fitting)}  # in `prompts`, of one in `asked`
+    skip = {(place[i], j) for i, j in output.done if i in place} if output else ()
+    streaming = sys.stdout.isatty() and not args.json and output is None and total == 1
+    printer = _Printer(tokenizer, stop_ids, asked[0].stop) if streaming else None
     trace = _Trace() if args.profile else None
     if streaming and not args.chat:
-        print(asked[0]["prompt"], end="", flush=True)
-    done = [] if output is None else [(bisect_right(first, index) - 1, index) for index in output.done]
-    start_of = dict(zip(fitting, starts))
-    skip = {start_of[i] + index - first[i] for i, index in done if i in start_of}
-    with tqdm(total=starts[-1], initial=len(skip), unit="text", disable=None if output else True, leave=False) as bar:
+        print(asked[0].prompt, end="", flush=True)
+    begin = time.perf_counter()
+    with tqdm(total=total, initial=len(skip), unit="text", disable=None if output else True, leave=False) as bar:
 
-        def on_completion(k: int, tokens: list[int]):
-            n = bisect_right(starts, k) - 1
-            output.add(first[fitting[n]] + k - starts[n], completion(fitting[n], tokens))
+        def on_completion(n: int, j: int, tokens: list[int]):
+            output.add(fitting[n], j, _completion(prompts[n], tokens, tokenizer, stop_ids))
             bar.update()
             bar.set_postfix_str(f"{stats.new_tokens / (time.perf_counter() - begin):,.0f} tokens/s")
 
-        begin = time.perf_counter()
-        completions = generate(
+        results = generate(
             model,
-            [prompts[i] for i in fitting],
-            [settings[i].max_new_tokens for i in fitting],
-            sampling=[settings[i].sampling for i in fitting],
+            [each.tokens for each in prompts],
+            [each.max_new_tokens for each in prompts],
+            sampling=[each.sampling for each in prompts],
             batch_size=args.batch_size,
-            num_samples=[settings[i].num_samples for i in fitting],
-            seed=[(seed, i) if settings[i].seed is None else (settings[i].seed, 0) for i in fitting],
-            stop_when=[stops_within(tokenizer, settings[i].stop) for i in fitting],
+            num_samples=[each.num_samples for each in prompts],
+            seed=[(seed, i) if asked[i].seed is None else (asked[i].seed, 0) for i in fitting],
+            stop_when=[stops_within(tokenizer, each.stop) for each in prompts],
             kv_cache_dtype=args.kv_cache_dtype,
             compile=args.compile,
             compile_prefill=args.compile_prefill,
             on_token=printer,
             on_step=trace,
-            on_completion=None if output is None else on_completion,
+            on_completion=on_completion if output else None,
             skip=skip,
             stats=stats,
         )
     if trace:
         trace.stop()
-    if streaming:
-        printer.end()
-    elif output is None:
-        rows = [(i, j) for i in fitting for j in range(settings[i].num_samples)]
-        _print_completions([completion(i, tokens) for (i, _), tokens in zip(rows, completions)], rows, args)
-    else:
+    if output:
         output.finish()
+    elif streaming:
+        printer.end()
+    else:
+        rows = [(n, each, j) for n, each in enumerate(prompts, start=1) for j in range(each.num_samples)]
+        for (n, each, j), tokens in zip(rows, results):
+            completion = _completion(each, tokens, tokenizer, stop_ids)
+            if args.json:  # on another stdout what stands for a character that it lacks is no JSON
+                print(json.dumps(completion, ensure_ascii=sys.stdout.encoding not in ("utf-8", "UTF-8")))
+                continue
+            if total > 1:
+                print(f"--- prompt {n}" + (f", sample {j + 1}" if each.num_samples > 1 else ""))
+            print(completion["text"] if args.chat else each.prompt + completion["text"])
+        sys.stdout.flush()
     print_figures(stats, load_seconds, model, seed)
     if trace:
         trace.write(args.profile)
 
 
-def _named(entry: dict) -> dict:
-    """What of a line of a prompts file stands in its completions, too."""
-    return {key: entry[key] for key in ("id", "prompt") if key in entry}
+def _asked(args: argparse.Namespace, sampling: Sampling) -> list[argparse.Namespace]:
+    """The prompts with their settings: what a line of the prompts file says, else the options. `named` is what stands
+    in a completion, too. Raises ValueError, naming the line, for a setting of a wrong type or out of its range."""
+    if args.prompts_file:
+        entries = read_prompts(args.prompts_file, ("id", "max_new_tokens", "num_samples", "seed", "stop", *SETTINGS))
+    else:
+        entries = [{"prompt": text, "where": ""} for text in args.prompt or [DEFAULT_PROMPT]]
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "num_samples", "stop")} | {"seed": None}
+    asked = []
+    for entry in entries:
+        each = argparse.Namespace(**options | entry)
+        each.named = {key: entry[key] for key in ("id", "prompt") if key in entry}
+        try:
+            check_prompt(each.prompt)
+            each.sampling = replace(sampling, **{name: entry[name] for name in SETTINGS if name in entry})
+            for name in ("max_new_tokens", "num_samples"):
+                _check_count(name, getattr(each, name))
+            if each.seed is not None and not _is_whole(each.seed):
+                raise ValueError(f"seed must be a whole number, not {each.seed!r}")
+            stops = [each.stop] if isinstance(each.stop, str) else each.stop or []
+            if not isinstance(stops, list) or not all(stop and isinstance(stop, str) for stop in stops):
+                raise ValueError(f"stop must be a text or a list of texts, not {each.stop!r}")
+            for stop in stops:
+                check_text(stop, "a stop")
+            each.stop = stops
+        except ValueError as error:
+            raise ValueError(f"{each.where}: {error}" if each.where else str(error)) from None
+        asked.append(each)
+    return asked
 
 
-def _print_completions(completions: list[dict], rows: list[tuple[int, int]], args: argparse.Namespace):
-    ascii_only = sys.stdout.encoding not in ("utf-8", "UTF-8")  # what stands for other characters then is no JSON
-    samples = set(rows)
-    for (i, j), completion in zip(rows, completions):
-        if args.json:
-            print(json.dumps(completion, ensure_ascii=ascii_only))
-            continue
-        if len(rows) > 1:
-            alone = j == 0 and (i, 1) not in samples
-            print(f"--- prompt {i + 1}" + ("" if alone else f", sample {j + 1}"))
-        print(completion["text"] if args.chat else completion["prompt"] + completion["text"])
-    sys.stdout.flush()
+def _output(args: argparse.Namespace, asked: list[argparse.Namespace]) -> Output:
+    """The file of --output, for a run of these prompts and settings."""
+    check_writable(args.output)
+    run = {name: getattr(args, name) for name in ("chat", "fp8", "kv_cache_dtype", "precision")}
+    run["checkpoint"] = str(args.checkpoint_path.resolve())
+    of_each = ("named", "max_new_tokens", "num_samples", "seed", "stop")
+    run["prompts"] = [[*(getattr(each, name) for name in of_each), vars(each.sampling)] for each in asked]
+    return Output(args.output, run, args.seed)
 
 
-def _settings_of(entry: dict, sampling: Sampling, args: argparse.Namespace) -> argparse.Namespace:
-    """The settings of one prompt: those that its line of a prompts file gives, and the program's. Raises ValueError,
-    naming the line, for one of a wrong type or out of its range."""
-    values = {name: getattr(args, name) for name in ("max_new_tokens", "num_samples", "stop")} | {"seed": None} | entry
-    try:
-        own = {name: entry[name] for name in SETTINGS if name in entry}
-        for name in ("max_new_tokens", "num_samples"):
-            _check_count(name, values[name])
-        if values["seed"] is not None and not _is_whole(values["seed"]):
-            raise ValueError(f"seed must be a whole number, not {values['seed']!r}")
-        stops = [values["stop"]] if isinstance(values["stop"], str) else values["stop"] or []
-        if not isinstance(stops, list) or not all(stop and isinstance(stop, str) for stop in stops):
-            raise ValueError(f"stop must be a text or a list of texts, not {values['stop']!r}")
-        for stop in stops:
-            check_text(stop, "a stop")
-        return argparse.Namespace(**values | {"sampling": replace(sampling, **own), "stop": stops})
-    except ValueError as error:
-        raise ValueError(f"{entry['where']}: {error}" if "where" in entry else str(error)) from None
+def _completion(asked: argparse.Namespace, tokens: list[int], tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> dict:
+    """What --json and --output give of new tokens."""
+    whole = tokenizer.decode(tokens[:-1] if tokens[-1] in stop_ids else tokens)
+    text = before_stop(whole, asked.stop)
+    stopped = tokens[-1] in stop_ids or text != whole
+    return asked.named | {
+        "text": text,
+        "tokens": tokens,
+        "finish_reason": "stop" if stopped else "length",
+        "prompt_tokens": len(asked.tokens),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

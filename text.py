@@ -78,8 +78,8 @@ def before_stop(text: str, stops: list[str]) -> str:
 class Output:
     """Completions of a run as JSON lines, appended to FILE.partial as they finish and sorted into FILE at the end.
 
-    A run that was ended goes on where it stopped: `done` has the completions that are there already, by index, and `seed`
-    the seed that the first start had. `run` is what the completions depend on besides. Raises ValueError for a FILE that
+    A run that was ended goes on where it stopped: `done` has the completions that are there already, by the numbers of
+    the prompt and the sample, and `seed` the seed that the first start had. `run` is what the completions depend on besides. Raises ValueError for a FILE that
     exists, a partial one of another run or seed, or one that another process writes.
     """
 
@@ -103,20 +103,21 @@ class Output:
             whole = self.stream.read()
         try:
             head, *entries = map(json.loads, whole.split(b"\n")[:-1])  # a text may have other line ends
-            same, self.seed, self.done = head["run"] == digest, head["seed"], dict(entries)
+            same, self.seed = head["run"] == digest, head["seed"]
+            self.done = {(prompt, sample): completion for prompt, sample, completion in entries}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self.partial} is not of this program: delete it, or name another file") from None
         if not same or seed not in (None, self.seed):
             advice = "finish that, delete it, or name another file"
             raise ValueError(f"{self.partial} is of a run with other prompts or settings: {advice}")
 
-    def add(self, index: int, completion: dict):
-        self.done[index] = completion
-        self._write([index, completion])
+    def add(self, prompt: int, sample: int, completion: dict):
+        self.done[prompt, sample] = completion
+        self._write([prompt, sample, completion])
 
     def finish(self):
-        """Writes FILE, in the order of the indices."""
-        lines = [json.dumps(self.done[index], ensure_ascii=False) + "\n" for index in sorted(self.done)]
+        """Writes FILE, in the order of the prompts and samples."""
+        lines = [json.dumps(self.done[place], ensure_ascii=False) + "\n" for place in sorted(self.done)]
         write_atomically(self.file, lambda out: out.writelines(line.encode() for line in lines))
         self.partial.unlink()
         self.stream.close()

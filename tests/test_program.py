@@ -313,7 +313,7 @@ def test_output_is_what_json_prints_with_a_line_for_what_fails(capsys, asked, tm
     assert status == 0 and found == expected[:3] + expected[4:]
 
 
-@pytest.mark.parametrize("torn", [b"", b"[3", b'[3, {"id": 1, "prompt": "im'])
+@pytest.mark.parametrize("torn", [b"", b"[3", b'[3, 0, {"id": 1, "prompt": "im'])
 @pytest.mark.parametrize("ended", [1, 4])
 def test_output_goes_on_where_it_stopped(capsys, monkeypatch, asked, tmp_path, ended, torn):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
@@ -322,11 +322,11 @@ def test_output_goes_on_where_it_stopped(capsys, monkeypatch, asked, tmp_path, e
 
     add, added = Output.add, []
 
-    def interrupted(self, index, completion):
+    def interrupted(self, *entry):
         if len(added) == ended:
             raise KeyboardInterrupt
-        add(self, index, completion)
-        added.append(index)
+        add(self, *entry)
+        added.append(entry[:2])
 
     monkeypatch.setattr(Output, "add", interrupted)
     assert run(capsys, *options, "--output", out)[0] == 130
@@ -335,7 +335,7 @@ def test_output_goes_on_where_it_stopped(capsys, monkeypatch, asked, tmp_path, e
         file.write(torn)
     ended = 100
     assert run(capsys, *options, "--output", out)[0] == 0
-    assert sorted(added) == list(range(7))  # each once
+    assert sorted(added) == [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0), (4, 1)]  # each once
     assert out.read_text() == whole.read_text() and not partial.exists()
 
 
@@ -352,8 +352,9 @@ def test_output_without_a_seed_keeps_that_of_its_first_start(capsys, monkeypatch
     (tmp_path / "out.jsonl.partial").write_text("\n".join((head, *before[:2])) + "\n")
     monkeypatch.setattr(Output, "finish", finish)
     assert run(capsys, *options)[0] == 0
-    completions = dict(map(json.loads, before))
-    assert out.read_text() == "".join(json.dumps(completions[i], ensure_ascii=False) + "\n" for i in range(7))
+    completions = [completion for *_, completion in sorted(map(json.loads, before), key=lambda entry: entry[:2])]
+    assert len(completions) == 7
+    assert out.read_text() == "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in completions)
 
 
 def test_output_of_another_run_is_refused(capsys, asked, tmp_path):
