@@ -220,43 +220,10 @@ class Runner:
         A request has a prompt (token ids), max_new_tokens, a Sampling and noise, as `scheduler.Request` does. `cached`
         tokens of these rows are in the KV cache already and the prompts continue them; rows are neighbours then.
         """
-        prompts = list(dict.fromkeys(tuple(request.prompt) for request in requests))
-        n, width = len(prompts), max(map(len, prompts))
-        in_place = rows == list(range(rows[0], rows[0] + n))  # one prompt a row, of neighbours
-        if self.compile_prefill and self.device.type == "cuda":
-            width = min(max(16, 1 << (width - 1).bit_length()), self.length)
-        elif self.compile_prefill:
-            width = max(width, 2)  # a length of 1 would be compiled apart
-        elif self.device.type == "cpu":
-            width = min(_few_widths(width), self.length)
 
         def run():
-            # A row's own token as padding: none that repetition_penalty would count as seen
-            tokens = self._sent([[*prompt, *prompt[:1] * (width - len(prompt))] for prompt in prompts])
-            lengths, index = self._sent([len(prompt) for prompt in prompts]), self._sent(rows)
-            position = torch.full_like(lengths, cached) if cached else None
-            cache = self.cache.rows(rows[0], n) if in_place else self.cache.like(n, width)
-            first = not self.events and rows == list(range(n)) and not cached
-            if self.compile_prefill and self.device.type == "cuda" and first:
-                logits = self._recorded_prefill(model, tokens, lengths)
-            else:
-                logits = self._logits(model, tokens, cache, position, lengths)
-            if n < len(rows):
-                places = {prompt: i for i, prompt in enumerate(prompts)}
-                of = [places[tuple(request.prompt)] for request in requests]
-                rows_of = [[row for row, place in zip(rows, of) if place == i] for i in range(n)]
-                if n <= max(map(len, rows_of)):  # one prompt after another, to all of its rows
-                    for i, to in enumerate(rows_of):
-                        self.cache.copy_rows(cache, slice(i, i + 1), self._sent(to))
-                else:  # all prompts, to their first rows, their second ones and so on
-                    for to in zip_longest(*rows_of):
-                        taken = [i for i, row in enumerate(to) if row is not None]
-                        self.cache.copy_rows(cache, self._sent(taken), self._sent([to[i] for i in taken]))
-                of = self._sent(of)
-                logits, lengths, tokens = logits[of], lengths[of], tokens[of]
-            elif not in_place:
-                self.cache.copy_rows(cache, to=index)
-            state = self._state_of(requests)
+            logits, tokens, lengths = self._prefill_rows(model, rows, requests, cached)
+            index, state = self._sent(rows), self._state_of(requests)
             state.position.copy_(lengths + cached)
             if self.kind.penalize:
                 seen = self.state.seen[index] if cached else torch.zeros_like(self.state.seen[: len(rows)])
@@ -271,6 +238,43 @@ class Runner:
 
         with _range("prefill", self.device):
             self._event(run, prefill=True)
+
+    def _prefill_rows(self, model: Transformer, rows: list[int], requests: list, cached: int):
+        """Fills the caches of rows [N] with the prompts of requests [N], each computed once. Returns logits [N, V] of the
+        last tokens, the prompts [N, T], padded on the right, and their lengths [N]."""
+        prompts = list(dict.fromkeys(tuple(request.prompt) for request in requests))
+        n, width = len(prompts), max(map(len, prompts))
+        if self.compile_prefill and self.device.type == "cuda":
+            width = min(max(16, 1 << (width - 1).bit_length()), self.length)
+        elif self.compile_prefill:
+            width = max(width, 2)  # a length of 1 would be compiled apart
+        elif self.device.type == "cpu":
+            width = min(_few_widths(width), self.length)
+        # A row's own token as padding: none that repetition_penalty would count as seen
+        tokens = self._sent([[*prompt, *prompt[:1] * (width - len(prompt))] for prompt in prompts])
+        lengths = self._sent([len(prompt) for prompt in prompts])
+        in_place = rows == list(range(rows[0], rows[0] + n))  # one prompt a row, of neighbours
+        cache = self.cache.rows(rows[0], n) if in_place else self.cache.like(n, width)
+        if self.compile_prefill and self.device.type == "cuda" and in_place and not (rows[0] or self.events or cached):
+            logits = self._recorded_prefill(model, tokens, lengths)
+        else:
+            logits = self._logits(model, tokens, cache, torch.full_like(lengths, cached) if cached else None, lengths)
+        if n == len(rows):
+            if not in_place:
+                self.cache.copy_rows(cache, to=self._sent(rows))
+            return logits, tokens, lengths
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        of = [place[tuple(request.prompt)] for request in requests]
+        rows_of = [[row for row, i in zip(rows, of) if i == prompt] for prompt in range(n)]
+        if n <= max(map(len, rows_of)):  # one prompt after another, to all of its rows
+            for i, to in enumerate(rows_of):
+                self.cache.copy_rows(cache, slice(i, i + 1), self._sent(to))
+        else:  # all prompts, to their first rows, their second ones and so on
+            for to in zip_longest(*rows_of):
+                taken = [i for i, row in enumerate(to) if row is not None]
+                self.cache.copy_rows(cache, self._sent(taken), self._sent([to[i] for i in taken]))
+        of = self._sent(of)
+        return logits[of], tokens[of], lengths[of]
 
     def _state_of(self, requests: list) -> State:
         """A state of one row a request, before its first token."""
