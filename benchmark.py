@@ -334,7 +334,8 @@ def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
 
 
 def request_lengths(count: int) -> list[tuple[int, int]]:
-    """Tokens of the prompt and new ones of each request: log-normal around means of 200 and 250, cut at 16 and 1,024."""
+    """Tokens of the prompt and new ones of each request: log-normal around means of 200 and 250, cut at 16 and
+    1,024."""
     source, deviation = random.Random(20261124), 0.8
 
     def length(mean: float) -> int:
@@ -405,9 +406,9 @@ def peer_rows(
     repeats: int | None = None,
     limits: list[int] | None = None,
 ) -> Iterator[dict]:
-    """A row for each model, and each of vLLM's precisions beside ours, or each of transformers' `caches`, on the prompts
-    that prompts_of(vocabulary size) gives; `limits` are the new tokens of each, if they differ. A failure of vLLM is told
-    in a line and has no row."""
+    """A row for each model, and each of vLLM's precisions beside ours, or each of transformers' `caches`, on the
+    prompts that prompts_of(vocabulary size) gives; `limits` are the new tokens of each, if they differ. A failure of
+    vLLM is told in a line and has no row."""
     precisions = peers.vllm_precisions(args.precisions) if "vllm" in args.peers else ()
     for name, precision in product(args.models, precisions):
         config, settings = config_of_peer(name), (args.repeats, args.vllm_site, args.peer_timeout)

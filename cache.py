@@ -22,8 +22,8 @@ class Codec:
     """How keys and values are stored in `dtype`. A new cache dtype is an entry of `CODECS`, and what the kernels of
     ops/decode_attention.py and ops/rope.py need to convert it.
 
-    real = stored * scale. `limit` is the largest stored value; 0 means that the dtype has the range of activations and no
-    scale. `calibrated` says whether the scales are those of calibrate.py; else they are 1.
+    real = stored * scale. `limit` is the largest stored value; 0 means that the dtype has the range of activations and
+    no scale. `calibrated` says whether the scales are those of calibrate.py; else they are 1.
     """
 
     dtype: torch.dtype
@@ -111,7 +111,8 @@ class LayerCache:
         return self.codec.encode(k, self.k_scale), self.codec.encode(v, self.v_scale)
 
     def write(self, k: Tensor, v: Tensor, position: Tensor | None, lengths: Tensor | None, slot: tuple | None = None):
-        """Stores encoded k and v [B, K, T, D] of tokens from `position` [B] on (None: 0), the first `lengths` [B] of them.
+        """Stores encoded k and v [B, K, T, D] of tokens from `position` [B] on (None: 0), the first `lengths` [B] of
+        them.
 
         Padding behind a row's length may be stored too, but only in slots that no query sees before their own token
         overwrites them. `slot` is the index of the entries of one new token a row, as `token_slot` makes it.
@@ -192,8 +193,8 @@ class KVCache:
         return KVCache(layers)
 
     def copy_rows(self, source: "KVCache", rows=slice(None), to=slice(None)):
-        """Fills the rows at index `to` with the rows at index `rows` of `source`, which has the same length or a smaller
-        one.
+        """Fills the rows at index `to` with the rows at index `rows` of `source`, which has the same length or a
+        smaller one.
 
         A slot of a smaller cache is the same in a larger one: rings are either full already or not yet closed.
         """

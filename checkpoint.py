@@ -141,7 +141,8 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _stored_tensor(file: Path, key: str, entry: dict, base: int) -> StoredTensor:
-    """What an entry of a header says, whose data begin at `base`. Raises ValueError for what the format does not have."""
+    """What an entry of a header says, whose data begin at `base`. Raises ValueError for what the format does not
+    have."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{key} is {shown(entry)}, not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -154,7 +155,8 @@ def _stored_tensor(file: Path, key: str, entry: dict, base: int) -> StoredTensor
 
 
 def open_tensors(file: Path) -> safe_open:
-    """`safe_open`. Raises ValueError for what `read_header` lets pass and the library doesn't, an unknown dtype for one."""
+    """`safe_open`. Raises ValueError for what `read_header` lets pass and the library doesn't, an unknown dtype for
+    one."""
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
@@ -162,15 +164,16 @@ def open_tensors(file: Path) -> safe_open:
 
 
 def _size(file: Path) -> int:
-    """In bytes. Raises ValueError if `file` is none, but a directory, a link to nowhere, or a pipe, which may not end."""
+    """In bytes. Raises ValueError if `file` is none, but a directory, a link to nowhere, or a pipe, which may not
+    end."""
     if not file.is_file():
         raise ValueError(f"{file} is no regular file")
     return file.stat().st_size
 
 
 def _parse(text: bytes) -> dict:
-    """A JSON object in UTF-8. Raises ValueError for anything else, and for a key that comes twice, NaN, a byte order mark
-    or nesting too deep to read, which JSON (https://www.rfc-editor.org/rfc/rfc8259) refuses or leaves open."""
+    """A JSON object in UTF-8. Raises ValueError for anything else, and for a key that comes twice, NaN, a byte order
+    mark or nesting too deep to read, which JSON (https://www.rfc-editor.org/rfc/rfc8259) refuses or leaves open."""
 
     def unique(pairs: list) -> dict:
         content = dict(pairs)

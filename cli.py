@@ -115,7 +115,8 @@ def print_error(error: Exception):
 
 
 def _ready_streams():
-    """Makes the standard streams fit for any text, and sees to those that are closed. Raises ValueError without stdout."""
+    """Makes the standard streams fit for any text, and sees to those that are closed. Raises ValueError without
+    stdout."""
     for descriptor in range(3):  # the next file that is opened would get the number of a closed one, and its output
         try:
             os.fstat(descriptor)

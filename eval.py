@@ -220,8 +220,8 @@ class HarnessModel(TemplateLM):
     """A model as the harness wants it, for `lm_eval.simple_evaluate(model=HarnessModel(model, tokenizer), ...)`.
 
     Text becomes tokens, and scores are made, as by the harness's own `hf` model for Gemma: <bos> in front of every
-    context and, in rolling log-likelihoods, in front of the text, where it is predicted, too. `compile` is for the decode
-    steps of generation tasks.
+    context and, in rolling log-likelihoods, in front of the text, where it is predicted, too. `compile` is for the
+    decode steps of generation tasks.
     """
 
     def __init__(

@@ -111,15 +111,16 @@ class Weight(nn.Module):
 
 
 def quantize_int8(weight: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] and scale [N] of each row of weight [N, K]: the nearest of 255 codes, the largest value being 127."""
+    """Codes [N, K] and scale [N] of each row of weight [N, K]: the nearest of 255 codes, the largest value being
+    127."""
     scale = _scale(weight.float().abs().amax(1) / 127)
     codes = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127)
     return codes.to(torch.int8), scale
 
 
 def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Packed codes [N, K / 8] and scales [N, K / group, 2]: each group of neighbours in weight [N, K] to the nearest of 16
-    codes, from its least value to its largest."""
+    """Packed codes [N, K / 8] and scales [N, K / group, 2]: each group of neighbours in weight [N, K] to the nearest of
+    16 codes, from its least value to its largest."""
     groups = weight.float().unflatten(1, (-1, group))
     parameters = group_parameters(groups)
     scale, zero = parameters.float()[..., None].unbind(-2)

@@ -80,11 +80,11 @@ def load_model(
     """Loads a checkpoint directory (or one weight file in it) on `device` (None: CUDA where there is a GPU).
 
     `precision`, bf16 or fp32, is that of everything but FP8 weights. With `fp8`, linear layers work in E4M3: from the
-    directory's FP8 file, or quantized while loading with the factors of fp8_scales.safetensors; so does an FP8 file that
-    is named. A file with int8 or int4 weights is run as it is. Factors for K and V are taken along where there are any:
-    of integer weights their own, else those of the directory. `ops`, one of `ops.NAMES`, says what runs the layers. The
-    tokenizer's <end_of_turn> joins config.stop_ids. Raises FileNotFoundError or ValueError with a line that says what is
-    wrong; warns about shards that are converted in memory.
+    directory's FP8 file, or quantized while loading with the factors of fp8_scales.safetensors; so does an FP8 file
+    that is named. A file with int8 or int4 weights is run as it is. Factors for K and V are taken along where there are
+    any: of integer weights their own, else those of the directory. `ops`, one of `ops.NAMES`, says what runs the
+    layers. The tokenizer's <end_of_turn> joins config.stop_ids. Raises FileNotFoundError or ValueError with a line that
+    says what is wrong; warns about shards that are converted in memory.
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ValueError(f"path must be that of a checkpoint, not {path!r}")
@@ -191,15 +191,16 @@ def generate(
     stop_when(its new tokens) is true. Settings are those of `sampling` (default: `Sampling()`), but for temperature to
     repetition_penalty where they are given. At most batch_size rows run at once (default: what memory holds, at most
     MAX_BATCH), refilled as they finish; a row's result does not depend on the others, nor its noise (drawn from `seed`,
-    the prompt's number and the sample's) on the device. kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a dtype.
+    the prompt's number and the sample's) on the device. kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a
+    dtype.
 
-    max_new_tokens, sampling, num_samples, stop_when and seed may be lists of one value a prompt. A prompt with a seed of
-    its own has the text that it has alone; (seed, i) stands for a seed of all prompts and the prompt's number.
+    max_new_tokens, sampling, num_samples, stop_when and seed may be lists of one value a prompt. A prompt with a seed
+    of its own has the text that it has alone; (seed, i) stands for a seed of all prompts and the prompt's number.
 
-    on_token gets the tokens of a single row as they come, on_completion the numbers of the prompt and the sample and the
-    tokens of each result as soon as it is there; on_step(i, runner) is called before each prefill (i is 0) and before
-    decode step i. Results whose (prompt, sample) is in `skip` are not made: they are empty lists. stop_check is for the
-    benchmark (`scheduler.LAGS`); `stats` is added to.
+    on_token gets the tokens of a single row as they come, on_completion the numbers of the prompt and the sample and
+    the tokens of each result as soon as it is there; on_step(i, runner) is called before each prefill (i is 0) and
+    before decode step i. Results whose (prompt, sample) is in `skip` are not made: they are empty lists. stop_check is
+    for the benchmark (`scheduler.LAGS`); `stats` is added to.
 
     Several threads may run one model at a time, each with a cache of its own. Raises ValueError for an empty prompt, an
     unknown token id, a prompt too long for the context, a setting of a wrong type or out of its range, or too little
@@ -345,8 +346,8 @@ def _rows_that_fit(
     model: Transformer, rows: int, length: int, longest: int, codec: Codec, kind: DrawKind, fewer: bool
 ) -> int:
     """`rows`, or as many of them as memory has room for if `fewer` may be taken: of KV cache, decode state, and what a
-    prefill takes (activations of the feed-forward layer, some at once, and a cache of its own). Raises ValueError if they
-    don't fit."""
+    prefill takes (activations of the feed-forward layer, some at once, and a cache of its own). Raises ValueError if
+    they don't fit."""
     config = model.config
 
     # Bytes a logit that a draw takes: sorting, float64, and what a penalty makes of them
@@ -472,7 +473,8 @@ def _converse(
 
 
 class _Printer:
-    """Prints a text as its tokens come, but for what may be the beginning of a stop string, and none of what follows."""
+    """Prints a text as its tokens come, but for what may be the beginning of a stop string, and none of what
+    follows."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...], stops: list[str]):
         self.stream, self.stop_ids, self.stops = tokenizer.stream(), stop_ids, stops

@@ -41,7 +41,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of one layer: queries, keys and values of the normed stream, and the product by `wo` of what they make."""
+    """Attention of one layer: queries, keys and values of the normed stream, and the product by `wo` of what they
+    make."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -148,8 +149,8 @@ class Transformer(nn.Module):
     ) -> "Transformer":
         """A model with weights drawn on `device` from N(0, 0.02²), norms zero: for measuring and testing.
 
-        Layers, and with `head` the embedding, have their weights in `format`. In FP8, inputs are scaled for values up to
-        20; integers are evenly distributed codes of the same deviation.
+        Layers, and with `head` the embedding, have their weights in `format`. In FP8, inputs are scaled for values up
+        to 20; integers are evenly distributed codes of the same deviation.
         """
         with torch.device("meta"):
             model = cls(config)

@@ -1,7 +1,7 @@
 """Write a checkpoint with quantized weights: fp8 and int8 have half of BF16's bytes, int4 little more than a quarter.
 
-int8 and int4 are for weights only: activations stay as they are. int4-gptq writes what int4 does, with codes that make up
-for one another's rounding on a text (https://arxiv.org/abs/2210.17323).
+int8 and int4 are for weights only: activations stay as they are. int4-gptq writes what int4 does, with codes that make
+up for one another's rounding on a text (https://arxiv.org/abs/2210.17323).
 """
 
 import interrupt
@@ -204,8 +204,8 @@ BLOCK = 128  # columns between two updates of all that follow
 def gptq(
     weight: Tensor, hessian: Tensor, group: int, act_order: bool = False, damping: float = 0.01
 ) -> tuple[Tensor, Tensor]:
-    """The parameters, in int4, of weight [N, K] that keep its products with inputs x, of which hessian [K, K] is the sum
-    of x xᵀ.
+    """The parameters, in int4, of weight [N, K] that keep its products with inputs x, of which hessian [K, K] is the
+    sum of x xᵀ.
 
     Columns are rounded one after the other, and what is lost in one is made up for in those that follow, along the
     inverse of the hessian that is left: row j of U, with H⁻¹ = Uᵀ U, is what the paper's (3) needs at column j, and all

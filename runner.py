@@ -1,4 +1,5 @@
-"""The device's side of decoding: the state of a batch, whole-step graphs, and the chain of two streams that runs them."""
+"""The device's side of decoding: the state of a batch, whole-step graphs, and the chain of two streams that runs
+them."""
 
 import threading
 import time
@@ -96,17 +97,18 @@ def next_token(state: State, logits: Tensor, kind: DrawKind):
 
 
 class Runner:
-    """The state and KV cache of up to `batch_size` rows of at most `length` tokens, allocated once, and what advances them.
+    """The state and KV cache of up to `batch_size` rows of at most `length` tokens, allocated once, and what advances
+    them.
 
     It may serve many runs, one at a time: prompts, sampling and, on a GPU, the number of rows change between them, and
-    within a run `admit` fills rows with new prompts, whatever the others do.
-    `compile` records the decode step as one CUDA graph, once for each number of rows and `DrawKind`, all in one memory
-    pool; on a CPU torch.compile makes the step. `compile_prefill` does so with prefill, for prompts padded to a power of
-    two. Raises ValueError for an FP8 cache whose scales are bad.
+    within a run `admit` fills rows with new prompts, whatever the others do. `compile` records the decode step as one
+    CUDA graph, once for each number of rows and `DrawKind`, all in one memory pool; on a CPU torch.compile makes the
+    step. `compile_prefill` does so with prefill, for prompts padded to a power of two. Raises ValueError for an FP8
+    cache whose scales are bad.
 
     `admit` and `step` are events of one chain: each begins, on the device, when the one before has ended, and writes an
-    entry of the log, which `read` gives to the host. On CUDA two streams alternate. Event i waits, on the device, for the
-    CUDA event that event i - 1 records behind its last kernel; behind that comes the copy of the log's entry to the
+    entry of the log, which `read` gives to the host. On CUDA two streams alternate. Event i waits, on the device, for
+    the CUDA event that event i - 1 records behind its last kernel; behind that comes the copy of the log's entry to the
     host, which runs beside event i, and then another CUDA event, on which `read` waits. Who reads entry i - 1 while
     event i runs never lets the device wait. An entry is read before the log, which has one for every token of a row,
     comes round to it.
@@ -143,8 +145,9 @@ class Runner:
             self._prefill = _compiled(Transformer.logits, dynamic=None) if compile_prefill else Transformer.logits
 
     def start(self, model: Transformer, rows: int, kind: DrawKind, stop_ids: tuple[int, ...]):
-        """Readies the first `rows` rows of state and KV cache for a run, or some more where steps are graphs, and compiles
-        or records what is not yet. Raises ValueError for too many stop ids, or --compile on a CPU without a compiler."""
+        """Readies the first `rows` rows of state and KV cache for a run, or some more where steps are graphs, and
+        compiles or records what is not yet. Raises ValueError for too many stop ids, or --compile on a CPU without a
+        compiler."""
         if self.compile and self.device.type == "cuda":
             rows = min(_padded_rows(rows), self.batch_size)
         if len(stop_ids) > MAX_STOP_IDS:
@@ -240,8 +243,8 @@ class Runner:
             self._event(run, prefill=True)
 
     def _prefill_rows(self, model: Transformer, rows: list[int], requests: list, cached: int):
-        """Fills the caches of rows [N] with the prompts of requests [N], each computed once. Returns logits [N, V] of the
-        last tokens, the prompts [N, T], padded on the right, and their lengths [N]."""
+        """Fills the caches of rows [N] with the prompts of requests [N], each computed once. Returns logits [N, V] of
+        the last tokens, the prompts [N, T], padded on the right, and their lengths [N]."""
         prompts = list(dict.fromkeys(tuple(request.prompt) for request in requests))
         n, width = len(prompts), max(map(len, prompts))
         if self.compile_prefill and self.device.type == "cuda":
@@ -334,7 +337,8 @@ class Runner:
             self._event(run)
 
     def _event(self, run: Callable, prefill: bool = False):
-        """Runs `run`, which writes an entry of the log, behind the event before, and has the entry copied to the host."""
+        """Runs `run`, which writes an entry of the log, behind the event before, and has the entry copied to the
+        host."""
         entry, rows = self.events % len(self.log), len(self.state.token)
         if self.device.type == "cpu":
             start = time.perf_counter()
@@ -429,7 +433,8 @@ _lock, _recording = threading.Lock(), threading.Lock()  # one thread at a time r
 def lease(
     model: Transformer, rows: int, length: int, codec: Codec, compile: bool = False, compile_prefill: bool = False
 ) -> Iterator[Runner]:
-    """A runner of `model` for as long as the context lasts: the one that waits, if it fits the arguments, else a new one.
+    """A runner of `model` for as long as the context lasts: the one that waits, if it fits the arguments, else a new
+    one.
 
     Nobody else has it meanwhile: a second thread, or a run that starts within a run, gets another one. Where steps are
     graphs and attention reads what a row has, a larger runner does: lengths and rows are rounded up to a power of two,

@@ -13,9 +13,10 @@ from torch import Tensor
 class Sampling:
     """How the next token is drawn. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
 
-    The repetition penalty (CTRL, arXiv:1909.05858, over prompt and new tokens) comes first. Then the filters work in the
-    order of FILTERS, each on the distribution that the one before left: temperature, top-k, top-p (arXiv:1904.09751),
-    min-p (arXiv:2407.01082). That is transformers' order, too. Raises ValueError for a value out of its range.
+    The repetition penalty (CTRL, arXiv:1909.05858, over prompt and new tokens) comes first. Then the filters work in
+    the order of FILTERS, each on the distribution that the one before left: temperature, top-k, top-p
+    (arXiv:1904.09751), min-p (arXiv:2407.01082). That is transformers' order, too. Raises ValueError for a value out of
+    its range.
     """
 
     temperature: float = 0.8
@@ -72,7 +73,8 @@ TOP_K_STEP = 256  # top_k is rounded up to a multiple for the device, which then
 
 
 class DrawKind(NamedTuple):
-    """What of the `Sampling` of all rows shapes the computation of a step; values are the device's, and differ by row."""
+    """What of the `Sampling` of all rows shapes the computation of a step; values are the device's, and differ by
+    row."""
 
     greedy: bool  # whether some rows take the most probable token
     candidates: int  # a multiple of TOP_K_STEP that covers top_k of all rows with a filter of sorted logits; 0: none
@@ -119,8 +121,9 @@ def draw(
     """Draws a token [B] for each row of logits [B, V] by inverting its cumulative distribution at noise [B] in [0, 1).
 
     `settings` gives each filter its values [B, 1], by the filter's name. A row's token depends on nothing but its own
-    logits, noise and settings; only which of equal logits comes first is PyTorch's choice, which knows all rows. Nothing is read by the host. Double precision keeps sums over a whole vocabulary exact to
-    well below the noise's own resolution.
+    logits, noise and settings; only which of equal logits comes first is PyTorch's choice, which knows all rows.
+    Nothing is read by the host. Double precision keeps sums over a whole vocabulary exact to well below the noise's own
+    resolution.
     """
 
     def pick(logits: Tensor, filters) -> Tensor:

@@ -46,8 +46,9 @@ class Running:
 class Scheduler:
     """Runs requests, in their order, on the rows of a `runner.Runner`, which has been started for that many rows.
 
-    Finished rows are refilled together, a sixteenth of all at a time: a prefill of one prompt takes little less than that
-    of some. A row whose limit is reached is refilled without waiting for the log; one that stops is known a step late.
+    Finished rows are refilled together, a sixteenth of all at a time: a prefill of one prompt takes little less than
+    that of some. A row whose limit is reached is refilled without waiting for the log; one that stops is known a step
+    late.
     """
 
     def __init__(self, runner, model, requests: Iterable[Request], rows: int, check: str = "ping-pong"):
@@ -61,8 +62,8 @@ class Scheduler:
     def run(self, on_step: Callable | None = None, on_token: Callable | None = None, cached: int = 0) -> Iterator:
         """Yields (request, new tokens) as completions finish.
 
-        on_step(0, runner) is called before each prefill, on_step(i, runner) before decode step i; on_token gets each new
-        token. `cached` tokens of the prompts are in the rows' caches already.
+        on_step(0, runner) is called before each prefill, on_step(i, runner) before decode step i; on_token gets each
+        new token. `cached` tokens of the prompts are in the rows' caches already.
         """
         self._look_ahead()
         while self.waiting or self.running:

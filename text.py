@@ -79,8 +79,9 @@ class Output:
     """Completions of a run as JSON lines, appended to FILE.partial as they finish and sorted into FILE at the end.
 
     A run that was ended goes on where it stopped: `done` has the completions that are there already, by the numbers of
-    the prompt and the sample, and `seed` the seed that the first start had. `run` is what the completions depend on besides. Raises ValueError for a FILE that
-    exists, a partial one of another run or seed, or one that another process writes.
+    the prompt and the sample, and `seed` the seed that the first start had. `run` is what the completions depend on
+    besides. Raises ValueError for a FILE that exists, a partial one of another run or seed, or one that another process
+    writes.
     """
 
     def __init__(self, file: Path, run: dict, seed: int | None):
@@ -156,7 +157,8 @@ def read_texts(file: Path) -> list[str]:
 
 
 def _read(file: Path, what: str) -> tuple[str, bytes]:
-    """Name and content, without a byte order mark, of a file or a pipe, which can be read but once; of stdin for "-"."""
+    """Name and content, without a byte order mark, of a file or a pipe, which can be read but once; of stdin for
+    "-"."""
     if str(file) == "-":
         if sys.stdin is None:
             raise ValueError(f"the {what} is stdin, which is closed")

@@ -14,7 +14,8 @@ class Tokenizer:
     """`encode` puts <bos> in front, as every Gemma expects. Ids of control tokens decode to nothing."""
 
     def __init__(self, path: str | Path):
-        """Loads tokenizer.model. Raises FileNotFoundError without the file, ValueError if it is cut or is not Gemma's."""
+        """Loads tokenizer.model. Raises FileNotFoundError without the file, ValueError if it is cut or is not
+        Gemma's."""
         path = Path(path)
         if not path.is_file():  # a pipe could be waited for without end
             raise FileNotFoundError(f"no tokenizer at {path}; a checkpoint needs Gemma's tokenizer.model")

@@ -1,8 +1,8 @@
 """The operations that Gemma's layers are made of, and the one place where it is chosen what runs them.
 
 Each operation has one name and a PyTorch definition, which runs on any device, in float32 to FP8, and can be
-differentiated where its inputs are not FP8 or integers. Most have Triton kernels beside it, and some TransformerEngine's
-modules. model.py is written over `Ops` and knows none of them.
+differentiated where its inputs are not FP8 or integers. Most have Triton kernels beside it, and some
+TransformerEngine's modules. model.py is written over `Ops` and knows none of them.
 
 | operation      | what it makes                                             | definition and kernels in        |
 | -------------- | --------------------------------------------------------- | -------------------------------- |
@@ -28,7 +28,8 @@ NAMES = ("auto", "kernels", "te", "torch")
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every operation. `replace(ops, matmul=...)` makes another, for recording what passes, say."""
+    """One implementation of every operation. `replace(ops, matmul=...)` makes another, for recording what passes,
+    say."""
 
     name: str
     rope: Callable
@@ -68,8 +69,8 @@ KERNELS = Ops(
 def choose(name: str, device: torch.device) -> Ops:
     """The implementation `name` of NAMES for `device`.
 
-    "auto" is the kernels on a CUDA GPU with Triton, else PyTorch: TransformerEngine's modules lose to the kernels at every
-    shape that was measured (`python benchmark.py prefill`). Raises ValueError for what doesn't run there.
+    "auto" is the kernels on a CUDA GPU with Triton, else PyTorch: TransformerEngine's modules lose to the kernels at
+    every shape that was measured (`python benchmark.py prefill`). Raises ValueError for what doesn't run there.
     """
     if name not in NAMES:
         raise ValueError(f"ops must be one of {', '.join(NAMES)}, not {name!r}")

@@ -22,9 +22,10 @@ def attend(
 ) -> Tensor:
     """Makes wo's input [B * T, H * D] of wqkv's output: norms, rotation, cache write and attention.
 
-    qkv is [B * T, (H + 2 * K) * D] in `dtype`, or float32 partial sums of it. cache is the layer's `LayerCache`, or None
-    for attention among the new tokens alone. With a cache, queries see keys and values as it stores them, in prefill as
-    in decoding, and however a prompt is cut into pieces. The result is in `dtype` or, with output_scale, in E4M3.
+    qkv is [B * T, (H + 2 * K) * D] in `dtype`, or float32 partial sums of it. cache is the layer's `LayerCache`, or
+    None for attention among the new tokens alone. With a cache, queries see keys and values as it stores them, in
+    prefill as in decoding, and however a prompt is cut into pieces. The result is in `dtype` or, with output_scale, in
+    E4M3.
     """
     batch, tokens, position, head_dim = positions.batch, positions.tokens, positions.position, layer.head_dim
     heads = summed(qkv, dtype).view(batch, tokens, -1, head_dim)
@@ -60,7 +61,8 @@ def attend_triton(
     output_scale: Tensor | None = None,
     fused: Callable | None = None,
 ) -> Tensor:
-    """Does what `attend` does: with kernels for one new token a row, and for prompts with kernels around a fused attention.
+    """Does what `attend` does: with kernels for one new token a row, and for prompts with kernels around a fused
+    attention.
 
     `fused`(q, k, v, scale, mask, window, softcap) is that attention: PyTorch's, unless it is given. Prompts without a
     cache, and more than one token behind cached ones, are `attend`'s.
@@ -83,11 +85,12 @@ def attend_triton(
 def attention_mask(
     cache, window: int | None, query: Tensor, position: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, tuple | None]:
-    """Which keys queries at positions query [B, T] see behind `position` [B] cached tokens, and where one new token goes.
+    """Which keys queries at positions query [B, T] see behind `position` [B] cached tokens, and where one new token
+    goes.
 
-    The mask [B, 1, T, keys] in `dtype` is 0 where a query sees a key, else -inf. One query a row sees the cache, its own
-    token included. More of them see what the cache held before them, [0, S), and then each other, [S, S + T). The second
-    result is the index of one new token a row in the cache, None for more.
+    The mask [B, 1, T, keys] in `dtype` is 0 where a query sees a key, else -inf. One query a row sees the cache, its
+    own token included. More of them see what the cache held before them, [0, S), and then each other, [S, S + T). The
+    second result is the index of one new token a row in the cache, None for more.
     """
     if query.shape[1] == 1:  # a ring holds nothing that is out of the window
         mask = (torch.arange(cache.slots, device=query.device) <= query)[:, None, None, :]

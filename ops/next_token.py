@@ -11,8 +11,8 @@ ARGMAX_BLOCK, ARGMAX_WARPS = 2048, 4
 def append_token(state, logits: Tensor, token: Tensor):
     """Appends token [B], which was drawn from logits [B, V], to each row of a `runner.State` that is not done.
 
-    A row that is done keeps its count. `finite` says whether the logits of a row that was not done are finite: their sum
-    is not if one of them isn't, and is one pass over them.
+    A row that is done keeps its count. `finite` says whether the logits of a row that was not done are finite: their
+    sum is not if one of them isn't, and is one pass over them.
     """
     state.token.copy_(token)
     state.finite.copy_(state.done | logits.sum(-1).isfinite())

@@ -1,9 +1,10 @@
 """TransformerEngine's linear and attention modules as implementations of `matmul`, `matmul_geglu` and `attend`.
 
-They share weights, cache and state with the other implementations, and results agree within rounding. The linear modules
-run in prefill and inside the decode step's graph. The attention module runs in prefill; a decode step's attention stays
-the kernel's, since the module has no FP8 cache, no ring of a local layer, and reads lengths on the host. Gemma 2's
-softcap, which turns the module's fused attention off, is PyTorch's, and integer weights and float32 are the kernels'.
+They share weights, cache and state with the other implementations, and results agree within rounding. The linear
+modules run in prefill and inside the decode step's graph. The attention module runs in prefill; a decode step's
+attention stays the kernel's, since the module has no FP8 cache, no ring of a local layer, and reads lengths on the
+host. Gemma 2's softcap, which turns the module's fused attention off, is PyTorch's, and integer weights and float32 are
+the kernels'.
 """
 
 import importlib
@@ -82,7 +83,8 @@ class Modules:
         return attend_triton(qkv, layer, cache, positions, dtype, None, fused)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask, window: int | None, softcap) -> Tensor:
-        """Causal attention as `softmax_attention` makes it, by DotProductAttention; its scale is fixed, so q is scaled."""
+        """Causal attention as `softmax_attention` makes it, by DotProductAttention; its scale is fixed, so q is
+        scaled."""
         key = (q.shape[1], k.shape[1], q.shape[3], window)
         if key not in self.attentions:
             with torch.inference_mode(False):
@@ -104,8 +106,8 @@ class Modules:
 class Linear:
     """TransformerEngine's linear layer over a `formats.Weight` in bf16 or E4M3, whose memory it shares.
 
-    FP8 is by DelayedScaling, whose scales are set here and stay, since they are updated only where gradients are enabled.
-    Rows are padded to the multiple of 8 that its FP8 products want.
+    FP8 is by DelayedScaling, whose scales are set here and stay, since they are updated only where gradients are
+    enabled. Rows are padded to the multiple of 8 that its FP8 products want.
     """
 
     def __init__(self, te, weight):

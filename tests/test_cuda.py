@@ -192,8 +192,8 @@ def test_calibration_is_the_cpus(with_factors, tmp_path):
 @pytest.mark.parametrize("kv_dtype", [None, E4M3, E5M2])
 @pytest.mark.parametrize("name", ["kernels", "torch"])
 def test_fp8_logits_are_the_cpus(with_factors, on_gpu, name, kv_dtype):
-    """Teacher-forced over 8 x 200 tokens: the mean loss agrees to 0.01 (0.02 with E5M2's two bits), four of its standard
-    errors, and single logits to less than FP8's own error.
+    """Teacher-forced over 8 x 200 tokens: the mean loss agrees to 0.01 (0.02 with E5M2's two bits), four of its
+    standard errors, and single logits to less than FP8's own error.
 
     Not closer: a difference of one part in a million, which any other order of summing makes, moves some input to the
     next FP8 code, 6 % away, and after some layers two correct programs differ by most of what each differs from

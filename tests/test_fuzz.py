@@ -1,7 +1,7 @@
 """Checkpoints that something happened to: each is refused in one line, or is the same model as before.
 
-`pytest tests/test_fuzz.py -s --mutations 5000` runs a longer test and prints how many ended which way. A mutation depends
-on the kind of checkpoint and its number only, both of which a failure names.
+`pytest tests/test_fuzz.py -s --mutations 5000` runs a longer test and prints how many ended which way. A mutation
+depends on the kind of checkpoint and its number only, both of which a failure names.
 """
 
 import json

@@ -78,7 +78,8 @@ def problem(n=6, k=96, samples=300):
 
 
 def direct(weight, hessian, group, act_order, damping):
-    """GPTQ as the paper's (2) says it: after each column, all that are left move by the solution of their own problem."""
+    """GPTQ as the paper's (2) says it: after each column, all that are left move by the solution of their own
+    problem."""
     weight, k = weight.clone(), weight.shape[1]
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(k).double()
     order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(k))

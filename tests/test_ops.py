@@ -37,10 +37,10 @@ patched_modules = set()  # Triton's own, in which the interpreter has replaced w
 def exact_interpreter(monkeypatch):
     """Makes the interpreter round as the hardware does, and take a third of its time.
 
-    Triton's interpreter cuts bfloat16 off, loses FP8's carries (1.99 becomes 1), makes no bfloat16 of integers, multiplies
-    its matrices as integers, and with NumPy 2.5 can't use a loaded number as a loop's bound. For each call of a function
-    it replaces all of the language anew, which the launch of the kernel has done before, and for each sum of integers it
-    finds out whether it overflows, which it tells nobody.
+    Triton's interpreter cuts bfloat16 off, loses FP8's carries (1.99 becomes 1), makes no bfloat16 of integers,
+    multiplies its matrices as integers, and with NumPy 2.5 can't use a loaded number as a loop's bound. For each call
+    of a function it replaces all of the language anew, which the launch of the kernel has done before, and for each sum
+    of integers it finds out whether it overflows, which it tells nobody.
     """
     if DEVICE.type == "cuda":
         return
@@ -711,8 +711,8 @@ STEPS = [
 @torch.inference_mode()
 @pytest.mark.parametrize(NAMES, STEPS)
 def test_decode_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch):
-    """Whole steps of tiny models, rows at different positions, behind a prefill that both share. Tokens and positions are
-    columns of matrices: kernels take what lies in memory without a gap."""
+    """Whole steps of tiny models, rows at different positions, behind a prefill that both share. Tokens and positions
+    are columns of matrices: kernels take what lies in memory without a gap."""
     model = tiny_model(case, dtype, format, monkeypatch)
     position = torch.tensor([19, 3, 12][:rows], device=DEVICE)
     tokens = torch.randint(2, 128, (rows, 20), device=DEVICE)

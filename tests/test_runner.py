@@ -297,8 +297,8 @@ def test_too_many_stop_ids(tiny):
 
 
 def test_compiled_is_eager():
-    """Several calls through one compiled step, of a local and a global layer: other prompts, other settings; and another
-    model of the same shape, since Inductor bakes weights into what it compiles for a CPU."""
+    """Several calls through one compiled step, of a local and a global layer: other prompts, other settings; and
+    another model of the same shape, since Inductor bakes weights into what it compiles for a CPU."""
     rng = random.Random(0)
     prompts = [[2, *rng.choices(range(10, 120), k=length)] for length in (12, 3, 0)]
     one_global = dict(case="gemma3-window-half", num_hidden_layers=2)
