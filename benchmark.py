@@ -46,11 +46,10 @@ from generate import generate, load_model
 from model import Transformer
 from ops import choose
 from runner import Runner, lease
-from sampling import DrawKind, Sampling
+from sampling import ALL_GREEDY, Sampling
 from scheduler import Request
 
 ROOT = Path(__file__).parent
-GREEDY = Sampling(temperature=0)
 OPS = ("kernels", "te", "torch")  # implementations of the operations, as load_model's ops names them
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,13 +450,11 @@ def time_prefill(
 ):
     length = min(-(-(tokens + 1) // 64) * 64, model.config.context_length)
     runner = Runner(model, batch, length, codec_of(kv_dtype, model.dtype), False, compile_prefill)
-    requests = [
-        Request((i, 0), prompt, 1, GREEDY)
-        for i, prompt in enumerate(random_prompts(batch, tokens, model.config.vocab_size))
-    ]
+    prompts = random_prompts(batch, tokens, model.config.vocab_size)
+    requests = [Request((i, 0), prompt, 1, Sampling(temperature=0)) for i, prompt in enumerate(prompts)]
 
     def run():
-        runner.start(model, batch, DrawKind.of(model.config.vocab_size, GREEDY), ())
+        runner.start(model, batch, ALL_GREEDY, ())
         runner.admit(model, list(range(batch)), requests)
         runner.finish()
 

@@ -98,9 +98,8 @@ def run_program(run: Callable, parser: argparse.ArgumentParser, argv: list[str] 
         status = 2
     except KeyboardInterrupt:
         status = 130
-    for stream in filter(
-        None, (sys.stdout, sys.stderr)
-    ):  # what can't be written, Python would complain of once more on exit
+    # What can't be written, Python would complain of once more on exit
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:

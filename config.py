@@ -97,8 +97,8 @@ class ModelConfig:
             if not isinstance(config, dict) or config.get("model_type", "gemma3_text") != "gemma3_text":
                 raise ValueError("model_type is gemma3, but there is no text_config of gemma3_text")
             tied = config.get("tie_word_embeddings", True) if tied is True else tied
-            stop_ids, outer = stop_ids_of(config), stop_ids
-            stop_ids = outer or stop_ids
+            inner = stop_ids_of(config)  # checked, whether it counts or not
+            stop_ids = stop_ids or inner
         elif model_type not in ("gemma", "gemma2", "gemma3_text"):
             known = str(model_type).startswith(("gemma", "recurrent_gemma", "paligemma", "t5gemma"))
             what = (

@@ -24,7 +24,7 @@ from cli import Parser, add_model_options, number, path, run_program
 from generate import generate, load_model
 from model import Transformer
 from runner import release
-from text import batches, before_stop, check_window, read_texts, stops_within, windows
+from text import batches, check_window, completed, read_texts, stops_within, windows
 from tokenizer import Tokenizer
 
 try:
@@ -303,8 +303,7 @@ class HarnessModel(TemplateLM):
                     **({"top_k": 0} | settings),
                 )
             for index, tokens in zip(indices, completions):
-                stopped = tokens[-1] in self.model.config.stop_ids
-                texts[index] = before_stop(self.text.decode(tokens[:-1] if stopped else tokens), stops)
+                texts[index], _ = completed(self.text, tokens, self.model.config.stop_ids, stops)
         return texts
 
 

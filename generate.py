@@ -54,12 +54,12 @@ from ops import choose
 from runner import Runner, held_bytes, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import CHUNK, LAGS, Request, Scheduler
-from text import Output, before_stop, check_prompt, check_text, read_prompts, stops_within
+from text import Output, before_stop, check_prompt, check_text, completed, read_prompts, stops_within
 from tokenizer import Tokenizer
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 MAX_BATCH = 256  # rows that run at once where --batch_size doesn't say
-PADDED = 1.25  # times its tokens that a prefill may be
+PADDED = 1.25  # times its tokens that a prefill has at most, once a runner has rounded its width up
 SHARE = 0.95  # of free memory that a run may plan with: graphs and libraries take some
 CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
 MOST = 2**31 - 1  # of anything that is counted
@@ -428,7 +428,6 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sam
     kind = DrawKind.of(model.config.vocab_size, sampling)
     _rows_that_fit(model, 1, length, min(length, 1024), codec, kind, False)
     with lease(model, 1, length, codec, args.compile, args.compile_prefill) as runner:
-        runner.start(model, 1, kind, model.config.stop_ids)
         _converse(model, tokenizer, runner, sampling, args, seed)
 
 
@@ -437,9 +436,11 @@ def _converse(
 ):
     """Answers each line of stdin by at most max_new_tokens tokens, until there is none."""
     length, max_new_tokens, stops = min(runner.length, CHAT_LENGTH), args.max_new_tokens, args.stop or []
+    kind = DrawKind.of(model.config.vocab_size, sampling)
     check = "every" if model.device.type == "cpu" else "ping-pong"
     cached, unread, turn = 0, [], 0  # tokens in the cache; the model's last token, which is not
     while True:
+        runner.start(model, 1, kind, model.config.stop_ids)  # compiled, the first time, before anybody has to wait
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
@@ -461,7 +462,6 @@ def _converse(
             continue
         printer = _Printer(tokenizer, model.config.stop_ids, stops)
         request = Request((turn, 0), tokens, max_new_tokens, sampling, (seed, turn), stops_within(tokenizer, stops))
-        runner.start(model, 1, runner.kind, model.config.stop_ids)
         try:
             ((_, answer),) = Scheduler(runner, model, [request], 1, check).run(on_token=printer, cached=cached)
         finally:
@@ -623,13 +623,14 @@ def _asked(args: argparse.Namespace, sampling: Sampling) -> list[argparse.Namesp
         entries = read_prompts(args.prompts_file, ("id", "max_new_tokens", "num_samples", "seed", "stop", *SETTINGS))
     else:
         entries = [{"prompt": text, "where": ""} for text in args.prompt or [DEFAULT_PROMPT]]
+        for entry in entries:
+            check_prompt(entry["prompt"])
     options = {name: getattr(args, name) for name in ("max_new_tokens", "num_samples", "stop")} | {"seed": None}
     asked = []
     for entry in entries:
         each = argparse.Namespace(**options | entry)
         each.named = {key: entry[key] for key in ("id", "prompt") if key in entry}
         try:
-            check_prompt(each.prompt)
             each.sampling = replace(sampling, **{name: entry[name] for name in SETTINGS if name in entry})
             for name in ("max_new_tokens", "num_samples"):
                 _check_count(name, getattr(each, name))
@@ -659,9 +660,7 @@ def _output(args: argparse.Namespace, asked: list[argparse.Namespace]) -> Output
 
 def _completion(asked: argparse.Namespace, tokens: list[int], tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> dict:
     """What --json and --output give of new tokens."""
-    whole = tokenizer.decode(tokens[:-1] if tokens[-1] in stop_ids else tokens)
-    text = before_stop(whole, asked.stop)
-    stopped = tokens[-1] in stop_ids or text != whole
+    text, stopped = completed(tokenizer, tokens, stop_ids, asked.stop)
     return asked.named | {
         "text": text,
         "tokens": tokens,

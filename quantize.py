@@ -149,6 +149,7 @@ def check_weights(checkpoint: Checkpoint, scales: dict[str, float]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Integers
 
 
 def write_int(

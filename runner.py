@@ -42,7 +42,7 @@ class State:
     step: Tensor  # [1], how many entries were written
 
     @classmethod
-    def empty(cls, batch_size: int, length: int, device: torch.device, entries: int = 1) -> "State":
+    def empty(cls, batch_size: int, length: int, device: torch.device) -> "State":
         """The state of batch_size rows of at most `length` tokens, all of them done."""
 
         def zeros(*shape, dtype=torch.long):
@@ -130,8 +130,7 @@ class Runner:
         self.whole_cache = KVCache.empty(model.config, batch_size, length, codec, self.device, model.kv_scales)
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
             self.whole_state = State.empty(batch_size, length, self.device)
-            shape, pinned = self.whole_state.log.shape, self.device.type == "cuda"
-            self.log = torch.zeros(shape, dtype=torch.int32, pin_memory=pinned)
+            self.log = torch.zeros_like(self.whole_state.log, device="cpu", pin_memory=self.device.type == "cuda")
         self.cache, self.state = self.whole_cache, self.whole_state  # of the rows that are in use
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
         self.steps, self.prefills, self.pool = {}, {}, None
@@ -166,10 +165,10 @@ class Runner:
             if self.compile and (rows, kind) not in self.steps:
                 self.steps[rows, kind] = self._make_step(model)
             if self.compile_prefill and self.device.type == "cpu" and rows not in self.prefills:
-                self.prefills[rows] = None
                 width = min(8, self.length)
                 tokens = torch.zeros(rows, width, dtype=torch.long)
                 self._logits(model, tokens, self.cache, None, torch.full((rows,), width))
+                self.prefills[rows] = None
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
                 raise torch.OutOfMemoryError(str(error)) from None
@@ -201,19 +200,16 @@ class Runner:
     def _record(self, run: Callable):
         """One CUDA graph of what `run` launches. It runs twice before: kernels are compiled, libraries take memory."""
         with _recording:
-            return self._record_alone(run)
-
-    def _record_alone(self, run: Callable):
-        stream = self.streams[0]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
+            stream = self.streams[0]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may go on
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may go on
-            run()
-        self.pool = graph.pool()
+            self.pool = graph.pool()
         return graph
 
     def admit(self, model: Transformer, rows: list[int], requests: list, cached: int = 0):

@@ -122,9 +122,13 @@ class Scheduler:
         """Frees the rows whose limit the last event reaches, while others wait for a row."""
         for each in self.running if self.waiting else ():
             if each.last == inf and each.planned >= each.request.max_new_tokens:
-                each.last = self.runner.events - 1
-                self.free.append(each.row)
-                self.retired.append(each.row)
+                self._leave(each)
+
+    def _leave(self, each: Running):
+        """Frees the row of a request, which has nothing from it after the last event."""
+        each.last = self.runner.events - 1
+        self.free.append(each.row)
+        self.retired.append(each.row)
 
     def _read(self, on_token: Callable | None, lag: float | None = None) -> Iterator:
         """Takes what the log has, up to the last `lag` events, and yields the completions that it ends."""
@@ -143,11 +147,7 @@ class Scheduler:
                     if not done and stops is not None and stops(each.tokens):
                         done = True
                 if done:
-                    self._end(each)
+                    self.running.remove(each)
+                    if each.last == inf:
+                        self._leave(each)
                     yield each.request, each.tokens
-
-    def _end(self, each: Running):
-        self.running.remove(each)
-        if each.last == inf:
-            self.free.append(each.row)
-            self.retired.append(each.row)

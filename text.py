@@ -5,7 +5,7 @@ import hashlib
 import json
 import secrets
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 from checkpoint import write_atomically
@@ -73,6 +73,14 @@ def stops_within(tokenizer, stops: list[str]) -> Callable[[list[int]], bool] | N
 def before_stop(text: str, stops: list[str]) -> str:
     """Text up to the first of `stops`."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
+
+
+def completed(tokenizer, tokens: list[int], stop_ids: Container[int], stops: list[str]) -> tuple[str, bool]:
+    """The text of new tokens up to a stop id or the first of `stops`, and whether there is one."""
+    ended = tokens[-1] in stop_ids
+    whole = tokenizer.decode(tokens[:-1] if ended else tokens)
+    text = before_stop(whole, stops)
+    return text, ended or text != whole
 
 
 class Output:

@@ -167,10 +167,10 @@ def loads(rows: list[dict]) -> str:
 
 def throughput(rows: list[dict]) -> str:
     columns = {
-        "seconds": lambda row: form(row["seconds"], "{:.2f}"),
-        "new tokens/s": lambda row: form(row["tokens_per_second"], "{:,.0f}"),
-        "prefill, s": lambda row: form(row.get("prefill_seconds"), "{:.2f}"),
-        "steps": lambda row: form(row.get("steps"), "{:,}"),
+        "seconds": figure("seconds", "{:.2f}"),
+        "new tokens/s": whole_rate,
+        "prefill, s": figure("prefill_seconds", "{:.2f}"),
+        "steps": figure("steps", "{:,}"),
     }
     return plain(rows, columns)
 

@@ -146,8 +146,8 @@ def _attend_masked(q, k, v, scale, mask, softcap):
         mask = additive_mask(torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril(), q.dtype)
     mask = mask.expand(*mask.shape[:-2], tokens, keys)
     k_float, v_float, outputs = k.float().mT, v.float(), []
-    step = tokens if torch.compiler.is_compiling() else 256
-    for i in [0] if torch.compiler.is_compiling() else range(0, tokens, step):
+    starts, step = ([0], tokens) if torch.compiler.is_compiling() else (range(0, tokens, 256), 256)
+    for i in starts:
         scores = (
             softcap * torch.tanh(q[:, :, i : i + step].float() @ k_float * scale / softcap) + mask[..., i : i + step, :]
         )
