@@ -54,8 +54,8 @@ from ops import choose
 from runner import Runner, held_bytes, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import CHUNK, LAGS, Request, Scheduler
-from text import Output, before_stop, check_prompt, check_text, completed, read_prompts, stops_within
-from tokenizer import Tokenizer
+from text import Output, before_stop, check_prompt, completed, read_prompts, stops_within
+from tokenizer import Tokenizer, check_text
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 MAX_BATCH = 256  # rows that run at once where --batch_size doesn't say

@@ -9,21 +9,10 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 from checkpoint import write_atomically
+from tokenizer import check_text
 
 BOM = b"\xef\xbb\xbf"
 JSON_LINES = (".jsonl", ".json")  # suffixes
-
-
-def check_text(text: str, name: str = "the text"):
-    """Raises ValueError for what is no text: no str, or one with half a surrogate pair, as a bad byte of a command line
-    becomes, or as JSON can spell."""
-    if not isinstance(text, str):
-        raise ValueError(f"{name} must be a str, not {text!r}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        bad = text[error.start]
-        raise ValueError(f"{name} is not UTF-8: {bad!r} is its character {error.start + 1}") from None
 
 
 def check_prompt(prompt: str):
@@ -106,13 +95,11 @@ class Output:
         whole = content[: content.rfind(b"\n") + 1]
         self.stream.truncate(len(whole))  # without a last line that is torn
         digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-        if not whole:
-            self._write({"run": digest, "seed": secrets.randbits(32) if seed is None else seed})
-            self.stream.seek(0)
-            whole = self.stream.read()
+        self.head = {"run": digest, "seed": secrets.randbits(32) if seed is None else seed}
         try:
-            head, *entries = map(json.loads, whole.split(b"\n")[:-1])  # a text may have other line ends
-            same, self.seed = head["run"] == digest, head["seed"]
+            lines = map(json.loads, whole.split(b"\n")[:-1])  # a text may have other line ends
+            self.head, *entries = lines if whole else [self.head]
+            same, self.seed = self.head["run"] == digest, self.head["seed"]
             self.done = {(prompt, sample): completion for prompt, sample, completion in entries}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self.partial} is not of this program: delete it, or name another file") from None
@@ -121,6 +108,9 @@ class Output:
             raise ValueError(f"{self.partial} is of a run with other prompts or settings: {advice}")
 
     def add(self, prompt: int, sample: int, completion: dict):
+        if not self.done:  # a run that made nothing leaves nothing that another one would have to be like
+            self.stream.truncate(0)
+            self._write(self.head)
         self.done[prompt, sample] = completion
         self._write([prompt, sample, completion])
 

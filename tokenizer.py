@@ -5,9 +5,19 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from text import check_text
-
 MAX_BYTES = 2**28  # of a tokenizer.model; Gemma's have 5 million
+
+
+def check_text(text: str, name: str = "the text"):
+    """Raises ValueError for what is no text: no str, or one with half a surrogate pair, as a bad byte of a command line
+    becomes, or as JSON can spell."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a str, not {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = text[error.start]
+        raise ValueError(f"{name} is not UTF-8: {bad!r} is its character {error.start + 1}") from None
 
 
 class Tokenizer:

@@ -134,6 +134,28 @@ def small_model(seed: int = 0, case: str = "gemma-gqa", **settings):
     return model
 
 
+def assert_not_finite_ends_a_run(model, prompts, at: int, **options):
+    """A NaN that is in a weight from `at` on, a step or 0 for prefill, ends a run; the next one is as ever."""
+    from device import now
+    from generate import generate
+
+    options |= dict(seed=1, stop_ids=())
+    expected, weight = generate(model, prompts, 40, **options), model.norm.weight
+    good = weight[3].item()
+
+    def poison(step: int, _):
+        if step == at:
+            weight[3] = float("nan")
+            now(model.device)  # before the step
+
+    try:
+        with pytest.raises(ValueError, match="not finite"):
+            generate(model, prompts, 40, on_step=poison, **options)
+    finally:
+        weight[3] = good
+    assert generate(model, prompts, 40, **options) == expected
+
+
 def made_once(tmp_path_factory, name: str, make) -> Path:
     """A directory that `make`(directory) filled, once for all of xdist's workers. Whoever changes it takes a copy."""
     base = tmp_path_factory.getbasetemp()

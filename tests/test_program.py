@@ -363,7 +363,9 @@ def test_output_of_another_run_is_refused(capsys, asked, tmp_path):
     out.write_text("")
     assert "exists already" in run(capsys, *options, *OUTPUT)[2]
     out.unlink()
-    Output(out, {"prompts": []}, 5).stream.close()
+    other = Output(out, {"prompts": []}, 5)
+    other.add(0, 0, {})
+    other.stream.close()
     for content, more, message in (
         (partial.read_bytes(), OUTPUT, "is of a run with other prompts or settings"),
         (b"something\n", OUTPUT, "is not of this program"),
@@ -376,10 +378,20 @@ def test_output_of_another_run_is_refused(capsys, asked, tmp_path):
     partial.unlink()
     with pytest.raises(ValueError, match="by another process"):
         one = Output(out, {}, 5)
+        one.add(0, 0, {})
         Output(out, {}, 5)
     one.stream.close()
     with pytest.raises(ValueError, match="other prompts or settings"):
         Output(out, {}, 6)
+
+
+def test_a_run_that_made_nothing_is_in_nobodys_way(capsys, asked, tmp_path):
+    """The checkpoint was misspelt: the file of the right one is not of another run."""
+    out = tmp_path / "out.jsonl"
+    options = ["--prompts_file", asked, "--output", out, *OUTPUT]
+    assert run(capsys, *options, "--checkpoint_path", tmp_path / "nowhere")[0] == 2
+    assert run(capsys, *options)[0] == 0
+    assert len(out.read_text().splitlines()) == 7
 
 
 def test_text_that_streams_ends_before_a_stop(capsys):

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GREEDY, ONE_LAYER, TEXTS, small_model, tiny_config
+from conftest import GREEDY, ONE_LAYER, TEXTS, assert_not_finite_ends_a_run, small_model, tiny_config
 
 from cache import CODECS, KVScales
 from formats import FORMATS
@@ -86,20 +86,7 @@ def test_eager_prefill_meets_few_shapes(monkeypatch):
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(top_k=5, repetition_penalty=1.2)])
 @pytest.mark.parametrize("at", [0, 5])
 def test_values_that_are_not_finite_end_the_run(tiny, prompts, sampling, at):
-    model = tiny[0]
-    options = dict(sampling=sampling, seed=1, stop_ids=())
-    expected, weight = generate(model, prompts, 20, **options), model.norm.weight
-    good = weight[3].item()
-
-    def poison(step: int, _):
-        weight[3] = float("nan") if step == at else good
-
-    try:
-        with pytest.raises(ValueError, match="not finite"):
-            generate(model, prompts, 20, on_step=poison, **options)
-    finally:
-        weight[3] = good
-    assert generate(model, prompts, 20, **options) == expected
+    assert_not_finite_ends_a_run(tiny[0], prompts, at, sampling=sampling)
 
 
 def test_a_step_penalizes_first_and_filters_in_the_order_of_the_table():
