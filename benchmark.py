@@ -38,10 +38,11 @@ from benchmarks import peers, report
 from benchmarks.checkpoints import E4M3, FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
 from benchmarks.report import OURS
 from cache import KVScales, cache_bytes, codec_of
-from checkpoint import check_writable, open_checkpoint, write_atomically
+from checkpoint import open_checkpoint
 from cli import DEFAULT_CHECKPOINT, Parser, Stats, number, path, run_program
 from config import ModelConfig
 from device import copy_bandwidth, now, pick_device
+from files import check_writable, write_atomically
 from generate import generate, load_model
 from model import Transformer
 from ops import choose

@@ -20,16 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import (
-    E4M3_MAX,
-    check_writable,
-    fingerprint,
-    fp8_scale_names,
-    open_checkpoint,
-    scales_file,
-    write_scales,
-)
+from checkpoint import E4M3_MAX, fingerprint, fp8_scale_names, open_checkpoint, scales_file, write_scales
 from cli import Parser, add_model_options, number, path, run_program
+from files import check_writable
 from formats import largest
 from generate import load_model
 from model import Transformer

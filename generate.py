@@ -28,13 +28,11 @@ from checkpoint import (
     INT_FORMATS,
     SCALES_NAME,
     WEIGHT_FORMATS,
-    check_writable,
     load_weights,
     open_checkpoint,
     parameter_name,
     read_scales,
     scales_file,
-    write_atomically,
 )
 from cli import (
     DEFAULT_CHECKPOINT,
@@ -49,6 +47,7 @@ from cli import (
     run_program,
 )
 from device import check_memory, free_memory, now, pick_device
+from files import check_writable, write_atomically
 from model import Transformer
 from ops import choose
 from runner import Runner, held_bytes, lease

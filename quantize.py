@@ -23,30 +23,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import (
-    FP8_DTYPE,
     FP8_SCHEME,
     INT_FORMATS,
     LINEAR_WEIGHTS,
     QUANTIZED_FORMATS,
     SCALES_NAME,
     Checkpoint,
-    StoredTensor,
     check_weight_scale,
-    check_writable,
     fp8_scale_names,
     load_weights,
     open_checkpoint,
-    open_tensors,
-    read_json,
     read_scales,
     sources,
     stored_parts,
-    tensor_bytes,
     weight_scale_name,
-    write_safetensors,
 )
 from cli import Parser, add_model_options, number, path, run_program
 from device import pick_device
+from files import FP8_DTYPE, StoredTensor, check_writable, open_tensors, read_json, tensor_bytes, write_safetensors
 from formats import FORMATS, GROUPS, Weight, group_parameters, largest
 from model import Residual, Transformer
 from ops import TORCH

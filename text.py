@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
-from checkpoint import write_atomically
+from files import write_atomically
 from tokenizer import check_text
 
 BOM = b"\xef\xbb\xbf"

@@ -18,19 +18,10 @@ import calibrate
 import eval as evaluation
 import quantize
 from benchmarks.peers import hf_config
-from checkpoint import (
-    CONVERTED_NAME,
-    FP8_DTYPE,
-    Checkpoint,
-    convert,
-    fp8_scale_names,
-    parameter_name,
-    sources,
-    tensor_bytes,
-    write_safetensors,
-)
+from checkpoint import CONVERTED_NAME, Checkpoint, convert, fp8_scale_names, parameter_name, sources
 from cli import DEFAULT_CHECKPOINT
 from config import ModelConfig
+from files import FP8_DTYPE, tensor_bytes, write_safetensors
 from model import Transformer
 
 E4M3, GIB = torch.float8_e4m3fn, 2**30

@@ -13,8 +13,9 @@ import argparse
 
 from tqdm import tqdm
 
-from checkpoint import CONVERTED_NAME, check_writable, convert, open_checkpoint
+from checkpoint import CONVERTED_NAME, convert, open_checkpoint
 from cli import Parser, path, run_program
+from files import check_writable
 
 
 def run(args: argparse.Namespace):

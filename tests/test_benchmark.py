@@ -17,9 +17,10 @@ import calibrate
 import eval as evaluation
 import quantize
 from benchmarks import checkpoints, report
-from checkpoint import open_checkpoint, read_config, read_header
+from checkpoint import open_checkpoint, read_config
 from cli import Stats
 from config import NAMED_CONFIGS
+from files import read_header
 from generate import generate, load_model
 from model import Transformer
 

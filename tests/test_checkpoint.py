@@ -17,17 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import quantize
-from checkpoint import (
-    check_writable,
-    convert,
-    fp8_scale_names,
-    open_checkpoint,
-    read_header,
-    sources,
-    write_atomically,
-    write_scales,
-)
+from checkpoint import convert, fp8_scale_names, open_checkpoint, sources, write_scales
 from config import ModelConfig
+from files import check_writable, read_header, write_atomically
 from generate import load_model
 from model import Transformer
 
@@ -129,7 +121,7 @@ def test_a_crash_leaves_no_half_file(tmp_path):
 
 
 def test_what_killed_runs_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
-    file, code = tmp_path / "out[1]", "import sys, time, pathlib; from checkpoint import write_atomically as w;"
+    file, code = tmp_path / "out[1]", "import sys, time, pathlib; from files import write_atomically as w;"
     code += "w(pathlib.Path(sys.argv[1]), lambda out: (out.write(b'theirs'), print('writing', flush=True), input()))"
     command = [sys.executable, "-c", code, file]
     runs = [

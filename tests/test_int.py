@@ -15,8 +15,9 @@ import calibrate
 import eval as evaluation
 import generate as program
 import quantize
-from checkpoint import open_checkpoint, read_header
+from checkpoint import open_checkpoint
 from eval import evaluate
+from files import read_header
 from formats import Weight, group_parameters, quantize_int4
 from generate import generate, load_model
 from ops.integer import dequantize, unpack_int4
