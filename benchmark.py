@@ -48,7 +48,7 @@ from model import Transformer
 from ops import choose
 from runner import Runner, lease
 from sampling import ALL_GREEDY, Sampling
-from scheduler import Request
+from scheduler import Request, Scheduler
 
 ROOT = Path(__file__).parent
 OPS = ("kernels", "te", "torch")  # implementations of the operations, as load_model's ops names them
@@ -359,6 +359,7 @@ def ours(model: Transformer, prompts: list[list[int]], new_tokens: int | list[in
     def run() -> Stats:
         stats = Stats()
         options_of_all = {"temperature": 0, "stop_ids": (), "batch_size": len(prompts), "stats": stats}
+        options_of_all["prefix_cache"] = False  # each repeat computes its prompts
         generate(model, prompts, new_tokens, **options_of_all | options)
         return stats
 
@@ -455,8 +456,8 @@ def time_prefill(
     requests = [Request((i, 0), prompt, 1, Sampling(temperature=0)) for i, prompt in enumerate(prompts)]
 
     def run():
-        runner.start(model, batch, ALL_GREEDY, ())
-        runner.admit(model, list(range(batch)), requests)
+        runner.start(model, batch, ALL_GREEDY, (), prefix_cache=False)
+        list(Scheduler(runner, model, requests, batch).run())
         runner.finish()
 
     return time_in_turn({"prefill": run}, args.repeats, args.device)["prefill"]

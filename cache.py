@@ -1,6 +1,6 @@
 """The KV cache: where keys and values are, and how each cache dtype stores them.
 
-Shapes are named by letters: B rows of the batch, K key/value heads, S slots, D head_dim.
+Shapes are named by letters: B rows of the batch, P pages, K key/value heads, S slots of a row, D head_dim.
 """
 
 import warnings
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import ModelConfig
+from config import PAGE, ModelConfig
 from ops.common import round_fp8
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,26 +79,34 @@ class KVScales:
 
 
 class LayerCache:
-    """Keys and values of one layer, allocated once: k and v are [B, K, S, D], zeros at first.
+    """Keys and values of one layer, in pages of `PAGE` tokens: k and v are [P, K, PAGE, D], zeros at first.
 
-    A ring: the token at position p lies in slot p % S. A global layer has a slot for every position; a local one only
-    as many as its window, so that an arriving token replaces the one that just left the window.
+    The token at position p of row b lies at place p % PAGE of page table[b, p % S // PAGE], with table [B, S / PAGE] in
+    int32. Most layers have S slots a row for as many positions. Where a window is shorter than that, they are a ring of
+    at least the window, so that an arriving token replaces one that has left it. Nothing is ever read from page 0: rows
+    without pages write there. Layers of a kind share their table.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int, int], codec: Codec, device, scales: tuple[float, float] = (1.0, 1.0)
+        self,
+        pages: int,
+        heads: int,
+        head_dim: int,
+        table: Tensor,
+        codec: Codec,
+        scales: tuple[float, float] = (1.0, 1.0),
+        ring: bool = False,
     ):
-        self.codec, self.slots = codec, shape[2]
+        self.codec, self.ring, self.table, self.slots = codec, ring, table, PAGE * table.shape[1]
         self.k_scale, self.v_scale = scales
-        self.k = torch.zeros(shape, dtype=codec.dtype, device=device)
-        self.v = torch.zeros(shape, dtype=codec.dtype, device=device)
+        shape = (pages, heads, PAGE, head_dim)
+        self.k = torch.zeros(shape, dtype=codec.dtype, device=table.device)
+        self.v = torch.zeros(shape, dtype=codec.dtype, device=table.device)
 
-    def rows(self, start: int, count: int) -> "LayerCache":
-        """A view of `count` rows, in the same memory."""
-        if count == len(self.k):
-            return self  # a compiled step knows it
+    def with_table(self, table: Tensor) -> "LayerCache":
+        """The same memory, seen through another table."""
         view = copy(self)
-        view.k, view.v = self.k[start : start + count], self.v[start : start + count]
+        view.table = table
         return view
 
     def held_positions(self, end: Tensor) -> Tensor:
@@ -106,59 +114,53 @@ class LayerCache:
         last = end[:, None] - 1
         return last - (last - torch.arange(self.slots, device=end.device)) % self.slots
 
+    def held(self, end: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, K, S, D] of all rows in `dtype`, as they are stored, once each row has `end` [B] tokens;
+        zeros where none is."""
+        empty = (self.held_positions(end) < 0)[:, None, :, None]
+        pages = [_as_words(x)[self.table] for x in (self.k, self.v)]  # [B, S / PAGE, K, PAGE, D]
+        k, v = (x.view(self.codec.dtype).transpose(1, 2).flatten(2, 3).to(dtype) for x in pages)
+        return k.masked_fill(empty, 0), v.masked_fill(empty, 0)
+
     def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v as they are stored."""
         return self.codec.encode(k, self.k_scale), self.codec.encode(v, self.v_scale)
 
-    def write(self, k: Tensor, v: Tensor, position: Tensor | None, lengths: Tensor | None, slot: tuple | None = None):
-        """Stores encoded k and v [B, K, T, D] of tokens from `position` [B] on (None: 0), the first `lengths` [B] of
-        them.
+    def slots_for(self, row: Tensor, position: Tensor, end: Tensor | int) -> Tensor:
+        """Where tokens at `position` [M] of rows `row` [M] go, as page * PAGE + place: in page 0 those that are not
+        before their row's `end` [M], and those whose slot a later token of the row's takes."""
+        slot = self.table[row, position % self.slots // PAGE] * PAGE + position % PAGE
+        return torch.where((position < end) & (position + self.slots >= end), slot, 0)
 
-        Padding behind a row's length may be stored too, but only in slots that no query sees before their own token
-        overwrites them. `slot` is the index of the entries of one new token a row, as `token_slot` makes it.
-        """
-        batch, _, tokens, _ = k.shape
-        if position is None and tokens <= self.slots:
-            self.k[:, :, :tokens] = k
-            self.v[:, :, :tokens] = v
-        elif tokens == 1:
-            # Indexed without a transpose: Inductor writes this in place, and else copies the whole cache.
-            slot = self.token_slot(position) if slot is None else slot
-            self.k[slot] = k[:, :, 0]
-            self.v[slot] = v[:, :, 0]
-        else:  # more tokens than slots, or a ring that is partly filled: each slot takes the newest token of its own
-            start = torch.zeros(batch, dtype=torch.long, device=k.device) if position is None else position
-            end = start + (tokens if lengths is None else lengths)
-            source = self.held_positions(end) - start[:, None]  # [B, S], index into the new tokens
-            new = (source >= 0)[:, None, :, None]
-            source = source.clamp(min=0)[:, None, :, None].expand_as(self.k)
-            for stored, x in ((self.k, k), (self.v, v)):
-                taken = _as_bytes(x).gather(2, source)  # not every operation knows every dtype
-                _as_bytes(stored).copy_(torch.where(new, taken, _as_bytes(stored)))
+    def copied(self) -> "LayerCache":
+        """The pages of its rows, in memory of their own."""
+        view = copy(self)
+        view.k, view.v = (_as_words(x)[self.table.flatten()].view(x.dtype) for x in (self.k, self.v))
+        view.table = torch.arange(self.table.numel(), dtype=torch.int32, device=self.table.device).view_as(self.table)
+        return view
 
-    def token_slot(self, position: Tensor) -> tuple[Tensor, slice, Tensor]:
-        """Index into k and v of the entries [B, K, D] of the tokens at `position` [B]."""
-        return torch.arange(len(position), device=position.device), slice(None), position % self.slots
-
-
-def _as_bytes(x: Tensor) -> Tensor:
-    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+    def write(self, k: Tensor, v: Tensor, slot: Tensor):
+        """Stores encoded k and v [M, K, D] of tokens at slot [M], as `slots_for` counts them."""
+        # Indexed without a transpose: Inductor writes this in place, and else copies the whole cache.
+        index = slot // PAGE, slice(None), slot % PAGE
+        self.k[index] = k
+        self.v[index] = v
 
 
 def _as_words(x: Tensor) -> Tensor:
-    """x in pieces of 8 bytes, where its last dimension has whole ones: what is indexed goes an element at a time."""
-    return x.view(torch.int64) if x.shape[-1] * x.dtype.itemsize % 8 == 0 else _as_bytes(x)
+    """x in pieces of 8 bytes, where its last dimension has whole ones: what is indexed goes an element at a time, and
+    not every operation knows every dtype."""
+    words = x.shape[-1] * x.dtype.itemsize % 8 == 0
+    return x.view(torch.int64 if words else torch.uint8) if words or x.dtype.itemsize == 1 else x
 
 
 @dataclass
 class KVCache:
-    """The caches of all layers of a model, for `batch_size` rows."""
+    """The caches of all layers of a model. `tables` are those of layers without (False) and with rings (True), one row
+    of each for a sequence."""
 
     layers: list[LayerCache]
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.layers[0].k)
+    tables: dict[bool, Tensor]
 
     @classmethod
     def empty(
@@ -169,50 +171,73 @@ class KVCache:
         codec: Codec,
         device: torch.device,
         scales: KVScales | None = None,
+        pages: int | None = None,
     ) -> "KVCache":
-        """Allocates the caches of a model with these settings."""
+        """Allocates the caches of a model with these settings for batch_size sequences of at most `length` tokens.
+
+        Each row has its own pages in all tables. With `pages`, so many are allocated for a layer without a ring, page 0
+        included, and it is the caller's to say in its table which rows have which.
+        """
         scales = KVScales() if scales is None else scales
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
-            layers = []
+            tables, layers = {}, []
             for layer in range(config.n_layers):
-                shape = (batch_size, config.n_kv_heads, slots_of(config, layer, length), config.head_dim)
-                layers.append(LayerCache(shape, codec, device, scales.of(layer, codec)))
-        return cls(layers)
+                count, ring = pages_of(config, layer, length)
+                if ring not in tables:
+                    own = 1 + torch.arange(batch_size * count, dtype=torch.int32, device=device).view(batch_size, count)
+                    tables[ring] = own if ring or pages is None else torch.zeros_like(own)
+                all_pages = 1 + batch_size * count if ring or pages is None else pages
+                shape = all_pages, config.n_kv_heads, config.head_dim
+                layers.append(LayerCache(*shape, tables[ring], codec, scales.of(layer, codec), ring))
+        return cls(layers, tables)
 
-    def rows(self, start: int, count: int) -> "KVCache":
-        """A view of `count` rows, in the same memory."""
-        return self if count == self.batch_size else KVCache([layer.rows(start, count) for layer in self.layers])
+    def with_tables(self, tables: dict[bool, Tensor]) -> "KVCache":
+        """The same memory, for the sequences of other tables."""
+        return KVCache([layer.with_table(tables[layer.ring]) for layer in self.layers], tables)
 
-    def like(self, batch_size: int, length: int) -> "KVCache":
-        """Another cache of that size, for shorter sequences or as long ones."""
-        layers = []
-        for layer in self.layers:
-            _, heads, slots, head_dim = layer.k.shape
-            shape, scales = (batch_size, heads, min(slots, length), head_dim), (layer.k_scale, layer.v_scale)
-            layers.append(LayerCache(shape, layer.codec, layer.k.device, scales))
-        return KVCache(layers)
+    def rows(self, index) -> "KVCache":
+        """The same memory, for the sequences at `index`: a slice, whose tables are views, or a tensor of numbers."""
+        return self.with_tables({ring: table[index] for ring, table in self.tables.items()})
 
-    def copy_rows(self, source: "KVCache", rows=slice(None), to=slice(None)):
-        """Fills the rows at index `to` with the rows at index `rows` of `source`, which has the same length or a
-        smaller one.
+    def copy_rows(self, source: "KVCache", rows: Tensor):
+        """Fills its rows with those of `source`, a cache of the same length or a smaller one, at index `rows`.
 
         A slot of a smaller cache is the same in a larger one: rings are either full already or not yet closed.
         """
         for mine, other in zip(self.layers, source.layers):
+            to, pages = mine.table[:, : other.table.shape[1]].flatten(), other.table[rows].flatten()
             for stored, x in ((mine.k, other.k), (mine.v, other.v)):
-                _as_words(stored)[to, :, : other.slots] = _as_words(x)[rows]
+                _as_words(stored)[to] = _as_words(x)[pages]
+
+    def copy_pages(self, ring: bool, source: Tensor, to: Tensor):
+        """Copies pages of all layers with a ring, or of all others, by their numbers [N]."""
+        for layer in self.layers:
+            if layer.ring == ring:
+                for x in map(_as_words, (layer.k, layer.v)):
+                    x[to] = x[source]
 
     @property
     def bytes(self) -> int:
         return sum(2 * layer.k.nbytes for layer in self.layers)
 
 
-def slots_of(config: ModelConfig, layer: int, length: int) -> int:
-    """Slots a row that a layer needs for sequences of `length` tokens."""
-    return min(config.window, length) if config.is_local(layer) else length
+def pages_of(config: ModelConfig, layer: int, length: int) -> tuple[int, bool]:
+    """Pages that a row of `length` tokens needs in a layer, and whether they are a ring."""
+    pages = -(-length // PAGE)
+    ring = -(-config.window // PAGE) if config.is_local(layer) else pages
+    return min(pages, ring), ring < pages
 
 
-def cache_bytes(config: ModelConfig, batch_size: int, length: int, codec: Codec) -> int:
+def cache_bytes(config: ModelConfig, batch_size: int, length: int, codec: Codec, pages: int | None = None) -> int:
     """Bytes that `KVCache.empty` allocates for the same arguments."""
-    slots = sum(slots_of(config, layer, length) for layer in range(config.n_layers))
-    return 2 * batch_size * slots * config.n_kv_heads * config.head_dim * codec.dtype.itemsize
+    total = 0
+    for layer in range(config.n_layers):
+        count, ring = pages_of(config, layer, length)
+        total += 1 + batch_size * count if ring or pages is None else pages
+    return total * PAGE * 2 * config.n_kv_heads * config.head_dim * codec.dtype.itemsize
+
+
+def context_bytes(config: ModelConfig, length: int, codec: Codec) -> int:
+    """Bytes of the keys and values of `length` tokens, as far as the next one sees them."""
+    tokens = sum(min(config.window, length) if config.is_local(i) else length for i in range(config.n_layers))
+    return 2 * tokens * config.n_kv_heads * config.head_dim * codec.dtype.itemsize

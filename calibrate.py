@@ -73,6 +73,9 @@ class _KVRecorder:
         self.v.add(v)
         return k, v
 
+    def slots_for(self, *_):
+        pass
+
     def write(self, *_):
         pass
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from reprlib import repr as shown  # cut, where it is long
 
 MAX_LAYERS, MAX_SIZE, MAX_STOP_IDS = 1000, 2**31 - 1, 16  # sizes and positions are int32 on the device
+PAGE = 64  # tokens of a page of the KV cache
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import secrets
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from tempfile import TemporaryDirectory
 import torch
 from tqdm import tqdm
 
-from cache import Codec, KVScales, cache_bytes, codec_of
+from cache import Codec, KVScales, cache_bytes, codec_of, context_bytes
 from checkpoint import (
     INT_FORMATS,
     SCALES_NAME,
@@ -46,10 +47,12 @@ from cli import (
     print_figures,
     run_program,
 )
+from config import PAGE
 from device import check_memory, free_memory, now, pick_device
 from files import check_writable, write_atomically
 from model import Transformer
 from ops import choose
+from pages import Held
 from runner import Runner, held_bytes, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import CHUNK, LAGS, Request, Scheduler
@@ -176,6 +179,7 @@ def generate(
     kv_cache_dtype: str | torch.dtype | None = None,
     compile: bool = False,
     compile_prefill: bool = False,
+    prefix_cache: bool = True,
     on_token: Callable[[int], None] | None = None,
     on_step: Callable[[int, Runner], None] | None = None,
     on_completion: Callable[[int, int, list[int]], None] | None = None,
@@ -195,6 +199,10 @@ def generate(
 
     max_new_tokens, sampling, num_samples, stop_when and seed may be lists of one value a prompt. A prompt with a seed
     of its own has the text that it has alone; (seed, i) stands for a seed of all prompts and the prompt's number.
+
+    Prompts that begin with the same tokens share what is computed of them, whole pages of 64 at a time; with
+    prefix_cache, also with prompts of earlier calls, as long as there is memory. Weights that change between calls want
+    prefix_cache=False once.
 
     on_token gets the tokens of a single row as they come, on_completion the numbers of the prompt and the sample and
     the tokens of each result as soon as it is there; on_step(i, runner) is called before each prefill (i is 0) and
@@ -263,7 +271,6 @@ def generate(
     length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
     length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, config.context_length)
     kind = DrawKind.of(config.vocab_size, *set(samplings))
-    rows = _rows_that_fit(model, min(batch_size or MAX_BATCH, n_rows), length, longest, codec, kind, batch_size is None)
     check_memory(
         sum(count * (RESULT_BYTES + TOKEN_BYTES * limit) for count, limit in zip(counts, limits)),
         torch.device("cpu"),
@@ -271,6 +278,12 @@ def generate(
         "lower --num_samples, --max_new_tokens or the number of prompts",
     )
     longest_first = sorted(range(len(prompts)), key=lambda i: -limits[i])  # one that starts last keeps few rows busy
+    pages = Counter()  # how many requests need so many: samples share those of their prompt
+    for prompt, limit, count in zip(prompts, limits, counts):
+        alone = -(-(len(prompt) + limit) // PAGE)
+        pages[alone] += 1
+        pages[alone - len(prompt) // PAGE] += count - 1
+    rows, page_count = _room(model, pages, batch_size, length, longest, codec, kind)
     requests = (
         Request((i, j), prompts[i], limits[i], samplings[i], seeds[i], stop_when[i])
         for i in longest_first
@@ -280,8 +293,8 @@ def generate(
     results: dict[tuple[int, int], list[int]] = {}
     try:
         start = now(device)
-        with lease(model, rows, length, codec, compile, compile_prefill) as runner:
-            runner.start(model, rows, kind, tuple(stop_ids))
+        with lease(model, rows, length, codec, compile, compile_prefill, page_count) as runner:
+            runner.start(model, rows, kind, tuple(stop_ids), prefix_cache)
             started = now(device)
             scheduler = Scheduler(runner, model, requests, rows, "every" if device.type == "cpu" else stop_check)
             try:
@@ -290,7 +303,7 @@ def generate(
                     if on_completion is not None:
                         on_completion(*request.key, tokens)
                     context = len(request.prompt) + len(tokens) // 2
-                    stats.bytes_read += (len(tokens) - 1) * cache_bytes(config, 1, context, codec)
+                    stats.bytes_read += (len(tokens) - 1) * context_bytes(config, context, codec)
                     stats.prompt_tokens += len(request.prompt)
                     stats.new_tokens += len(tokens)
                     stats.rows += 1
@@ -341,30 +354,54 @@ def check_context(model: Transformer, prompt_tokens: int, max_new_tokens: int, w
         )
 
 
-def _rows_that_fit(
-    model: Transformer, rows: int, length: int, longest: int, codec: Codec, kind: DrawKind, fewer: bool
-) -> int:
-    """`rows`, or as many of them as memory has room for if `fewer` may be taken: of KV cache, decode state, and what a
-    prefill takes (activations of the feed-forward layer, some at once, and a cache of its own). Raises ValueError if
-    they don't fit."""
-    config = model.config
+def _room(
+    model: Transformer,
+    pages: Counter[int],
+    batch_size: int | None,
+    length: int,
+    longest: int,
+    codec: Codec,
+    kind: DrawKind,
+) -> tuple[int, int]:
+    """How many rows run at once, and how many pages they share, where pages[n] requests need n pages.
 
+    Memory has to have room for pages and rings, decode state, and what a prefill takes: activations of the feed-forward
+    layer, some at once. Where pages for batch_size rows (None: at most MAX_BATCH) don't fit, there are fewer, and
+    requests wait for them. Raises ValueError if there is no room for the largest request alone, or for the rows.
+    """
+    config, held, count_of_all = model.config, held_bytes(model), pages.total()
+    tokens = max(longest, CHUNK) * (1 if model.ops.packs else PADDED)
+    tokens = min(tokens, CHUNK if model.ops.packs else PADDED * CHUNK, count_of_all * longest)
+    activations = tokens * (4 * config.intermediate_size + 6 * config.hidden_size) * model.dtype.itemsize
     # Bytes a logit that a draw takes: sorting, float64, and what a penalty makes of them
     of_logits = 56 if kind.in_order else 32 if kind.in_any_order or kind.penalize else 12
+    a_page = cache_bytes(config, 0, length, codec, 1) - cache_bytes(config, 0, length, codec, 0)
+    room = SHARE * free_memory(model.device) + held - activations
 
-    def needed(rows: int) -> int:
-        cache = max(0, cache_bytes(config, rows, length, codec) - held_bytes(model))
-        tokens = min(PADDED * max(longest, min(CHUNK, rows * longest)), rows * length)
-        activations = tokens * (3 * config.intermediate_size + 4 * config.hidden_size) * model.dtype.itemsize
-        own = 2 * tokens * config.n_layers * config.n_kv_heads * config.head_dim * codec.dtype.itemsize
-        return cache + activations + rows * config.vocab_size * of_logits + (own if rows > 1 else 0)
+    def needed(rows: int, count: int) -> float:
+        return cache_bytes(config, rows, length, codec, count) + rows * config.vocab_size * of_logits
 
-    room = SHARE * free_memory(model.device)
-    while fewer and rows > 1 and needed(rows) > room:
+    def largest(rows: int) -> int:
+        total = 0
+        for need in sorted(pages, reverse=True):
+            total += need * min(pages[need], rows)
+            rows -= min(pages[need], rows)
+        return total
+
+    rows, most = min(batch_size or MAX_BATCH, count_of_all), max(pages)
+    mean = sum(need * count for need, count in pages.items()) / count_of_all
+    while True:
+        count = 1 + largest(rows)
+        if a_page and needed(rows, count) > room:
+            count = max(1 + most, min(count, int((room - needed(rows, 0)) // a_page)))
+        busy = count - 1 >= mean * rows  # or rows wait for pages
+        if rows == 1 or batch_size is not None or (busy and needed(rows, count) <= room):
+            break
         rows = (rows - 1) // 64 * 64 or rows - max(1, rows // 8)
     advice = "lower --batch_size, --max_new_tokens or the length of the prompts"
-    check_memory(needed(rows), model.device, f"a batch of {rows} rows of {length} tokens", advice)
-    return rows
+    what = f"a batch of {rows} rows of {length} tokens"
+    check_memory(int(needed(rows, count) + activations - held), model.device, what, advice)
+    return rows, count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,19 +462,29 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sam
         raise ValueError(f"--max_new_tokens can be at most {room} in a conversation of {length} tokens")
     codec = codec_of(args.kv_cache_dtype, model.dtype)
     kind = DrawKind.of(model.config.vocab_size, sampling)
-    _rows_that_fit(model, 1, length, min(length, 1024), codec, kind, False)
-    with lease(model, 1, length, codec, args.compile, args.compile_prefill) as runner:
-        _converse(model, tokenizer, runner, sampling, args, seed)
+    _, pages = _room(model, Counter([-(-length // PAGE)]), 1, length, min(length, 1024), codec, kind)
+    with lease(model, 1, length, codec, args.compile, args.compile_prefill, pages) as runner:
+        held = runner.pages.take([], length)
+        try:
+            _converse(model, tokenizer, runner, held, sampling, args, seed)
+        finally:
+            runner.pages.release(held)
 
 
 def _converse(
-    model: Transformer, tokenizer: Tokenizer, runner: Runner, sampling: Sampling, args: argparse.Namespace, seed: int
+    model: Transformer,
+    tokenizer: Tokenizer,
+    runner: Runner,
+    held: Held,
+    sampling: Sampling,
+    args: argparse.Namespace,
+    seed: int,
 ):
     """Answers each line of stdin by at most max_new_tokens tokens, until there is none."""
     length, max_new_tokens, stops = min(runner.length, CHAT_LENGTH), args.max_new_tokens, args.stop or []
     kind = DrawKind.of(model.config.vocab_size, sampling)
     check = "every" if model.device.type == "cpu" else "ping-pong"
-    cached, unread, turn = 0, [], 0  # tokens in the cache; the model's last token, which is not
+    history, cached, turn = [], 0, 0  # `cached` of the history's tokens are in the pages that are held
     while True:
         runner.start(model, 1, kind, model.config.stop_ids)  # compiled, the first time, before anybody has to wait
         try:
@@ -451,24 +498,26 @@ def _converse(
         except ValueError as error:
             print_error(error)
             continue
-        tokens = unread + tokenizer.encode_turn(text, first=cached == 0)
-        if cached and cached + len(tokens) + max_new_tokens > length:
+        tokens = history + tokenizer.encode_turn(text, first=not history)
+        if history and len(tokens) + max_new_tokens > length:
             print(f"note: the conversation has filled its {length} tokens and starts anew", file=sys.stderr)
             cached, tokens = 0, tokenizer.encode_turn(text)
-        if cached + len(tokens) + max_new_tokens > length:
+        if len(tokens) + max_new_tokens > length:
             print(f"error: {len(tokens)} tokens and {max_new_tokens} new ones exceed {length}", file=sys.stderr)
-            unread = []
+            history = []
             continue
         printer = _Printer(tokenizer, model.config.stop_ids, stops)
         request = Request((turn, 0), tokens, max_new_tokens, sampling, (seed, turn), stops_within(tokenizer, stops))
+        scheduler = Scheduler(runner, model, [request], 1, check)
         try:
-            ((_, answer),) = Scheduler(runner, model, [request], 1, check).run(on_token=printer, cached=cached)
+            ((_, answer),) = scheduler.run(on_token=printer, cached=cached, held=held)
         finally:
             runner.finish()
         printer.end()
-        cached += len(tokens) + len(answer) - 1
-        unread = [] if answer[-1] in model.config.stop_ids else answer[-1:]
-        unread, turn = [*unread, tokenizer.end_of_turn], turn + 1
+        history, cached, turn = tokens + answer, len(tokens) + len(answer) - 1, turn + 1
+        if answer[-1] in model.config.stop_ids:  # the model's last token is not in the cache yet
+            history.pop()
+        history.append(tokenizer.end_of_turn)
 
 
 class _Printer:

@@ -229,10 +229,15 @@ class Transformer(nn.Module):
         position: Tensor | None = None,
         lengths: Tensor | None = None,
         all_logits: bool = False,
+        longest: int | None = None,
     ) -> Tensor:
-        """`forward`, in the dtype that the head's product has: that of activations, or float32 with a softcap."""
-        (batch, count), dtype, ops = tokens.shape, self.dtype, self.ops
-        kinds = self.positions(tokens, cache, position, lengths)
+        """`forward`, in the dtype that the head's product has: that of activations, or float32 with a softcap.
+
+        Where `ops.packs`, tokens may also be [M], those of B rows one after another, lengths [B] of each and at most
+        `longest`; what is behind them is padding.
+        """
+        dtype, ops = self.dtype, self.ops
+        kinds = self.positions(tokens, cache, position, lengths, longest)
         x = ops.embed(
             tokens.flatten().contiguous(), self.embedding.data, self.normalizers[dtype], dtype, self.embedding.scale
         )
@@ -240,18 +245,18 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
             residual = layer(ops, residual, kinds[self.config.is_local(index)], layer_cache)
-        if not all_logits and count > 1:
-            last = (
-                torch.arange(0, batch * count, count, device=tokens.device)
-                - 1
-                + (count if lengths is None else lengths)
-            )
+        if not all_logits and tokens.shape != (len(tokens), 1):
+            count = tokens.shape[-1] if lengths is None else lengths
+            if tokens.dim() == 1:
+                last = count.cumsum(0) - 1
+            else:
+                last = torch.arange(0, tokens.numel(), tokens.shape[1], device=tokens.device) - 1 + count
             residual = residual._replace(x=residual.x[last], y=residual.y[..., last, :])
         _, h = ops.add_norm(*residual, self.norm.weight, self.config.norm_eps, self.embedding.input_scale)
         logits = ops.matmul(h, self.embedding, dtype)
         if (softcap := self.config.logit_softcap) is not None:
             logits = softcap * torch.tanh(logits.float() / softcap)
-        return logits.view(batch, count, -1) if all_logits else logits
+        return logits.view(*tokens.shape, -1) if all_logits else logits
 
     def positions(
         self,
@@ -259,25 +264,44 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         position: Tensor | None = None,
         lengths: Tensor | None = None,
+        longest: int | None = None,
     ) -> dict[bool, Positions]:
         """What all global (False) and all local (True) layers share in a forward."""
-        (batch, count), config = tokens.shape, self.config
+        config, device, first, row = self.config, tokens.device, None, None
         position, lengths = (x if x is None else x.contiguous() for x in (position, lengths))
-        if position is not None and count == 1:
-            query = position[:, None]
+        if tokens.dim() == 1:
+            batch, count = len(lengths), longest
+            ends = lengths.cumsum(0)
+            first, index = ends - lengths, torch.arange(len(tokens), device=device)
+            row = torch.searchsorted(ends, index, right=True).clamp(max=batch - 1)
+            query = index - first[row]
         else:
-            query = torch.arange(count, device=tokens.device)[None]  # [1 or B, T]
-            query = query if position is None else query + position[:, None]
+            batch, count = tokens.shape
+            query = torch.arange(count, device=device).repeat(batch)
+        decoding = position is not None and tokens.shape == (batch, 1)
+        if decoding:
+            query = position
+        elif cache is not None:
+            row = torch.arange(batch, device=device).repeat_interleave(count) if row is None else row
+            end = count if lengths is None else lengths[row]
+            if position is not None:
+                query, end = query + position[row], end + position[row]
         local = any(map(config.is_local, range(config.n_layers)))
-        ropes = self.ops.rope(query.flatten(), self.rope_frequency, *[self.rope_frequency_local] * local)
+        ropes = self.ops.rope(query, self.rope_frequency, *[self.rope_frequency_local] * local)
         kinds = {}
         for index in range(config.n_layers):
             kind = config.is_local(index)
             if kind in kinds:
                 continue
             mask = slot = None
-            if cache is not None and position is not None:
-                window = config.window if kind else None
-                mask, slot = self.ops.mask(cache.layers[index], window, query, position, self.dtype)
-            kinds[kind] = Positions(batch, count, position, lengths, ropes[int(kind)], mask, slot)
+            if cache is not None:
+                layer = cache.layers[index]
+                if position is not None and first is None:
+                    window = config.window if kind else None
+                    mask = self.ops.mask(layer, window, query.view(batch, -1), position, self.dtype)
+                if decoding and mask is not None:
+                    slot = layer.slots_for(torch.arange(batch, device=device), position, position + 1)
+                elif not decoding:
+                    slot = layer.slots_for(row, query, end)
+            kinds[kind] = Positions(batch, count, position, lengths, ropes[int(kind)], mask, slot, first)
         return kinds

@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cache
-from itertools import zip_longest
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from cache import Codec, KVCache, cache_bytes
-from config import MAX_STOP_IDS
+from config import MAX_STOP_IDS, PAGE
 from device import free_memory
 from model import Transformer
+from ops.common import power_of_2
 from ops.next_token import append_token, log_step
+from pages import Pages
 from sampling import ALL_GREEDY, SETTINGS, DrawKind, draw, penalize
 
 
@@ -25,7 +26,8 @@ from sampling import ALL_GREEDY, SETTINGS, DrawKind, draw, penalize
 class State:
     """What a decode step reads and writes, all on the device, for B rows of at most L tokens.
 
-    A row that is done keeps its position and count; a step still writes a slot of its cache, behind its tokens.
+    A row that is done keeps its position and count; a step still writes a slot of its cache, behind its tokens, or page
+    0 if it has none.
     """
 
     token: Tensor  # [B], each row's newest
@@ -100,7 +102,8 @@ class Runner:
     """The state and KV cache of up to `batch_size` rows of at most `length` tokens, allocated once, and what advances
     them.
 
-    It may serve many runs, one at a time: prompts, sampling and, on a GPU, the number of rows change between them, and
+    Rows share `page_count` pages of the cache (default: enough for all of them), which `pages` gives out. A runner may
+    serve many runs, one at a time: prompts, sampling and, on a GPU, the number of rows change between them, and
     within a run `admit` fills rows with new prompts, whatever the others do. `compile` records the decode step as one
     CUDA graph, once for each number of rows and `DrawKind`, all in one memory pool; on a CPU torch.compile makes the
     step. `compile_prefill` does so with prefill, for prompts padded to a power of two. Raises ValueError for an FP8
@@ -122,12 +125,17 @@ class Runner:
         codec: Codec,
         compile: bool = False,
         compile_prefill: bool = False,
+        page_count: int | None = None,
     ):
         model.kv_scales.check(codec)
         self.batch_size, self.length, self.codec = batch_size, length, codec
+        page_count = 1 + batch_size * -(-length // PAGE) if page_count is None else page_count
         self.compile, self.compile_prefill = compile, compile_prefill
-        self.device, self.ops = model.device, model.ops
-        self.whole_cache = KVCache.empty(model.config, batch_size, length, codec, self.device, model.kv_scales)
+        self.device, self.ops, self.packs = model.device, model.ops, model.ops.packs
+        self.whole_cache = KVCache.empty(
+            model.config, batch_size, length, codec, self.device, model.kv_scales, page_count
+        )
+        self.pages = Pages(page_count)
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
             self.whole_state = State.empty(batch_size, length, self.device)
             self.log = torch.zeros_like(self.whole_state.log, device="cpu", pin_memory=self.device.type == "cuda")
@@ -135,28 +143,40 @@ class Runner:
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
         self.steps, self.prefills, self.pool = {}, {}, None
         # Functions, not methods of self: without a cycle, memory is free as soon as the runner is.
-        self._step, self._prefill = decode_step, Transformer.logits
+        self._step, self._run_prefill = decode_step, Transformer.logits
         if self.device.type == "cuda":
             self.streams = _streams(self.device)
             self.ended, self.landed = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
         else:
             self._step = _compiled(decode_step, dynamic=False) if compile else decode_step
-            self._prefill = _compiled(Transformer.logits, dynamic=None) if compile_prefill else Transformer.logits
+            self._run_prefill = _compiled(Transformer.logits, dynamic=None) if compile_prefill else Transformer.logits
 
-    def start(self, model: Transformer, rows: int, kind: DrawKind, stop_ids: tuple[int, ...]):
+    def start(
+        self,
+        model: Transformer,
+        rows: int,
+        kind: DrawKind,
+        stop_ids: tuple[int, ...],
+        prefix_cache: bool = True,
+    ):
         """Readies the first `rows` rows of state and KV cache for a run, or some more where steps are graphs, and
-        compiles or records what is not yet. Raises ValueError for too many stop ids, or --compile on a CPU without a
+        compiles or records what is not yet. Without prefix_cache, nothing is kept of earlier prompts. Raises ValueError for too many stop ids, or --compile on a CPU without a
         compiler."""
         if self.compile and self.device.type == "cuda":
             rows = min(_padded_rows(rows), self.batch_size)
         if len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"{len(stop_ids)} stop ids are given; at most {MAX_STOP_IDS} can be")
         self.kind = kind
+        self.pages.caching = prefix_cache and True not in self.whole_cache.tables
+        if not prefix_cache:
+            self.pages.forget()
         if kind.penalize and self.whole_state.seen is None:
             with torch.inference_mode(False):
                 shape = (self.batch_size, model.config.vocab_size)
                 self.whole_state.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        self.cache, self.state = self.whole_cache.rows(0, rows), self.whole_state.first_rows(rows)
+        self._use(rows)
+        for table in self.whole_cache.tables.values():
+            table.zero_()
         self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids)))))
         self.state.done.fill_(True)
         if self.device.type == "cpu" and not self.compile and 2 * model.weight_bytes < free_memory(self.device):
@@ -167,7 +187,8 @@ class Runner:
             if self.compile_prefill and self.device.type == "cpu" and rows not in self.prefills:
                 width = min(8, self.length)
                 tokens = torch.zeros(rows, width, dtype=torch.long)
-                self._logits(model, tokens, self.cache, None, torch.full((rows,), width))
+                cache = self.cache.rows(torch.arange(rows))  # what prefill's own is to the compiler
+                self._logits(model, tokens, cache, None, torch.full((rows,), width))
                 self.prefills[rows] = None
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
@@ -212,68 +233,100 @@ class Runner:
             self.pool = graph.pool()
         return graph
 
-    def admit(self, model: Transformer, rows: list[int], requests: list, cached: int = 0):
-        """Starts a row for each of `requests` and draws its first token: an event of the chain. Requests of one prompt
-        share what is computed of it.
+    def _use(self, rows: int):
+        """The first `rows` rows are in use from now on."""
+        self.cache, self.state = self.whole_cache.rows(slice(0, rows)), self.whole_state.first_rows(rows)
 
-        A request has a prompt (token ids), max_new_tokens, a Sampling and noise, as `scheduler.Request` does. `cached`
-        tokens of these rows are in the KV cache already and the prompts continue them; rows are neighbours then.
-        """
+    def admit(self, model: Transformer, pieces: list, retired: list[int] = ()):
+        """Fills the cache with pieces of prompts, starts the rows whose prompts end with them, and draws their first
+        tokens: an event of the chain. `retired` rows end before it, as in `step`.
+
+        A piece is a `scheduler.Piece`: it names tokens of a request's prompt, the row, and its pages and ring in the
+        cache."""
 
         def run():
-            logits, tokens, lengths = self._prefill_rows(model, rows, requests, cached)
-            index, state = self._sent(rows), self._state_of(requests)
-            state.position.copy_(lengths + cached)
-            if self.kind.penalize:
-                seen = self.state.seen[index] if cached else torch.zeros_like(self.state.seen[: len(rows)])
-                state.seen = seen.scatter(1, tokens, True)
-            next_token(state, logits.float(), self.kind)
-            for name in ROW_FIELDS:
-                mine, value = getattr(self.state, name), getattr(state, name)
-                if value is not None:
-                    mine = mine if value.dim() == 1 else mine[:, : value.shape[1]]
-                    mine.index_copy_(0, index, value)
+            self._retire(retired)
+            logits, cache = self._prefill_pieces(model, pieces)
+            ending = [i for i, piece in enumerate(pieces) if piece.ends]
+            if len(ending) < len(pieces):
+                logits, cache = logits[self._sent(ending)], cache.rows(self._sent(ending))
+            if ending:
+                self._start_rows([pieces[i].running for i in ending], logits, cache)
             log_step(self.state)
 
         with _range("prefill", self.device):
             self._event(run, prefill=True)
 
-    def _prefill_rows(self, model: Transformer, rows: list[int], requests: list, cached: int):
-        """Fills the caches of rows [N] with the prompts of requests [N], each computed once. Returns logits [N, V] of
-        the last tokens, the prompts [N, T], padded on the right, and their lengths [N]."""
-        prompts = list(dict.fromkeys(tuple(request.prompt) for request in requests))
-        n, width = len(prompts), max(map(len, prompts))
-        if self.compile_prefill and self.device.type == "cuda":
-            width = min(max(16, 1 << (width - 1).bit_length()), self.length)
-        elif self.compile_prefill:
-            width = max(width, 2)  # a length of 1 would be compiled apart
+    def _start_rows(self, started: list, logits: Tensor, cache: KVCache):
+        """Starts rows [N] whose prompts' last tokens have these logits [N, V], and whose tables `cache` has."""
+        index, state = self._sent([each.row for each in started]), self._state_of([each.request for each in started])
+        prompts = [each.request.prompt for each in started]
+        state.position.copy_(self._sent(list(map(len, prompts))))
+        if self.kind.penalize:
+            longest = max(map(len, prompts))  # padded by a token of its own: none that would count as seen besides
+            tokens = self._sent([[*prompt, *prompt[:1] * (longest - len(prompt))] for prompt in prompts])
+            state.seen = torch.zeros_like(self.state.seen[: len(prompts)]).scatter_(1, tokens, True)
+        next_token(state, logits.float(), self.kind)
+        for name in ROW_FIELDS:
+            mine, value = getattr(self.state, name), getattr(state, name)
+            if value is not None:
+                mine = mine if value.dim() == 1 else mine[:, : value.shape[1]]
+                mine.index_copy_(0, index, value)
+        for ring, table in self.cache.tables.items():
+            table.index_copy_(0, index, cache.tables[ring])
+
+    def _prefill_pieces(self, model: Transformer, pieces: list) -> tuple[Tensor, KVCache]:
+        """Fills the caches of pieces [N], but for followers only with what they don't share. Returns logits [N, V] of
+        their last tokens, and the cache as their rows see it."""
+        cache = self.whole_cache.with_tables(self._tables([piece.running for piece in pieces]))
+        computed = [i for i, piece in enumerate(pieces) if piece.leader is None]
+        if len(computed) == len(pieces):
+            return self._prefill(model, pieces, cache), cache
+        logits = self._prefill(model, [pieces[i] for i in computed], cache.rows(self._sent(computed)))
+        place = {i: n for n, i in enumerate(computed)}
+        logits = logits[
+            self._sent([place[i if piece.leader is None else piece.leader] for i, piece in enumerate(pieces)])
+        ]
+        copies = [(piece.leader, i, piece.end // PAGE) for i, piece in enumerate(pieces) if piece.leader is not None]
+        source, to, _ = self._sent(copies).unbind(1)
+        if True in cache.tables:
+            cache.copy_pages(True, *(cache.tables[True][rows].flatten() for rows in (source, to)))
+        copies = [each for each in copies if pieces[each[1]].end % PAGE]  # the page that a prompt ends in
+        if copies and False in cache.tables:
+            source, to, block = self._sent(copies).unbind(1)
+            cache.copy_pages(False, cache.tables[False][source, block], cache.tables[False][to, block])
+        return logits, cache
+
+    def _tables(self, rows: list) -> dict[bool, Tensor]:
+        """The tables of what runs in these rows."""
+        tables = {}
+        for ring, table in self.whole_cache.tables.items():
+            width = table.shape[1]
+            pages = [
+                range(1 + each.ring * width, 1 + each.ring * width + width) if ring else each.held.pages
+                for each in rows
+            ]
+            tables[ring] = self._sent([[*each, *[0] * (width - len(each))] for each in pages], torch.int32)
+        return tables
+
+    def _prefill(self, model: Transformer, pieces: list, cache: KVCache) -> Tensor:
+        """Logits [N, V] of the last tokens of pieces [N], whose rows `cache` has: packed, or padded on the right."""
+        texts = [piece.prompt[piece.begin : piece.end] for piece in pieces]
+        lengths, longest, total = self._sent([len(text) for text in texts]), max(map(len, texts)), sum(map(len, texts))
+        position = self._sent([piece.begin for piece in pieces]) if any(piece.begin for piece in pieces) else None
+        if self.packs:
+            record = self.compile_prefill and self.device.type == "cuda" and not self.events
+            width = max(16, power_of_2(total)) if record else total
+            tokens = self._sent([token for text in texts for token in text] + [0] * (width - total))
+            if record:
+                return self._recorded_prefill(model, tokens, cache, position, lengths, max(16, power_of_2(longest)))
+            return self._logits(model, tokens, cache, position, lengths, False, longest)
+        if self.compile_prefill:
+            longest = max(longest, 2)  # a length of 1 would be compiled apart
         elif self.device.type == "cpu":
-            width = min(_few_widths(width), self.length)
-        # A row's own token as padding: none that repetition_penalty would count as seen
-        tokens = self._sent([[*prompt, *prompt[:1] * (width - len(prompt))] for prompt in prompts])
-        lengths = self._sent([len(prompt) for prompt in prompts])
-        in_place = rows == list(range(rows[0], rows[0] + n))  # one prompt a row, of neighbours
-        cache = self.cache.rows(rows[0], n) if in_place else self.cache.like(n, width)
-        if self.compile_prefill and self.device.type == "cuda" and in_place and not (rows[0] or self.events or cached):
-            logits = self._recorded_prefill(model, tokens, lengths)
-        else:
-            logits = self._logits(model, tokens, cache, torch.full_like(lengths, cached) if cached else None, lengths)
-        if n == len(rows):
-            if not in_place:
-                self.cache.copy_rows(cache, to=self._sent(rows))
-            return logits, tokens, lengths
-        place = {prompt: i for i, prompt in enumerate(prompts)}
-        of = [place[tuple(request.prompt)] for request in requests]
-        rows_of = [[row for row, i in zip(rows, of) if i == prompt] for prompt in range(n)]
-        if n <= max(map(len, rows_of)):  # one prompt after another, to all of its rows
-            for i, to in enumerate(rows_of):
-                self.cache.copy_rows(cache, slice(i, i + 1), self._sent(to))
-        else:  # all prompts, to their first rows, their second ones and so on
-            for to in zip_longest(*rows_of):
-                taken = [i for i, row in enumerate(to) if row is not None]
-                self.cache.copy_rows(cache, self._sent(taken), self._sent([to[i] for i in taken]))
-        of = self._sent(of)
-        return logits[of], tokens[of], lengths[of]
+            longest = _few_widths(longest)
+        tokens = self._sent([text + [0] * (longest - len(text)) for text in texts])
+        return self._logits(model, tokens, cache, position, lengths)
 
     def _state_of(self, requests: list) -> State:
         """A state of one row a request, before its first token."""
@@ -296,34 +349,35 @@ class Runner:
     def _logits(self, model: Transformer, tokens: Tensor, *rest) -> Tensor:
         if self.compile_prefill and self.device.type == "cpu":
             torch._dynamo.mark_dynamic(tokens, 1)
-        return self._prefill(model, tokens, *rest)
+        return self._run_prefill(model, tokens, *rest)
 
-    def _recorded_prefill(self, model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
-        if tokens.shape not in self.prefills:
-            tokens, lengths = tokens.clone(), lengths.clone()
-            cache, result = self.whole_cache.rows(0, len(tokens)), []
+    def _recorded_prefill(self, model: Transformer, tokens, cache, position, lengths, longest) -> Tensor:
+        key = len(tokens), len(lengths), longest, position is None
+        inputs = [tokens, lengths, *cache.tables.values(), *([] if position is None else [position])]
+        if key not in self.prefills:
+            held = [x.clone() for x in inputs]
+            tables, result = dict(zip(cache.tables, held[2:])), []
 
             def run():
-                result[:] = [self._prefill(model, tokens, cache, None, lengths)]
+                view = self.whole_cache.with_tables(tables)
+                arguments = held[0], view, None if position is None else held[-1], held[1], False, longest
+                result[:] = [self._run_prefill(model, *arguments)]
 
-            self.prefills[tokens.shape] = self._record(run), tokens, lengths, result[0]
-        graph, tokens_in, lengths_in, logits = self.prefills[tokens.shape]
-        tokens_in.copy_(tokens)
-        lengths_in.copy_(lengths)
+            self.prefills[key] = self._record(run), held, result[0]
+        graph, held, logits = self.prefills[key]
+        for mine, value in zip(held, inputs):
+            mine.copy_(value)
         graph.replay()
         return logits
 
     def step(self, model: Transformer, retired: list[int] = ()):
         """One more token for each row that is not done: an event of the chain.
 
-        `retired` rows end before it, whatever they still might make, and read no more than one slot of their caches."""
+        `retired` rows end before it, whatever they still might make: their pages may belong to others from now on."""
         graph = self.steps.get((len(self.state.token), self.kind))
 
         def run():
-            if retired:
-                index = self._sent(retired)
-                self.state.done.index_fill_(0, index, True)
-                self.state.position.index_fill_(0, index, 0)
+            self._retire(retired)
             if graph is not None:
                 graph.replay()
             else:
@@ -331,6 +385,14 @@ class Runner:
 
         with _range("decode step", self.device):
             self._event(run)
+
+    def _retire(self, rows: list[int]):
+        if rows:
+            index = self._sent(rows)
+            self.state.done.index_fill_(0, index, True)
+            self.state.position.index_fill_(0, index, 0)
+            for table in self.cache.tables.values():
+                table.index_fill_(0, index, 0)
 
     def _event(self, run: Callable, prefill: bool = False):
         """Runs `run`, which writes an entry of the log, behind the event before, and has the entry copied to the
@@ -427,31 +489,39 @@ _lock, _recording = threading.Lock(), threading.Lock()  # one thread at a time r
 
 @contextmanager
 def lease(
-    model: Transformer, rows: int, length: int, codec: Codec, compile: bool = False, compile_prefill: bool = False
+    model: Transformer,
+    rows: int,
+    length: int,
+    codec: Codec,
+    compile: bool = False,
+    compile_prefill: bool = False,
+    pages: int | None = None,
 ) -> Iterator[Runner]:
-    """A runner of `model` for as long as the context lasts: the one that waits, if it fits the arguments, else a new
-    one.
+    """A runner of `model` for as long as the context lasts, with at least so many pages (None: enough for all rows):
+    the one that waits, if it fits the arguments, else a new one.
 
     Nobody else has it meanwhile: a second thread, or a run that starts within a run, gets another one. Where steps are
     graphs and attention reads what a row has, a larger runner does: lengths and rows are rounded up to a power of two,
     so that a prompt of another length seldom needs a new one. A run that fails leaves no runner behind.
     """
     roomy = compile and model.device.type == "cuda"
+    pages = 1 + rows * -(-length // PAGE) if pages is None else pages
     with _lock:
         held = _idle.pop(model, None)
     if held is not None:
         wanted = (codec, compile, compile_prefill, model.ops)
-        fits = (held.codec, held.compile, held.compile_prefill, held.ops) == wanted
+        fits = (held.codec, held.compile, held.compile_prefill, held.ops) == wanted and held.pages.count >= pages
         same = (held.batch_size, held.length) == (rows, length)
         if not fits or not (same or (roomy and held.batch_size >= rows and held.length >= length)):
             held = None  # freed before the next one is made
     if held is None:
         if roomy:
             more = _padded_rows(rows), min(max(512, 1 << (length - 1).bit_length()), model.config.context_length)
-            if cache_bytes(model.config, *more, codec) < free_memory(model.device) // 2:
+            if cache_bytes(model.config, *more, codec, pages) < free_memory(model.device) // 2:
                 rows, length = more
-        held = Runner(model, rows, length, codec, compile, compile_prefill)
+        held = Runner(model, rows, length, codec, compile, compile_prefill, pages)
     yield held
+    assert not held.pages.held, "pages were not given back"
     with _lock:
         _idle[model] = held
 

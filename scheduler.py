@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from math import inf
+from typing import NamedTuple
 
+from config import PAGE
+from pages import Held
 from sampling import Sampling, noise_of
 
-CHUNK = 8192  # tokens of prompts, padding included, that one prefill takes at most, or one prompt
-PADDING = 1.25  # times its prompts' tokens that a prefill may be padded to,
+CHUNK = 8192  # tokens of prompts, padding included, that one prefill takes at most
+PADDING = 1.25  # times its prompts' tokens that a prefill may be padded to, where prompts are padded,
 SMALL = 512  # or this many tokens
 SHARE = 16  # a refill is due when one of so many rows is free
 LAGS = {"every": 0, "ping-pong": 1, "never": inf}  # events that may be under way when the log is read
@@ -17,7 +20,8 @@ LAGS = {"every": 0, "ping-pong": 1, "never": inf}  # events that may be under wa
 
 @dataclass(frozen=True)
 class Request:
-    """One completion of one prompt. `key`, of a prompt and a sample, tells it from others."""
+    """One completion of one prompt. `key`, of a prompt and a sample, tells it from others. Samples of a prompt have the
+    same list, and follow each other."""
 
     key: tuple[int, int]
     prompt: list[int]  # token ids
@@ -30,85 +34,181 @@ class Request:
     def noise(self) -> list[float]:
         return noise_of(*self.seed, self.key[1], self.max_new_tokens) if self.sampling.temperature else []
 
+    @property
+    def tokens(self) -> int:
+        """How many it may have in the cache."""
+        return len(self.prompt) + self.max_new_tokens
+
 
 @dataclass
 class Running:
-    """A request in a row: its tokens so far, and the events of the chain between which they come."""
+    """A request in a row: its pages and its ring in the cache, its tokens so far, and the events of the chain between
+    which they come."""
 
     request: Request
     row: int
-    first: int
+    ring: int
+    held: Held
+    first: float = inf
     tokens: list[int] = field(default_factory=list)
     last: float = inf
     planned: int = 1  # tokens that it has after all events so far, unless it stops
 
 
+class Piece(NamedTuple):
+    """What a prefill computes for a row: tokens [begin, end) of its prompt; with the last of them the row starts.
+
+    Of several samples of a prompt in one prefill only the first is computed: it is the `leader` of the others, a number
+    of a piece.
+    """
+
+    running: Running
+    begin: int
+    end: int
+    leader: int | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.running.request.prompt
+
+    @property
+    def ends(self) -> bool:
+        return self.end == len(self.prompt)
+
+
 class Scheduler:
     """Runs requests, in their order, on the rows of a `runner.Runner`, which has been started for that many rows.
 
-    Finished rows are refilled together, a sixteenth of all at a time: a prefill of one prompt takes little less than
-    that of some. A row whose limit is reached is refilled without waiting for the log; one that stops is known a step
-    late.
+    A request starts when a row is free, and pages for all the tokens it may have: nothing that runs ever has to give
+    way. Finished rows are refilled together, a sixteenth of all at a time: a prefill of one prompt takes little less
+    than that of some. A row whose limit is reached is refilled without waiting for the log; one that stops is known a
+    step late. Requests of one prompt that start together share what is computed of it, and so do, through the runner's
+    `Pages`, prompts that begin with the same pages.
     """
 
     def __init__(self, runner, model, requests: Iterable[Request], rows: int, check: str = "ping-pong"):
         self.runner, self.model, self.rows, self.lag = runner, model, rows, LAGS[check]
+        self.pages = runner.pages
         self.requests, self.waiting = iter(requests), deque()  # those that come next, one a row at most, were taken
-        self.free = list(range(rows))
+        self.free, self.rings = list(range(rows)), list(range(rows))
         self.running: list[Running] = []
+        self.kept: Held | None = None  # pages of the only request that stay its caller's
         self.retired: list[int] = []  # rows that have to be ended on the device
         self.steps = 0
 
-    def run(self, on_step: Callable | None = None, on_token: Callable | None = None, cached: int = 0) -> Iterator:
+    def run(
+        self,
+        on_step: Callable | None = None,
+        on_token: Callable | None = None,
+        cached: int = 0,
+        held: Held | None = None,
+    ) -> Iterator:
         """Yields (request, new tokens) as completions finish.
 
         on_step(0, runner) is called before each prefill, on_step(i, runner) before decode step i; on_token gets each
-        new token. `cached` tokens of the prompts are in the rows' caches already.
+        new token. A single request may continue what is in the cache: the first `cached` tokens of its prompt, in pages
+        that the caller holds and keeps.
         """
-        self._look_ahead()
-        while self.waiting or self.running:
-            groups = self._admissions()
-            for rows, requests in groups:
-                if on_step is not None:
-                    on_step(0, self.runner)
-                self._admit(rows, requests, cached)
-                yield from self._read(on_token)
-            if any(each.planned < each.request.max_new_tokens for each in self.running):
-                self.steps += 1
-                if on_step is not None:
-                    on_step(self.steps, self.runner)
-                self._step()
-                yield from self._read(on_token)
-            elif not groups:
-                yield from self._read(on_token, lag=0)
+        self.kept = held
+        try:
+            self._look_ahead()
+            while self.waiting or self.running:
+                prefills = 0
+                for pieces in self._prefills(cached):
+                    prefills += 1
+                    if on_step is not None:
+                        on_step(0, self.runner)
+                    self._admit(pieces)
+                    yield from self._read(on_token)
+                if any(each.planned < each.request.max_new_tokens for each in self.running):
+                    self.steps += 1
+                    if on_step is not None:
+                        on_step(self.steps, self.runner)
+                    self._step()
+                    yield from self._read(on_token)
+                elif not prefills:
+                    yield from self._read(on_token, lag=0)
+        finally:
+            for each in self.running:
+                if each.last == inf:
+                    self._give_back(each)
 
     def _look_ahead(self):
         self.waiting.extend(islice(self.requests, self.rows - len(self.waiting)))
 
-    def _admissions(self) -> list[tuple[list[int], list[Request]]]:
-        """Rows and requests of the prefills that are due: prompts of about one length share one."""
-        count = min(len(self.waiting), len(self.free))
-        if count < min(len(self.waiting), max(1, self.rows // SHARE)):
-            return []
-        requests = [self.waiting.popleft() for _ in range(count)]
-        self._look_ahead()
-        groups, tokens, prompts = [[]], 0, 0
-        for request in sorted(requests, key=lambda request: (len(request.prompt), request.prompt)):
-            length, group = len(request.prompt), groups[-1]
-            if not group or request.prompt != group[-1].prompt:  # samples of one prompt share its prefill
-                tokens, prompts = tokens + length, prompts + 1
-                if group and (prompts * length > CHUNK or prompts * length > max(PADDING * tokens, SMALL)):
-                    groups.append([])
-                    tokens, prompts = length, 1
-            groups[-1].append(request)
-        self.free.sort()
-        return [([self.free.pop(0) for _ in group], group) for group in groups if group]
+    def _due(self) -> int:
+        """How many requests start now: as many as rows and pages are free for, if those are enough."""
+        count, pages, prompt = 0, self.pages.free, None
+        for request in islice(self.waiting, len(self.free)):
+            pages -= self.pages.needed(request.prompt, request.tokens, request.prompt is prompt)
+            if pages < 0:
+                break
+            count, prompt = count + 1, request.prompt
+        enough = max(1, min(len(self.waiting), self.rows // SHARE))
+        idle = all(each.last < inf for each in self.running)
+        return max(count, 1) if count >= enough or (idle and self.waiting) else 0
 
-    def _admit(self, rows: list[int], requests: list[Request], cached: int):
-        self.retired = [row for row in self.retired if row not in rows]
-        started = [Running(request, row, self.runner.events) for row, request in zip(rows, requests)]
-        self.runner.admit(self.model, rows, requests, cached)
-        self.running += started
+    def _prefills(self, cached: int) -> Iterator[list[Piece]]:
+        """Pieces of the prompts that start now, at most CHUNK tokens at a time. Each list has to be admitted before the
+        next one is made, which may share its pages."""
+        requests = [self.waiting.popleft() for _ in range(self._due())]
+        self._look_ahead()
+        queue = deque(sorted(requests, key=lambda request: len(request.prompt)))
+        self.free.sort(reverse=True)
+        cut = None  # the last piece, if its prompt goes on
+        while queue:
+            pieces, leaders, tokens, longest, filling = [], [], 0, 0, set()
+            while queue:
+                request = queue[0]
+                if leaders and pieces[leaders[-1]].prompt is request.prompt:  # a sample of it
+                    leader = pieces[leaders[-1]]
+                    running = self._take(queue.popleft(), leader.running.held)
+                    pieces.append(Piece(running, leader.begin, leader.end, leaders[-1]))
+                    continue
+                if cut is not None:
+                    begin = cut.end
+                else:
+                    begin = self.pages.match(request.prompt) if self.kept is None else cached
+                end = min(len(request.prompt), begin + CHUNK)
+                total, longest = tokens + end - begin, max(longest, end - begin)
+                page = tuple(request.prompt[: begin + PAGE]) if self.pages.caching else None
+                if pieces and (page in filling or not self._fits(total, len(leaders) + 1, longest)):
+                    break
+                running = cut.running if cut is not None else self._take(request, None)
+                piece = Piece(running, begin, end)
+                leaders.append(len(pieces))
+                pieces.append(piece)
+                tokens = total
+                if page is not None and end - begin >= PAGE:
+                    filling.add(page)
+                cut = None if piece.ends else piece
+                if cut is not None:
+                    break
+                queue.popleft()
+            yield pieces
+
+    def _fits(self, tokens: int, prompts: int, longest: int) -> bool:
+        """Whether one prefill takes so many prompts of so many tokens in all, and at most `longest` a prompt."""
+        if self.runner.packs:
+            return tokens <= CHUNK
+        return prompts * longest <= min(CHUNK, max(PADDING * tokens, SMALL))
+
+    def _take(self, request: Request, like: Held | None) -> Running:
+        """A row, a ring and pages for a request, of which some may be those of one that is alike."""
+        held = self.pages.take(request.prompt, request.tokens, like) if self.kept is None else self.kept
+        running = Running(request, self.free.pop(), self.rings.pop(), held)
+        self.running.append(running)
+        return running
+
+    def _admit(self, pieces: list[Piece]):
+        event = self.runner.events
+        self.runner.admit(self.model, pieces, self.retired)
+        self.retired = []
+        for piece in pieces:
+            if piece.ends:
+                piece.running.first = event
+                if piece.leader is None:
+                    self.pages.register(piece.running.held)
         self._release()
 
     def _step(self):
@@ -121,14 +221,20 @@ class Scheduler:
     def _release(self):
         """Frees the rows whose limit the last event reaches, while others wait for a row."""
         for each in self.running if self.waiting else ():
-            if each.last == inf and each.planned >= each.request.max_new_tokens:
+            if each.first < inf == each.last and each.planned >= each.request.max_new_tokens:
                 self._leave(each)
 
     def _leave(self, each: Running):
         """Frees the row of a request, which has nothing from it after the last event."""
         each.last = self.runner.events - 1
         self.free.append(each.row)
+        self.rings.append(each.ring)
         self.retired.append(each.row)
+        self._give_back(each)
+
+    def _give_back(self, each: Running):
+        if each.held is not self.kept:
+            self.pages.release(each.held)
 
     def _read(self, on_token: Callable | None, lag: float | None = None) -> Iterator:
         """Takes what the log has, up to the last `lag` events, and yields the completions that it ends."""

@@ -12,7 +12,7 @@ TransformerEngine's modules. model.py is written over `Ops` and knows none of th
 | matmul         | a product by a weight of any format                        | matmul.py, integer.py            |
 | matmul_geglu   | gate and up products and GeGLU, rounded to FP8 or not      | matmul.py, integer.py            |
 | mask           | which keys a query sees                                    | attention.py                     |
-| attend         | norms, rotation, cache write and attention                 | attention.py, decode_attention.py |
+| attend         | norms, rotation, cache write and attention                 | attention.py, {decode,prefill}_attention.py |
 | greedy         | the most probable token, appended to each row              | next_token.py                    |
 """
 
@@ -29,9 +29,10 @@ NAMES = ("auto", "kernels", "te", "torch")
 @dataclass(frozen=True)
 class Ops:
     """One implementation of every operation. `replace(ops, matmul=...)` makes another, for recording what passes,
-    say."""
+    say. `packs` says whether its attention takes prompts of unlike lengths one after another; else they are padded."""
 
     name: str
+    packs: bool
     rope: Callable
     embed: Callable
     add_norm: Callable
@@ -44,6 +45,7 @@ class Ops:
 
 TORCH = Ops(
     "torch",
+    False,
     rope=rope.rope,
     embed=norm.embed,
     add_norm=norm.add_norm,
@@ -55,12 +57,13 @@ TORCH = Ops(
 )
 KERNELS = Ops(
     "kernels",
+    True,
     rope=rope.rope_triton,
     embed=norm.embed_triton,
     add_norm=norm.add_norm_triton,
     matmul=matmul.matmul_triton,
     matmul_geglu=matmul.matmul_geglu_triton,
-    mask=attention.attention_mask_triton,
+    mask=attention.no_mask,
     attend=attention.attend_triton,
     greedy=next_token.greedy_next_token_triton,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from ops.common import summed
 from ops.decode_attention import decode_attention
 from ops.norm import rescale, rescale_triton, rms_norm
+from ops.prefill_attention import prefill_attention
 from ops.rope import AttentionLayer, Positions, prefill_rope, rotate
 
 
@@ -20,12 +21,12 @@ def attend(
     dtype: torch.dtype,
     output_scale: Tensor | None = None,
 ) -> Tensor:
-    """Makes wo's input [B * T, H * D] of wqkv's output: norms, rotation, cache write and attention.
+    """Makes wo's input [M, H * D] of wqkv's output: norms, rotation, cache write and attention.
 
-    qkv is [B * T, (H + 2 * K) * D] in `dtype`, or float32 partial sums of it. cache is the layer's `LayerCache`, or
-    None for attention among the new tokens alone. With a cache, queries see keys and values as it stores them, in
-    prefill as in decoding, and however a prompt is cut into pieces. The result is in `dtype` or, with output_scale, in
-    E4M3.
+    qkv is [M, (H + 2 * K) * D] in `dtype`, or float32 partial sums of it. cache is the layer's `LayerCache`, or None
+    for attention among the new tokens alone. With a cache, queries see keys and values as it stores them, in prefill as
+    in decoding, and however a prompt is cut into pieces. The result is in `dtype` or, with output_scale, in E4M3. This
+    definition takes sequences of T tokens, M = N * T, padding included.
     """
     batch, tokens, position, head_dim = positions.batch, positions.tokens, positions.position, layer.head_dim
     heads = summed(qkv, dtype).view(batch, tokens, -1, head_dim)
@@ -33,22 +34,24 @@ def attend(
     if layer.q_norm is not None:
         q, k = qk.split_with_sizes([layer.n_heads, layer.n_kv_heads], dim=2)
         qk = torch.cat((rms_norm(q, layer.q_norm, layer.eps), rms_norm(k, layer.k_norm, layer.eps)), dim=2)
-    cos, sin = positions.rope.view(2, -1, tokens, 1, head_dim).unbind()
-    qk, v = rotate(qk, cos, sin).transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, D]
-    q, keys = qk.split_with_sizes([layer.n_heads, layer.n_kv_heads], dim=1)
+    cos, sin = positions.rope.view(2, batch, tokens, 1, head_dim).unbind()
+    qk = rotate(qk, cos, sin)
+    q, k = qk.split_with_sizes([layer.n_heads, layer.n_kv_heads], dim=2)
 
-    values, scale, v_scale = v, layer.scale, 1.0
+    keys, values, scale, v_scale = k.transpose(1, 2), v.transpose(1, 2), layer.scale, 1.0  # [B, heads, T, D]
     if cache is not None:
         scale, v_scale = scale * cache.k_scale, cache.v_scale
-        k_stored, v_stored = cache.encode(keys, v)
-        keys, values = k_stored.to(dtype), v_stored.to(dtype)
-        if position is not None and tokens > 1:  # behind cached tokens; the ring may drop some that are seen here
-            keys = torch.cat((cache.k.to(dtype), keys), dim=2)
-            values = torch.cat((cache.v.to(dtype), values), dim=2)
-        cache.write(k_stored, v_stored, position, positions.lengths, positions.slot)
-        if position is not None and tokens == 1:
-            keys, values = cache.k.to(dtype), cache.v.to(dtype)
-    y = softmax_attention(q, keys, values, scale, positions.mask, layer.window, layer.softcap)
+        k_stored, v_stored = cache.encode(k, v)
+        if positions.decoding:
+            cache.write(k_stored[:, 0], v_stored[:, 0], positions.slot)
+            keys, values = cache.held(position + 1, dtype)
+        else:
+            keys, values = (x.to(dtype).transpose(1, 2) for x in (k_stored, v_stored))
+            if position is not None:  # behind cached tokens; the ring may drop some that are seen here
+                held = cache.held(position, dtype)
+                keys, values = (torch.cat(pair, dim=2) for pair in zip(held, (keys, values)))
+            cache.write(k_stored.flatten(0, 1), v_stored.flatten(0, 1), positions.slot)
+    y = softmax_attention(q.transpose(1, 2), keys, values, scale, positions.mask, layer.window, layer.softcap)
     return rescale(y.transpose(1, 2).reshape(batch * tokens, -1), v_scale, output_scale)
 
 
@@ -61,54 +64,46 @@ def attend_triton(
     output_scale: Tensor | None = None,
     fused: Callable | None = None,
 ) -> Tensor:
-    """Does what `attend` does: with kernels for one new token a row, and for prompts with kernels around a fused
-    attention.
+    """Does what `attend` does, also for sequences of unlike lengths: with a kernel for one new token a row, and for
+    prompts with one for rotation and cache write and another for attention.
 
-    `fused`(q, k, v, scale, mask, window, softcap) is that attention: PyTorch's, unless it is given. Prompts without a
-    cache, and more than one token behind cached ones, are `attend`'s.
+    Prompts of one length that see nothing but themselves are left to `fused`(q, k, v, scale, mask, window, softcap),
+    PyTorch's attention unless it is given.
     """
-    behind = positions.position is not None
-    if cache is None or (behind and positions.tokens > 1):
-        return attend(qkv, layer, cache, positions, dtype, output_scale)
-    if behind:
+    if positions.decoding and cache is not None:
         return decode_attention(qkv, layer, cache, positions, dtype, output_scale)
-    if positions.lengths is None:
-        everything = torch.full((positions.batch,), positions.tokens, device=qkv.device)
-        positions = positions._replace(lengths=everything)
-    q, k, v = (x.transpose(1, 2) for x in prefill_rope(qkv, layer, cache, positions, dtype))
-    y = (fused or softmax_attention)(q, k, v, layer.scale * cache.k_scale, None, layer.window, layer.softcap)
-    return rescale_triton(
-        y.transpose(1, 2).reshape(positions.batch * positions.tokens, -1), cache.v_scale, output_scale
-    )
+    context = cache
+    if cache is not None and cache.ring and positions.position is not None:
+        context = cache.copied()  # new tokens replace some that are seen here
+    q, k, v = prefill_rope(qkv, layer, cache, positions, dtype)
+    alike = positions.position is None and (positions.first is None or positions.batch == 1)
+    if alike and layer.softcap is None and (layer.window is None or positions.tokens <= layer.window):
+        k_scale, v_scale = (1.0, 1.0) if cache is None else (cache.k_scale, cache.v_scale)
+        q, k, v = (x.unflatten(0, (positions.batch, -1)).transpose(1, 2) for x in (q, k, v))
+        y = (fused or softmax_attention)(q, k, v, layer.scale * k_scale, None, layer.window, None)
+        return rescale_triton(y.transpose(1, 2).reshape(qkv.shape[-2], -1), v_scale, output_scale)
+    return prefill_attention(q, k, v, layer, context, positions, dtype, output_scale)
 
 
-def attention_mask(
-    cache, window: int | None, query: Tensor, position: Tensor, dtype: torch.dtype
-) -> tuple[Tensor | None, tuple | None]:
-    """Which keys queries at positions query [B, T] see behind `position` [B] cached tokens, and where one new token
-    goes.
+def attention_mask(cache, window: int | None, query: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Which keys queries at positions query [N, T] see behind `position` [N] cached tokens.
 
-    The mask [B, 1, T, keys] in `dtype` is 0 where a query sees a key, else -inf. One query a row sees the cache, its
-    own token included. More of them see what the cache held before them, [0, S), and then each other, [S, S + T). The
-    second result is the index of one new token a row in the cache, None for more.
+    The mask [N, 1, T, keys] in `dtype` is 0 where a query sees a key, else -inf. One query a row sees the cache, its
+    own token included. More of them see what the cache held before them, [0, S), and then each other, [S, S + T).
     """
-    if query.shape[1] == 1:  # a ring holds nothing that is out of the window
-        mask = (torch.arange(cache.slots, device=query.device) <= query)[:, None, None, :]
-        return additive_mask(mask, dtype), cache.token_slot(position)
-    key = torch.cat((cache.held_positions(position), query), dim=1)[:, None, :]  # [B, 1, S + T]
+    if query.shape[1] == 1:
+        key = cache.held_positions(position + 1)[:, None, :]
+    else:
+        key = torch.cat((cache.held_positions(position), query), dim=1)[:, None, :]  # [N, 1, S + T]
     mask = (key >= 0) & (key <= query[:, :, None])
     if window is not None:
         mask &= key > query[:, :, None] - window
-    return additive_mask(mask[:, None], dtype), None
+    return additive_mask(mask[:, None], dtype)
 
 
-def attention_mask_triton(
-    cache, window: int | None, query: Tensor, position: Tensor, dtype: torch.dtype
-) -> tuple[Tensor | None, tuple | None]:
-    """Does what `attention_mask` does; the decode step's kernel does without it: (None, None) for one query a row."""
-    if query.shape[1] == 1:
-        return None, None
-    return attention_mask(cache, window, query, position, dtype)
+def no_mask(*_) -> None:
+    """Kernels need none."""
+    return
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

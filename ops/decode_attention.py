@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from config import PAGE
 from ops.common import (
     E4M3,
     LOG2E,
@@ -90,37 +91,71 @@ def _kv_split(position, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
 
 
 @jit
-def _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them are in use.
+def _page(table_ptr, s, PAGE: tl.constexpr):
+    """Loads the page of slot s of a row."""
+    # Unsigned: a division of signed numbers costs more
+    return tl.load(table_ptr + s.to(tl.uint32) // PAGE).to(tl.int64)
+
+
+@jit
+def _block(
+    k_ptr,
+    v_ptr,
+    page,
+    s,
+    end,
+    slot,
+    S,
+    lane,
+    d,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, which are in `page`, and says which of them are seen.
 
     The new token's slot is not, since its key and value never come from memory.
     """
     used = (s + lane < end) & (s + lane != slot)
+    if WINDOW > 0:  # what is in a slot is so many tokens older than the new one
+        used = used & ((slot - s - lane + S) % S < WINDOW)
     mask = used[:, None] & (d < D)[None, :] if D < BLOCK_D else used[:, None]
-    offsets = base + s * D + lane[:, None] * D + d[None, :]
+    base = ((page * KV_HEADS + tl.program_id(1)) * PAGE + s.to(tl.uint32) % PAGE) * D
+    offsets = base + lane[:, None] * D + d[None, :]
     return tl.load(k_ptr + offsets, mask=mask, other=0.0), tl.load(v_ptr + offsets, mask=mask, other=0.0), used
 
 
 @jit
-def _place(position_ptr, S, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
-    """Returns where program (row, key head, split) works.
-
-    That is the slot of the row's new token, the offset of the head in the caches, and the program's slots [start, end).
-    """
+def _place(position_ptr, table_ptr, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr, PAGE: tl.constexpr):
+    """Returns where program (row, key head, split) works: the slot of the row's new token, the row's table, and the
+    program's slots [start, end)."""
     row = tl.program_id(0).to(tl.int64)
-    position = tl.load(position_ptr + row)
+    position = tl.load(position_ptr + row).to(tl.int32)
     start, end = _kv_split(position, S, BLOCK_S, KV_SPLITS)
-    return (position % S).to(tl.int32), (row * KV_HEADS + tl.program_id(1)) * S * D, start, end
+    return position % S, table_ptr + row * (S // PAGE), start, end
 
 
 @jit
-def _prefetch_slots(k_ptr, v_ptr, base, start, end, D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):
-    """Has keys and values of the first AHEAD slots of [start, end) brought to L2."""
+def _prefetch_slots(
+    k_ptr,
+    v_ptr,
+    page,
+    start,
+    end,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Has keys and values of the first AHEAD slots of [start, end) brought to L2, as far as they are in `page`."""
     if PDL and AHEAD > 0:
         PIECE: tl.constexpr = 1024
         ITEM: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
-        first = base + start * D
-        count = tl.minimum(end - start, AHEAD) * (D * ITEM) // PIECE
+        first = (page * KV_HEADS + tl.program_id(1)) * PAGE * D + (start % PAGE) * D
+        count = tl.minimum(tl.minimum(end - start, AHEAD), PAGE - start % PAGE) * (D * ITEM) // PIECE
         prefetch_l2(k_ptr + first, PIECE, count, PIECE, PDL)
         prefetch_l2(v_ptr + first, PIECE, count, PIECE, PDL)
 
@@ -184,6 +219,7 @@ def _attention_by_sums_kernel(
     k_ptr,
     v_ptr,
     position_ptr,
+    table_ptr,
     scale_ptr,
     out_ptr,
     acc_ptr,
@@ -207,6 +243,8 @@ def _attention_by_sums_kernel(
     SPLIT_K: tl.constexpr,
     LIMIT: tl.constexpr,
     AHEAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -221,24 +259,28 @@ def _attention_by_sums_kernel(
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     output_scale = load_scalar(scale_ptr)
-    slot, base, start, end = _place(position_ptr, S, KV_HEADS, D, BLOCK_S, KV_SPLITS)
-    k, v, used = _block(k_ptr, v_ptr, base, start, end, slot, lane, d, D, BLOCK_D)
-    _prefetch_slots(k_ptr, v_ptr, base, start + BLOCK_S, end, D, AHEAD, PDL)
+    slot, table_ptr, start, end = _place(position_ptr, table_ptr, S, BLOCK_S, KV_SPLITS, PAGE)
+    own_page = _page(table_ptr, slot, PAGE)
+    page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
+    k, v, used = _block(k_ptr, v_ptr, page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
+    s = start + BLOCK_S
+    page = _page(table_ptr, tl.minimum(s, S - 1), PAGE)
+    _prefetch_slots(k_ptr, v_ptr, page, s, end, KV_HEADS, D, PAGE, AHEAD, PDL)
     wait_for_previous(PDL)
     cos, sin, own_k, own_v = _new_kv(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, KV_HEADS, GROUP, D, SPLIT_K, dtype)
     q = _normed_rotated(
         qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, dtype
     )
-    own_k, own_v = _write_new(
-        own_k, own_v, k_ptr, v_ptr, base + slot * D, inverse_k_scale, inverse_v_scale, d, D, LIMIT
-    )
+    own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
+    own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
     own = (lane == 0) & (tl.program_id(2) == 0)
     m = tl.where(own, _log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
     l = tl.where(own, 1.0, 0.0)
     acc = tl.where(own[:, None], own_v[None, :], 0.0)
     m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     for s in tl.range(start + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
-        k, v, used = _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D, BLOCK_D)
+        at = _page(table_ptr, s, PAGE)
+        k, v, used = _block(k_ptr, v_ptr, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
         m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     m_all = tl.max(m, axis=0)
     weight = tl.exp2(m - m_all)
@@ -269,6 +311,7 @@ def _attention_kernel(
     k_ptr,
     v_ptr,
     position_ptr,
+    table_ptr,
     scale_ptr,
     out_ptr,
     acc_ptr,
@@ -292,6 +335,8 @@ def _attention_kernel(
     SPLIT_K: tl.constexpr,
     LIMIT: tl.constexpr,
     AHEAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -309,8 +354,10 @@ def _attention_kernel(
     in_head = d < D
     q_mask = (g < GROUP)[:, None] & in_head[None, :]
     output_scale = load_scalar(scale_ptr)
-    slot, base, start, end = _place(position_ptr, S, KV_HEADS, D, BLOCK_S, KV_SPLITS)
-    _prefetch_slots(k_ptr, v_ptr, base, start, end, D, AHEAD, PDL)
+    slot, table_ptr, start, end = _place(position_ptr, table_ptr, S, BLOCK_S, KV_SPLITS, PAGE)
+    own_page = _page(table_ptr, slot, PAGE)
+    page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
+    _prefetch_slots(k_ptr, v_ptr, page, start, end, KV_HEADS, D, PAGE, AHEAD, PDL)
     wait_for_previous(PDL)
     cos, sin, own_k, own_v = _new_kv(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, KV_HEADS, GROUP, D, SPLIT_K, dtype)
     heads = (head * GROUP + g)[:, None] * D
@@ -331,16 +378,16 @@ def _attention_kernel(
         SPLIT_K,
         dtype,
     )
-    own_k, own_v = _write_new(
-        own_k, own_v, k_ptr, v_ptr, base + slot * D, inverse_k_scale, inverse_v_scale, d, D, LIMIT
-    )
+    own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
+    own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
     first = tl.program_id(2) == 0
     m = tl.where(first, _log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
     l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.where(first, own_v[None, :], 0.0) + tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
     query = q.to(factor)
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
-        k, v, used = _block(k_ptr, v_ptr, base, s, end, slot, lane, d, D, BLOCK_D)
+        at = _page(table_ptr, s, PAGE)
+        k, v, used = _block(k_ptr, v_ptr, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
         scores = _log2_scores(tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee"), scale, softcap)
         scores = tl.where(used[None, :], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1))
@@ -409,7 +456,7 @@ def decode_attention(
     position % S, and of the caches only slots 0 to min(position, S - 1) are read. kv_splits programs, a power of 2,
     share a row's slots.
     """
-    m, kv_heads, slots, d = cache.k.shape
+    (m, _), slots, (_, kv_heads, _, d) = cache.table.shape, cache.slots, cache.k.shape
     n_heads = layer.n_heads
     group = n_heads // kv_heads
     config = config or attention_config(m * kv_heads, group, slots, cache.k.dtype)
@@ -423,7 +470,7 @@ def decode_attention(
     launch(
         _attention_by_sums_kernel if config.by_sums else _attention_kernel,
         (m, kv_heads, kv_splits),
-        *(qkv, positions.rope, layer.q_norm, layer.k_norm, cache.k, cache.v, positions.position),
+        *(qkv, positions.rope, layer.q_norm, layer.k_norm, cache.k, cache.v, positions.position, cache.table),
         *(output_scale, out, acc, stats, layer.scale * k_scale, v_scale, layer.softcap),
         *(1 / k_scale, 1 / v_scale, layer.eps, m, slots),
         KV_HEADS=kv_heads,
@@ -437,6 +484,8 @@ def decode_attention(
         SPLIT_K=split_k_of(qkv),
         LIMIT=cache.codec.limit,
         AHEAD=config.ahead if d * cache.k.dtype.itemsize % 16 == 0 else 0,
+        PAGE=PAGE,
+        WINDOW=layer.window if layer.window is not None and layer.window < slots else 0,
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,
     )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from config import PAGE
 from ops.common import (
     jit,
     launch,
@@ -40,11 +41,12 @@ class AttentionLayer(NamedTuple):
 class Positions(NamedTuple):
     """Where the tokens of one forward are: what all local layers, or all global ones, share in it.
 
-    batch B and tokens T are its shape. position [B] counts the tokens that each row has in the cache already (None:
-    none anywhere), lengths [B] the new tokens a row that count, the rest being padding on the right (None: all). rope
-    [2, R, D] holds cosines and sines, of R = T positions, which rows share, or of R = B * T. mask [B, 1, T, keys] is 0
-    where a query sees a key, else -inf; None means causal over the new tokens. slot is the index of one new token a row
-    in the cache.
+    There are N = `batch` sequences of at most T = `tokens` new tokens, M in all. Those of sequence n begin at token
+    first[n] of all (first [N]; None: at n * T), and lengths[n] of them count, the rest being padding (lengths [N];
+    None: all T). position [N] counts the tokens that each sequence has in the cache already (None: none anywhere). rope
+    [2, M, D] holds cosines and sines. mask [N, 1, T, keys] is 0 where a query sees a key, else -inf; None means causal
+    over the new tokens. slot [M] says where tokens go in the cache, as `cache.LayerCache.slots_for` counts it. What a
+    kernel finds out by itself is None.
     """
 
     batch: int
@@ -53,7 +55,13 @@ class Positions(NamedTuple):
     lengths: Tensor | None
     rope: Tensor
     mask: Tensor | None = None
-    slot: tuple | None = None
+    slot: Tensor | None = None
+    first: Tensor | None = None
+
+    @property
+    def decoding(self) -> bool:
+        """Whether each sequence has one new token, behind cached ones: a decode step's forward."""
+        return self.tokens == 1 and self.position is not None and self.first is None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -157,7 +165,7 @@ def _prefill_rope_kernel(
     rope_ptr,
     q_norm_ptr,
     k_norm_ptr,
-    lengths_ptr,
+    slot_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
@@ -165,11 +173,10 @@ def _prefill_rope_kernel(
     inverse_v_scale,
     eps,
     rows,
-    T,
-    S,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_KV_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -182,11 +189,10 @@ def _prefill_rope_kernel(
     launch_dependents(PDL)
     WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
     token = tl.program_id(0).to(tl.int64)
-    row, t = token // T, token % T
     d = tl.arange(0, BLOCK_D)[None, :]
     wait_for_previous(PDL)
-    cos = tl.load(rope_ptr + t * D + d, mask=d < D, other=0.0)
-    sin = tl.load(rope_ptr + (T + t) * D + d, mask=d < D, other=0.0)
+    cos = tl.load(rope_ptr + token * D + d, mask=d < D, other=0.0)
+    sin = tl.load(rope_ptr + (rows + token) * D + d, mask=d < D, other=0.0)
     if tl.program_id(1) == 0:
         query = tl.arange(0, BLOCK_HEADS)[:, None]
         is_query = (query < HEADS) & (d < D)
@@ -202,13 +208,11 @@ def _prefill_rope_kernel(
             qkv_ptr, token, rows, first, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, dtype
         )
         v = load_sum(qkv_ptr, token, rows, first + KV_HEADS * D + d, mask, WIDTH, SPLIT_K, dtype)
-        length = tl.load(lengths_ptr + row)
-        offsets = ((row * KV_HEADS + head) * S + t % S) * D + d
-        # of tokens that share a slot, the newest is kept
-        heads = tl.where(t < length, tl.where(t + S >= length, KV_HEADS, 0), 0)
-        kept = (head < heads) & (d < D)
-        k = _write(k, k_ptr, offsets, inverse_k_scale, kept, LIMIT)
-        v = _write(v, v_ptr, offsets, inverse_v_scale, kept, LIMIT)
+        if k_ptr is not None:
+            slot = tl.load(slot_ptr + token)
+            offsets = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D + d
+            k = _write(k, k_ptr, offsets, inverse_k_scale, mask, LIMIT)
+            v = _write(v, v_ptr, offsets, inverse_v_scale, mask, LIMIT)
         tl.store(out_ptr + token * WIDTH + first + d, k.to(dtype), mask=mask)
         tl.store(out_ptr + token * WIDTH + first + KV_HEADS * D + d, v.to(dtype), mask=mask)
 
@@ -216,28 +220,33 @@ def _prefill_rope_kernel(
 def prefill_rope(
     qkv: Tensor, layer: AttentionLayer, cache, positions: Positions, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms and rotates queries and keys of a prompt, rounds keys and values as the cache stores them, and writes them.
+    """Norms and rotates queries and keys of prompts, rounds keys and values as the cache stores them, and writes them
+    to `positions.slot`.
 
-    qkv is [B * T, (HEADS + 2 * KV_HEADS) * D] in `dtype` or partial sums of it, of tokens at positions 0 to T - 1.
-    Returns q [B, T, HEADS, D], and k and v [B, T, KV_HEADS, D] as the cache stores them, divided by their scales. Of
-    each row, the tokens before its length, or the newest S of them, are written to slots position % S.
+    qkv is [M, (HEADS + 2 * KV_HEADS) * D] in `dtype` or partial sums of it. Returns q [M, HEADS, D], and k and v [M,
+    KV_HEADS, D] as the cache stores them, divided by their scales. Without a cache (None) nothing is rounded to one,
+    nor written.
     """
-    (batch, kv_heads, slots, d), (m, width) = cache.k.shape, qkv.shape[-2:]
+    (m, width), d, kv_heads = qkv.shape[-2:], layer.head_dim, layer.n_kv_heads
     out = torch.empty(m, width, dtype=dtype, device=qkv.device)
+    pools, scales, limit = (None, None), (1.0, 1.0), 0.0
+    if cache is not None:
+        pools, scales, limit = (cache.k, cache.v), (1 / cache.k_scale, 1 / cache.v_scale), cache.codec.limit
     launch(
         _prefill_rope_kernel,
         (m, 2),
-        *(qkv, positions.rope, layer.q_norm, layer.k_norm, positions.lengths, cache.k, cache.v, out),
-        *(1 / cache.k_scale, 1 / cache.v_scale, layer.eps, m, m // batch, slots),
+        *(qkv, positions.rope, layer.q_norm, layer.k_norm, positions.slot, *pools, out),
+        *(*scales, layer.eps, m),
         HEADS=layer.n_heads,
         KV_HEADS=kv_heads,
         D=d,
+        PAGE=PAGE,
         BLOCK_HEADS=power_of_2(layer.n_heads),
         BLOCK_KV_HEADS=power_of_2(kv_heads),
         BLOCK_D=power_of_2(d),
         SPLIT_K=split_k_of(qkv),
-        LIMIT=cache.codec.limit,
+        LIMIT=limit,
         dtype=triton_dtype(dtype),
         num_warps=4,
     )
-    return out.view(batch, m // batch, -1, d).split_with_sizes([layer.n_heads, kv_heads, kv_heads], dim=2)
+    return out.view(m, -1, d).split_with_sizes([layer.n_heads, kv_heads, kv_heads], dim=1)

@@ -5,8 +5,8 @@ import torch
 from conftest import GREEDY, TINY_GEMMA, small_model
 
 import ops
-from cache import CODECS, KV_CACHE_DTYPES, KVCache, LayerCache, cache_bytes, codec_of
-from config import ModelConfig
+from cache import CODECS, KV_CACHE_DTYPES, KVCache, LayerCache, cache_bytes, codec_of, context_bytes
+from config import PAGE, ModelConfig
 from generate import generate, load_model
 from ops.attention import softmax_attention
 from ops.common import round_fp8
@@ -29,24 +29,30 @@ def tokens(rows=3, length=40, vocabulary=4000) -> torch.Tensor:
 # --- rings and memory
 
 
-@pytest.mark.parametrize("slots", [4, 7, 32])
-def test_cache_holds_the_newest_tokens(slots):
-    """Whatever the pieces in which tokens arrive, slot p % S holds the newest token p that it can."""
-    cache = LayerCache((2, 1, slots, 1), CODECS["fp32"], "cpu")
+@pytest.mark.parametrize("pages", [1, 2, 3])
+def test_cache_holds_the_newest_tokens(pages):
+    """Whatever the pieces in which tokens arrive, and wherever the pages are, slot p % S holds the newest token p that
+    it can."""
+    slots = pages * PAGE
+    table = (1 + torch.randperm(2 * pages)).int().view(2, pages)
+    cache = LayerCache(1 + 2 * pages, 1, 1, table, CODECS["fp32"])
     ends = torch.tensor([0, 0])
-    for lengths in ([6, 2], [1, 1], [9, 3], [1, 1]):
+    for lengths in ([6, 2], [1, 1], [9, 3], [1, 1], [70, 200], [60, 64], [1, 1]):
         lengths = torch.tensor(lengths)
-        position = ends if ends.any() else None
-        values = (ends[:, None] + torch.arange(int(lengths.max()))).float()[:, None, :, None]  # a token is its position
-        slot = (torch.arange(2), slice(None), ends % slots)
-        cache.write(values, -values, position, lengths, slot)
+        row = torch.arange(2).repeat_interleave(int(lengths.max()))
+        values = ends[row] + torch.arange(int(lengths.max())).repeat(2)  # a token is its position
+        slot = cache.slots_for(row, values, (ends + lengths)[row])
+        cache.write(values.float()[:, None, None], -values.float()[:, None, None], slot)
         ends = ends + lengths
         for row, end in enumerate(ends.tolist()):
             for p in range(max(0, end - slots), end):
-                assert cache.k[row, 0, p % slots, 0] == p
-                assert cache.v[row, 0, p % slots, 0] == -p
-        held = cache.held_positions(ends)
-        assert (torch.where(held >= 0, cache.k[:, 0, :, 0], held) == held).all()
+                page = table[row, p % slots // PAGE]
+                assert cache.k[page, 0, p % PAGE, 0] == p
+                assert cache.v[page, 0, p % PAGE, 0] == -p
+        cache.k[0] = cache.v[0] = float("nan")  # whatever was written there
+        k, v = cache.held(ends, torch.float32)
+        held = cache.held_positions(ends).clamp(min=0)
+        assert torch.equal(k[:, 0, :, 0], held.float()) and torch.equal(v, -k)
 
 
 def test_local_layers_keep_only_their_window():
@@ -54,39 +60,60 @@ def test_local_layers_keep_only_their_window():
     per_token = 2 * config.n_kv_heads * config.head_dim * 2
     global_layers = sum(not config.is_local(i) for i in range(26))
     assert global_layers == 4
-    assert cache_bytes(config, 3, 4096, CODECS["bf16"]) == 3 * per_token * (4 * 4096 + 22 * 512)
+    a_page = 26 * PAGE  # nobody's, in each layer
+    assert cache_bytes(config, 3, 4096, CODECS["bf16"]) == per_token * (a_page + 3 * (4 * 4096 + 22 * 512))
+    assert cache_bytes(config, 3, 500, CODECS["bf16"]) == per_token * (a_page + 3 * 26 * 512)
+    assert cache_bytes(config, 3, 4096, CODECS["bf16"], 10) == per_token * (4 * 10 * PAGE + 22 * PAGE + 3 * 22 * 512)
+    assert context_bytes(config, 1000, CODECS["bf16"]) == per_token * (4 * 1000 + 22 * 512)
 
 
+@pytest.mark.parametrize("pages", [None, 7])
 @pytest.mark.parametrize("name", CODECS)
-def test_what_is_allocated_is_what_was_said(name):
+def test_what_is_allocated_is_what_was_said(name, pages):
     config = small_model(case="gemma3-window-half").config
-    cache = KVCache.empty(config, 3, 64, CODECS[name], torch.device("cpu"))
-    assert cache.bytes == cache_bytes(config, 3, 64, CODECS[name])
+    cache = KVCache.empty(config, 3, 130, CODECS[name], torch.device("cpu"), pages=pages)
+    assert cache.bytes == cache_bytes(config, 3, 130, CODECS[name], pages)
     assert cache.bytes == sum(each.k.nbytes + each.v.nbytes for each in cache.layers)
     assert {each.k.dtype for each in cache.layers} == {CODECS[name].dtype}
-    assert {each.slots for each in cache.layers} == {20, 64}
-    assert cache.bytes == CODECS[name].dtype.itemsize * cache_bytes(config, 3, 64, CODECS["fp8_e5m2"])
+    assert {each.slots for each in cache.layers} == {64, 192}
+    assert cache.bytes == CODECS[name].dtype.itemsize * cache_bytes(config, 3, 130, CODECS["fp8_e5m2"], pages)
 
 
 @torch.no_grad()
 def test_rows_of_a_smaller_cache_go_on_in_a_larger_one():
-    model, x = small_model(case="gemma3-window-half"), tokens(3, 30, 120)
-    small, large = (cache_of(model, rows, length, torch.float32) for rows, length in ((2, 24), (3, 32)))
-    model(x[:2, :24], small)
-    large.copy_rows(small, [1, 0, 1])
-    logits = model(x[[1, 0, 1], 24:], large, torch.full((3,), 24), all_logits=True)
-    torch.testing.assert_close(logits, model(x[[1, 0, 1]], all_logits=True)[:, 24:], atol=1e-4, rtol=0)
+    model, x = small_model(case="gemma3-window-half"), tokens(3, 100, 120)
+    small, large = (cache_of(model, rows, length, torch.float32) for rows, length in ((2, 80), (3, 140)))
+    model(x[:2, :80], small)
+    large.copy_rows(small, torch.tensor([1, 0, 1]))
+    logits = model(x[[1, 0, 1], 80:], large, torch.full((3,), 80), all_logits=True)
+    torch.testing.assert_close(logits, model(x[[1, 0, 1]], all_logits=True)[:, 80:], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
-def test_rows_are_a_view():
-    model, x = small_model(), tokens(3, 12, 120)
-    cache = cache_of(model, 3, 16, torch.float32)
-    assert cache.rows(0, 3) is cache
-    model(x[:2], cache.rows(0, 2))
-    assert cache.layers[0].k[:2].abs().amin(dim=(1, 2, 3)).shape == (2,)
-    assert cache.layers[0].k[:2, :, :12].count_nonzero() > 0
-    assert cache.layers[0].k[2].count_nonzero() == 0
+@pytest.mark.parametrize("case", ["gemma-mqa", "gemma3-window-half"])
+def test_rows_are_views_that_share_pages(case):
+    """Rows in any order, a prefix that two of them share, and pages that nobody has full of NaN."""
+    model, x = small_model(case=case), tokens(3, 130, 120)
+    expected = model(x, all_logits=True)
+    cache = KVCache.empty(model.config, 4, 130, CODECS["fp32"], model.device, pages=20)
+    for layer in cache.layers:
+        layer.k.fill_(float("nan"))
+        layer.v.fill_(float("nan"))
+    pages = torch.tensor([[3, 9, 1], [3, 9, 2], [19, 4, 17]], dtype=torch.int32)
+    cache.tables[False][[2, 0, 3]] = pages
+    x[1, :128] = x[0, :128]
+    expected = model(x, all_logits=True)
+    rows = torch.tensor([2, 0, 3])
+    one = cache.rows(rows[:1])
+    model(x[:1, :128], one)
+    if True in cache.tables:  # each has a ring of its own
+        cache.copy_pages(True, *(cache.tables[True][rows[i]].flatten() for i in (0, 1)))
+    model(x[2:, :128], cache.rows(rows[2:]))
+    view = cache.rows(rows)
+    for i in (128, 129):
+        logits = model(x[:, i : i + 1], view, torch.full((3,), i))
+        torch.testing.assert_close(logits, expected[:, i], atol=1e-4, rtol=0)
+    assert cache.layers[0].k[5:9].isnan().all()
 
 
 def test_codecs_by_name_and_dtype():

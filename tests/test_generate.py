@@ -11,7 +11,7 @@ import device as device_file
 from cli import Stats
 from generate import generate, load_model
 from model import Transformer
-from runner import Runner, held_bytes
+from runner import Runner, held_bytes, release
 from sampling import Sampling
 
 
@@ -93,9 +93,9 @@ def test_settings_of_each_prompt(tiny, prompts):
 def test_those_that_may_take_longest_start_first(tiny, prompts, monkeypatch):
     limits, admit = [], Runner.admit
 
-    def watching(self, model, rows, requests, *rest):
-        limits.extend(request.max_new_tokens for request in requests)
-        admit(self, model, rows, requests, *rest)
+    def watching(self, model, pieces, retired):
+        limits.extend(piece.running.request.max_new_tokens for piece in pieces)
+        admit(self, model, pieces, retired)
 
     monkeypatch.setattr(Runner, "admit", watching)
     generate(tiny[0], prompts, [2, 9, 5, 7], batch_size=1, **GREEDY)
@@ -352,8 +352,9 @@ def test_mistakes_are_value_errors(tiny, prompts, options, message):
 
 
 def test_too_little_memory_is_said_before_it_is_taken(tiny, monkeypatch):
+    release(tiny[0])
     monkeypatch.setattr(device_file, "free_memory", lambda device: 2**20)
-    with pytest.raises(ValueError, match=r"rows of .* tokens needs .* GiB, 0\.0 GiB is free; lower --batch_size"):
+    with pytest.raises(ValueError, match=r"1 rows of .* tokens needs .* GiB, 0\.0 GiB is free; lower --batch_size"):
         generate(tiny[0], [[2]] * 64, 4000)
 
 

@@ -133,9 +133,9 @@ def test_interactive_chat_keeps_its_cache_between_turns(monkeypatch):
     prefills = []
     admit = Runner.admit
 
-    def record(self, model, rows, requests, cached=0):
-        prefills.append((requests[0].prompt, cached))
-        admit(self, model, rows, requests, cached)
+    def record(self, model, pieces, retired):
+        prefills.append((pieces[0].prompt, pieces[0].begin))
+        admit(self, model, pieces, retired)
 
     monkeypatch.setattr(Runner, "admit", record)
     monkeypatch.setattr("builtins.input", fake_input(["Sort a list.", "", "Reverse it.", "Thanks."]))
@@ -143,10 +143,11 @@ def test_interactive_chat_keeps_its_cache_between_turns(monkeypatch):
     assert len(prefills) == 3
     tokenizer = program.Tokenizer(TINY_GEMMA / "tokenizer.model")
     assert prefills[0] == (tokenizer.encode_turn("Sort a list."), 0)
-    for (before, cached_before), (tokens, cached) in itertools.pairwise(prefills):
-        assert cached_before + len(before) <= cached <= cached_before + len(before) + 8
-        assert tokenizer.end_of_turn in tokens[:2]
-        assert tokenizer.bos_id not in tokens
+    for (before, _), (tokens, cached) in itertools.pairwise(prefills):
+        assert tokens[: len(before)] == before
+        assert len(before) <= cached <= len(before) + 8
+        assert tokenizer.end_of_turn in tokens[cached : cached + 2]
+        assert tokenizer.bos_id not in tokens[1:]
 
 
 def fake_input(lines):

@@ -17,7 +17,7 @@ from generate import generate
 from model import Transformer
 from runner import Runner, State, held_bytes, lease, next_token, release
 from sampling import ALL_GREEDY, SETTINGS, DrawKind, Sampling
-from scheduler import Request, Scheduler
+from scheduler import Piece, Request, Running, Scheduler
 
 FP32 = CODECS["fp32"]
 
@@ -27,45 +27,37 @@ def prompts(tiny):
     return [tiny[1].encode(text) for text in TEXTS]
 
 
+def piece_of(runner: Runner, request: Request, row: int) -> Piece:
+    """All of the prompt of a request that runs in that row."""
+    held = runner.pages.take(request.prompt, len(request.prompt) + request.max_new_tokens)
+    return Piece(Running(request, row, row, held), 0, len(request.prompt))
+
+
 # --- steps
-
-
-def test_conversation_behind_its_cache_is_the_conversation_at_once(tiny):
-    model, tokenizer = tiny
-    runner = Runner(model, 1, 256, FP32)
-    turns = [tokenizer.encode("def add(a, b):\n"), tokenizer.encode("class A:\n", bos=False), [300]]
-    history, cached = [], 0
-    with torch.inference_mode():
-        for turn in turns:
-            unread = history[cached:] + turn
-            runner.start(model, 1, ALL_GREEDY, ())
-            request = Request((0, 0), unread, 10, Sampling(temperature=0))
-            ((_, answer),) = Scheduler(runner, model, [request], 1).run(cached=cached)
-            runner.finish()
-            history += turn
-            assert answer == generate(model, [history], 10, **GREEDY)[0]
-            model_length = len(history) + len(answer) - 1
-            history, cached = history + answer, model_length
 
 
 @pytest.mark.parametrize("case", ["gemma-gqa", "gemma2-window-small"])
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_conversations_with_penalties_and_stops(case, penalty):
-    """Steps that come too late to know of a stop leave nothing that the next turn counts as seen."""
+def test_conversation_behind_its_cache_is_the_conversation_at_once(case, penalty):
+    """Turns in pages that stay the caller's. Steps that come too late to know of a stop leave nothing behind."""
     model, sampling = small_model(case=case), Sampling(temperature=0, repetition_penalty=penalty)
     runner, source = Runner(model, 1, 192, FP32), random.Random(3)
     for _ in range(5):
         stop_ids, history, cached = tuple(source.sample(range(128), 12)), [], 0
+        held = runner.pages.take([], 192)
         for _ in range(4):
-            turn = [source.randrange(2, 128) for _ in range(source.randrange(1, 20))]
-            request = Request((0, 0), history[cached:] + turn, 12, sampling)
+            history += [source.randrange(2, 128) for _ in range(source.randrange(1, 20))]
             with torch.inference_mode():
                 runner.start(model, 1, DrawKind.of(128, sampling), stop_ids)
-                ((_, answer),) = Scheduler(runner, model, [request], 1).run(cached=cached)
+                run = Scheduler(runner, model, [Request((0, 0), history, 12, sampling)], 1).run(
+                    cached=cached, held=held
+                )
+                ((_, answer),) = run
                 runner.finish()
-            history += turn
             assert answer == generate(model, [history], 12, sampling=sampling, stop_ids=stop_ids)[0]
             history, cached = history + answer, len(history) + len(answer) - 1
+        runner.pages.release(held)
+        runner.pages.check()
 
 
 def test_eager_prefill_meets_few_shapes(monkeypatch):
@@ -79,7 +71,7 @@ def test_eager_prefill_meets_few_shapes(monkeypatch):
     monkeypatch.setattr(Transformer, "logits", watching)
     longest = model.config.context_length - 1
     for length in (*range(1, longest, 5), longest):
-        generate(model, [[2] * length], 1, **GREEDY)
+        generate(model, [[2] * length], 1, prefix_cache=False, **GREEDY)
     assert len(widths) <= 4 * longest.bit_length() and longest <= max(widths) <= longest + 1
 
 
@@ -127,7 +119,7 @@ def test_rows_that_are_not_used_stay_done(tiny, prompts):
     requests = [Request((i, 0), prompt, 6, Sampling(temperature=0)) for i, prompt in enumerate(prompts[:2])]
     with torch.inference_mode():
         runner.start(model, 3, ALL_GREEDY, ())
-        runner.admit(model, [2, 0], requests)
+        runner.admit(model, [piece_of(runner, *each) for each in zip(requests, [2, 0])])
         assert runner.state.done.tolist() == [False, True, False]
         for _ in range(5):
             runner.step(model)
@@ -251,7 +243,7 @@ def _is_freed(model: Transformer, **options) -> bool:
         with torch.inference_mode():
             runner = Runner(model, 1, 64, FP32, **options)
             runner.start(model, 1, ALL_GREEDY, ())
-            runner.admit(model, [0], [Request((0, 0), [2, 3], 9, Sampling(temperature=0))])
+            runner.admit(model, [piece_of(runner, Request((0, 0), [2, 3], 9, Sampling(temperature=0)), 0)])
             runner.step(model)
             runner.finish()
         alive = weakref.ref(runner)

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from config import PAGE
+from pages import Pages
 from sampling import Sampling
 from scheduler import CHUNK, PADDING, SMALL, Request, Scheduler
 
@@ -18,17 +20,22 @@ def following(tokens: list[int]) -> int:
 class Rows:
     """What Scheduler needs of a `runner.Runner`; `late` entries of the log are there only when more events come."""
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int, pages: int | None = None):
         self.rows, self.events, self.entries, self.log, self.admitted = [None] * rows, 0, 0, [], []
         self.length = 30
+        self.pages, self.packs = Pages(1 + (2 * rows if pages is None else pages)), True
 
-    def admit(self, model, rows, requests, cached=0):
-        self.admitted.append((list(rows), requests))
-        for row, request in zip(rows, requests, strict=True):
-            self.rows[row] = SimpleNamespace(
-                tokens=list(request.prompt), new=0, limit=request.max_new_tokens, done=False
-            )
-            self._append(self.rows[row])
+    def admit(self, model, pieces, retired):
+        self.admitted.append(pieces)
+        for row in retired:
+            self.rows[row].done = True
+        for piece in pieces:
+            if piece.ends:
+                request = piece.running.request
+                self.rows[piece.running.row] = SimpleNamespace(
+                    tokens=list(request.prompt), new=0, limit=request.max_new_tokens, done=False
+                )
+                self._append(self.rows[piece.running.row])
         self._write()
 
     def step(self, model, retired):
@@ -87,7 +94,9 @@ def test_every_request_gets_its_own_tokens_once(rows, check):
         assert len(results) == len(requests)
         assert {id(request) for request, _ in results} == {id(request) for request in requests}
         assert all(tokens == expected(request) for request, tokens in results)
-        assert sorted({*scheduler.free}) == list(range(rows)) and not scheduler.running
+        assert sorted({*scheduler.free}) == sorted({*scheduler.rings}) == list(range(rows)) and not scheduler.running
+        scheduler.pages.check()
+        assert not scheduler.pages.held
 
 
 def test_a_row_is_refilled_in_the_event_after_its_limit():
@@ -101,37 +110,131 @@ def test_a_row_is_refilled_in_the_event_after_its_limit():
     assert (scheduler.steps, runner.events) == (3 * rounds, 4 * rounds)
 
 
-def test_prompts_of_about_one_length_share_a_prefill():
+def admitted(runner: Rows) -> list[tuple[int, int, int]]:
+    """Tokens that each prefill computes, its prompts, and its longest one."""
+    groups = [[piece.end - piece.begin for piece in pieces if piece.leader is None] for pieces in runner.admitted]
+    return [(sum(group), len(group), max(group)) for group in groups]
+
+
+def requests_of_lengths(*lengths: int) -> list[Request]:
+    return [Request((i, 0), [i, *[1] * (length - 1)], 1, GREEDY) for i, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_prefills_are_as_large_as_they_may_be(packs):
     source = random.Random(3)
-    requests = [Request((i, 0), [i] * source.randrange(1, 3000), 1, GREEDY) for i in range(200)]
-    requests.append(Request((200, 0), [2] * (2 * CHUNK), 1, GREEDY))
-    runner = Rows(201)
-    list(Scheduler(runner, None, requests, 201).run())
-    assert sorted(row for rows, _ in runner.admitted for row in rows) == list(range(201))
-    for _, group in runner.admitted:
-        lengths = [len(request.prompt) for request in group]
-        padded = len(group) * max(lengths)
-        assert len(group) == 1 or padded <= CHUNK
-        assert len(group) == 1 or padded <= max(SMALL, PADDING * sum(lengths))
-    assert len(runner.admitted) < 60
+    requests = requests_of_lengths(*(source.randrange(1, 3000) for _ in range(200)))
+    runner = Rows(200, pages=10_000)
+    runner.packs = packs
+    list(Scheduler(runner, None, requests, 200).run())
+    assert sorted(piece.running.request.key[0] for pieces in runner.admitted for piece in pieces) == list(range(200))
+    total = sum(len(request.prompt) for request in requests)
+    if packs:  # sorted by length: what is left of a prefill is less than the next prompt
+        assert all(tokens <= CHUNK for tokens, *_ in admitted(runner))
+        assert len(runner.admitted) <= total / (CHUNK - 3000) + 1
+    else:
+        for tokens, prompts, longest in admitted(runner):
+            assert prompts == 1 or prompts * longest <= min(CHUNK, max(SMALL, PADDING * tokens))
+        assert len(runner.admitted) < 60
 
 
-def test_samples_of_one_prompt_share_a_prefill():
-    prompts = [[2] * length for length in (3000, 5000, 12, 3000)]
-    prompts[3][-1] = 3
+@pytest.mark.parametrize("packs", [True, False])
+def test_long_prompts_are_cut(packs):
+    lengths = [3 * CHUNK + 5, CHUNK, CHUNK + 1, 12, 2 * CHUNK]
+    requests = requests_of_lengths(*lengths)
+    runner = Rows(5, pages=2000)
+    runner.packs = packs
+    results = {request.key[0]: tokens for request, tokens in Scheduler(runner, None, requests, 5).run()}
+    assert [results[i] for i in range(5)] == [expected(request) for request in requests]
+    parts = {i: [] for i in range(5)}
+    for pieces in runner.admitted:
+        for piece in pieces:
+            parts[piece.running.request.key[0]].append((piece.begin, piece.end))
+    for i, length in enumerate(lengths):
+        assert [begin for begin, _ in parts[i]] == [0, *(end for _, end in parts[i][:-1])]
+        assert parts[i][-1][1] == length
+    assert all(tokens <= CHUNK for tokens, *_ in admitted(runner))
+    assert len(runner.admitted) == 10
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_samples_of_one_prompt_share_a_prefill(packs):
+    prompts = [[2] * length for length in (3000, 5000, 12, 3000, CHUNK + 100)]
+    prompts[3][0] = 3
     requests = [Request((i, j), prompt, 1, GREEDY) for i, prompt in enumerate(prompts) for j in range(16)]
-    runner = Rows(64)
-    list(Scheduler(runner, None, requests, 64).run())
-    groups = [sorted({request.key[0] for request in group}) for _, group in runner.admitted]
-    assert groups == [[2], [0, 3], [1]]
-    assert [len(group) for _, group in runner.admitted] == [16, 32, 16]
+    runner = Rows(80, pages=500)  # each alone would need 16 * 305
+    runner.packs, runner.pages.caching = packs, False
+    list(Scheduler(runner, None, requests, 80).run())
+    groups = [sorted({piece.running.request.key[0] for piece in pieces}) for pieces in runner.admitted]
+    assert groups == ([[0, 2, 3], [1], [4], [4]] if packs else [[2], [0, 3], [1], [4], [4]])
+    assert sum(tokens for tokens, *_ in admitted(runner)) == sum(map(len, prompts))
+    assert [len(pieces) for pieces in runner.admitted[-2:]] == [1, 16]
+
+
+def test_prompts_that_begin_alike_share_their_pages():
+    """The first of them is computed alone, the others behind what it filled; and so in the next run."""
+    common = [5] * (10 * PAGE + 7)
+    requests = [Request((i, 0), [*common, *[i] * (1 + i)], 3, GREEDY) for i in range(40)]
+    runner = Rows(16, pages=2000)
+    for run in range(2):
+        runner.admitted.clear()
+        results = list(Scheduler(runner, None, requests, 16).run())
+        assert len(results) == 40 and all(tokens == expected(request) for request, tokens in results)
+        pieces = [piece for pieces in runner.admitted for piece in pieces]
+        assert sorted(piece.begin for piece in pieces) == [10 * PAGE * (run or i > 0) for i in range(40)]
+        if not run:
+            assert len(runner.admitted[0]) == 1
+        runner.pages.check()
+
+
+def test_requests_wait_for_pages():
+    """Nothing that runs gives way; the largest fits alone; what waits is not overtaken."""
+    source = random.Random(5)
+    for _ in range(10):
+        requests = [
+            Request(
+                (i, 0),
+                [source.randrange(97) for _ in range(source.randrange(1, 300))],
+                source.randrange(1, 200),
+                GREEDY,
+            )
+            for i in range(60)
+        ]
+        runner = Rows(16, pages=max(-(-request.tokens // PAGE) for request in requests))
+        runner.length = 500
+        started = []
+        scheduler = Scheduler(runner, None, requests, 16)
+        for request, tokens in scheduler.run():
+            assert tokens == expected(request)
+        for pieces in runner.admitted:
+            started.append(sorted(piece.running.request.key[0] for piece in pieces))
+        keys = [key for group in started for key in group]
+        assert sorted(keys) == list(range(60))
+        scheduler.pages.check()
+        assert not scheduler.pages.held
+
+
+def test_pages_are_given_back_whatever_happens():
+    requests, runner = requests_of(random.Random(1), 30), Rows(8)
+    run = Scheduler(runner, None, requests, 8).run()
+    for _ in range(3):
+        next(run)
+    run.close()
+    assert not runner.pages.held
+
+    def fail(token):
+        raise RuntimeError("in a callback")
+
+    with pytest.raises(RuntimeError, match="in a callback"):
+        list(Scheduler(Rows(1), None, requests[:1], 1).run(on_token=fail))
+    runner.pages.check()
 
 
 def test_a_sixteenth_of_the_rows_is_refilled_at_once():
     requests = [Request((i, 0), [1, i], 1 + i, GREEDY) for i in range(200)]
-    runner = Rows(64)
+    runner = Rows(64, pages=1000)
     list(Scheduler(runner, None, requests, 64, "every").run())
-    sizes = [len(rows) for rows, _ in runner.admitted]
+    sizes = [len(pieces) for pieces in runner.admitted]
     assert sum(sizes) == 200 and all(size >= 4 for size in sizes[:-1])
 
 
