@@ -271,6 +271,12 @@ def generate(
     length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
     length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, config.context_length)
     kind = DrawKind.of(config.vocab_size, *set(samplings))
+    pages = Counter()  # how many requests need so many: samples share those of their prompt
+    for prompt, limit, count in zip(prompts, limits, counts):
+        alone = -(-(len(prompt) + limit) // PAGE)
+        pages[alone] += 1
+        pages[alone - len(prompt) // PAGE] += count - 1
+    rows, page_count = _room(model, pages, batch_size, length, longest, codec, kind)
     check_memory(
         sum(count * (RESULT_BYTES + TOKEN_BYTES * limit) for count, limit in zip(counts, limits)),
         torch.device("cpu"),
@@ -278,12 +284,6 @@ def generate(
         "lower --num_samples, --max_new_tokens or the number of prompts",
     )
     longest_first = sorted(range(len(prompts)), key=lambda i: -limits[i])  # one that starts last keeps few rows busy
-    pages = Counter()  # how many requests need so many: samples share those of their prompt
-    for prompt, limit, count in zip(prompts, limits, counts):
-        alone = -(-(len(prompt) + limit) // PAGE)
-        pages[alone] += 1
-        pages[alone - len(prompt) // PAGE] += count - 1
-    rows, page_count = _room(model, pages, batch_size, length, longest, codec, kind)
     requests = (
         Request((i, j), prompts[i], limits[i], samplings[i], seeds[i], stop_when[i])
         for i in longest_first

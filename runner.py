@@ -316,7 +316,7 @@ class Runner:
         position = self._sent([piece.begin for piece in pieces]) if any(piece.begin for piece in pieces) else None
         if self.packs:
             record = self.compile_prefill and self.device.type == "cuda" and not self.events
-            width = max(16, power_of_2(total)) if record else total
+            width = power_of_2(max(64, total)) if record else -(-total // 64) * 64  # few shapes for libraries to meet
             tokens = self._sent([token for text in texts for token in text] + [0] * (width - total))
             if record:
                 return self._recorded_prefill(model, tokens, cache, position, lengths, max(16, power_of_2(longest)))

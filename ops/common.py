@@ -35,8 +35,8 @@ try:
 except ImportError:  # on a CPU no kernel runs; the definitions beside them still have to load
     triton, tl, TRITON_VERSION = None, SimpleNamespace(constexpr=float), (0, 0)
 
-    def jit(function):
-        return function
+    def jit(function=None, **options):
+        return function or jit
 
 
 E4M3 = torch.float8_e4m3fn

@@ -207,7 +207,7 @@ def _attend(
     return _attend_blocks(m, l, acc, *keys, full, end, *rest, D, PAGE, BLOCK_N, STAGES, MASKED=True)
 
 
-@jit
+@jit(do_not_specialize=["N"])
 def _prefill_attention_kernel(
     q_ptr,
     k_ptr,
@@ -323,7 +323,7 @@ def prefill_attention(
         D=d,
         PAGE=PAGE,
         CONTEXT=context,
-        BLOCK_SEQS=max(16, power_of_2(n)),
+        BLOCK_SEQS=max(256, power_of_2(n)),  # seldom another, which would be compiled for
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_C=min(config.block_n, PAGE),

@@ -354,7 +354,7 @@ def test_mistakes_are_value_errors(tiny, prompts, options, message):
 def test_too_little_memory_is_said_before_it_is_taken(tiny, monkeypatch):
     release(tiny[0])
     monkeypatch.setattr(device_file, "free_memory", lambda device: 2**20)
-    with pytest.raises(ValueError, match=r"1 rows of .* tokens needs .* GiB, 0\.0 GiB is free; lower --batch_size"):
+    with pytest.raises(ValueError, match=r"rows of .* tokens needs .* GiB, 0\.0 GiB is free; lower --batch_size"):
         generate(tiny[0], [[2]] * 64, 4000)
 
 
