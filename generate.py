@@ -53,7 +53,7 @@ from files import check_writable, write_atomically
 from model import Transformer
 from ops import choose
 from pages import Held
-from runner import Runner, held_bytes, lease
+from runner import Runner, held_bytes, lease, snapshots_of
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import CHUNK, LAGS, Request, Scheduler
 from text import Output, before_stop, check_prompt, completed, read_prompts, stops_within
@@ -244,27 +244,14 @@ def generate(
     prompts = [list(prompt) for prompt in prompts]
     if not prompts:
         return []
-    for index, prompt in enumerate(prompts):
-        which = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
-        if not prompt:
-            raise ValueError(f"{which} is empty")
-        if not all(map(_is_whole, prompt)):
-            raise ValueError(f"{which} must be a list of token ids, which tokenizer.encode(text) makes")
-        if not all(0 <= token < config.vocab_size for token in prompt):
-            raise ValueError(f"{which} has a token id outside the vocabulary of {config.vocab_size}")
-        check_context(model, len(prompt), limits[index], which)
+    check_prompts(model, prompts, limits)
     callbacks = dict(on_token=on_token, on_step=on_step, on_completion=on_completion)
     for name, value in [*callbacks.items(), *(("stop_when", each) for each in stop_when)]:
         if value is not None and not callable(value):
             raise ValueError(f"{name} must be a function, not {value!r}")
     if on_token is not None and sum(counts) > 1:
         raise ValueError("on_token streams a single row")
-    if stop_ids is None:
-        stop_ids = config.stop_ids
-    elif not isinstance(stop_ids, list | tuple | set | frozenset) or not all(map(_is_whole, stop_ids)):
-        raise ValueError(f"stop_ids must be a list of token ids, not {stop_ids!r}")
-    elif not all(0 <= token < config.vocab_size for token in stop_ids):
-        raise ValueError(f"stop_ids has a token id outside the vocabulary of {config.vocab_size}")
+    stop_ids = checked_stop_ids(model, stop_ids)
     stats = Stats() if stats is None else stats
 
     n_rows, longest = sum(counts), max(map(len, prompts))
@@ -294,7 +281,7 @@ def generate(
     try:
         start = now(device)
         with lease(model, rows, length, codec, compile, compile_prefill, page_count) as runner:
-            runner.start(model, rows, kind, tuple(stop_ids), prefix_cache)
+            runner.start(model, rows, kind, stop_ids, prefix_cache)
             started = now(device)
             scheduler = Scheduler(runner, model, requests, rows, "every" if device.type == "cpu" else stop_check)
             try:
@@ -342,6 +329,31 @@ def _is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_prompts(model: Transformer, prompts: list[list[int]], limits: list[int]):
+    """Raises ValueError for a prompt that the model can't continue by its limit of new tokens."""
+    vocab_size = model.config.vocab_size
+    for index, prompt in enumerate(prompts):
+        which = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
+        if not prompt:
+            raise ValueError(f"{which} is empty")
+        if not all(map(_is_whole, prompt)):
+            raise ValueError(f"{which} must be a list of token ids, which tokenizer.encode(text) makes")
+        if not all(0 <= token < vocab_size for token in prompt):
+            raise ValueError(f"{which} has a token id outside the vocabulary of {vocab_size}")
+        check_context(model, len(prompt), limits[index], which)
+
+
+def checked_stop_ids(model: Transformer, stop_ids) -> tuple[int, ...]:
+    """The model's stop ids for None, else those given. Raises ValueError for what are none."""
+    if stop_ids is None:
+        return model.config.stop_ids
+    if not isinstance(stop_ids, list | tuple | set | frozenset) or not all(map(_is_whole, stop_ids)):
+        raise ValueError(f"stop_ids must be a list of token ids, not {stop_ids!r}")
+    if not all(0 <= token < model.config.vocab_size for token in stop_ids):
+        raise ValueError(f"stop_ids has a token id outside the vocabulary of {model.config.vocab_size}")
+    return tuple(stop_ids)
+
+
 def check_context(model: Transformer, prompt_tokens: int, max_new_tokens: int, which: str = "the prompt"):
     """Raises ValueError if a prompt and its continuation do not fit the model's context."""
     context = model.config.context_length
@@ -379,7 +391,8 @@ def _room(
     room = SHARE * free_memory(model.device) + held - activations
 
     def needed(rows: int, count: int) -> float:
-        return cache_bytes(config, rows, length, codec, count) + rows * config.vocab_size * of_logits
+        state = rows * (config.vocab_size * of_logits + 24 * length)  # noise and log
+        return cache_bytes(config, rows + snapshots_of(config, rows, length), length, codec, count) + state
 
     def largest(rows: int) -> int:
         total = 0

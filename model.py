@@ -14,7 +14,7 @@ from cache import KVCache, KVScales
 from config import ModelConfig
 from formats import FORMATS, LINEAR, Weight
 from ops import Ops
-from ops.rope import AttentionLayer, Positions
+from ops.rope import AttentionLayer, Positions, Shared
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers, in the order in which data meets them
@@ -230,14 +230,15 @@ class Transformer(nn.Module):
         lengths: Tensor | None = None,
         all_logits: bool = False,
         longest: int | None = None,
+        shared: Shared | None = None,
     ) -> Tensor:
         """`forward`, in the dtype that the head's product has: that of activations, or float32 with a softcap.
 
         Where `ops.packs`, tokens may also be [M], those of B rows one after another, lengths [B] of each and at most
-        `longest`; what is behind them is padding.
+        `longest`; what is behind them is padding. `shared` says which rows of a decode step share a prefix.
         """
         dtype, ops = self.dtype, self.ops
-        kinds = self.positions(tokens, cache, position, lengths, longest)
+        kinds = self.positions(tokens, cache, position, lengths, longest, shared)
         x = ops.embed(
             tokens.flatten().contiguous(), self.embedding.data, self.normalizers[dtype], dtype, self.embedding.scale
         )
@@ -265,6 +266,7 @@ class Transformer(nn.Module):
         position: Tensor | None = None,
         lengths: Tensor | None = None,
         longest: int | None = None,
+        shared: Shared | None = None,
     ) -> dict[bool, Positions]:
         """What all global (False) and all local (True) layers share in a forward."""
         config, device, first, row = self.config, tokens.device, None, None
@@ -303,5 +305,5 @@ class Transformer(nn.Module):
                     slot = layer.slots_for(torch.arange(batch, device=device), position, position + 1)
                 elif not decoding:
                     slot = layer.slots_for(row, query, end)
-            kinds[kind] = Positions(batch, count, position, lengths, ropes[int(kind)], mask, slot, first)
+            kinds[kind] = Positions(batch, count, position, lengths, ropes[int(kind)], mask, slot, first, shared)
         return kinds

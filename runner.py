@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from cache import Codec, KVCache, cache_bytes
+from cache import Codec, KVCache, cache_bytes, pages_of
 from config import MAX_STOP_IDS, PAGE
 from device import free_memory
 from model import Transformer
 from ops.common import power_of_2
 from ops.next_token import append_token, log_step
+from ops.rope import Shared
 from pages import Pages
 from sampling import ALL_GREEDY, SETTINGS, DrawKind, draw, penalize
 
@@ -75,9 +76,9 @@ class State:
 ROW_FIELDS = tuple(field.name for field in fields(State) if field.name not in ("stop_ids", "log", "step"))
 
 
-def decode_step(model: Transformer, cache: KVCache, state: State, kind: DrawKind):
+def decode_step(model: Transformer, cache: KVCache, state: State, kind: DrawKind, shared: Shared | None = None):
     """Computes, draws and appends one token for each row, and writes the log."""
-    logits = model.logits(state.token[:, None], cache, state.position)
+    logits = model.logits(state.token[:, None], cache, state.position, shared=shared)
     if kind == ALL_GREEDY:
         model.ops.greedy(logits, state)
     else:
@@ -132,16 +133,18 @@ class Runner:
         page_count = 1 + batch_size * -(-length // PAGE) if page_count is None else page_count
         self.compile, self.compile_prefill = compile, compile_prefill
         self.device, self.ops, self.packs = model.device, model.ops, model.ops.packs
-        self.whole_cache = KVCache.empty(
-            model.config, batch_size, length, codec, self.device, model.kv_scales, page_count
-        )
-        self.pages = Pages(page_count)
+        rings = batch_size + snapshots_of(model.config, batch_size, length)
+        self.whole_cache = KVCache.empty(model.config, rings, length, codec, self.device, model.kv_scales, page_count)
+        self.free_rings = list(range(batch_size, rings))  # for snapshots, which `pages` has of prefixes
+        self.pages = Pages(page_count, snapshots=rings > batch_size, on_evict=self.free_rings.append)
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
             self.whole_state = State.empty(batch_size, length, self.device)
             self.log = torch.zeros_like(self.whole_state.log, device="cpu", pin_memory=self.device.type == "cuda")
         self.cache, self.state = self.whole_cache, self.whole_state  # of the rows that are in use
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
         self.steps, self.prefills, self.pool = {}, {}, None
+        self.shared, self.whole_shared = None, None  # of the rows in use; memory for it
+        self.query_group = model.config.n_heads // model.config.n_kv_heads
         # Functions, not methods of self: without a cycle, memory is free as soon as the runner is.
         self._step, self._run_prefill = decode_step, Transformer.logits
         if self.device.type == "cuda":
@@ -167,7 +170,7 @@ class Runner:
         if len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"{len(stop_ids)} stop ids are given; at most {MAX_STOP_IDS} can be")
         self.kind = kind
-        self.pages.caching = prefix_cache and True not in self.whole_cache.tables
+        self.pages.caching = prefix_cache
         if not prefix_cache:
             self.pages.forget()
         if kind.penalize and self.whole_state.seen is None:
@@ -177,13 +180,13 @@ class Runner:
         self._use(rows)
         for table in self.whole_cache.tables.values():
             table.zero_()
+        self.shared = None
         self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids)))))
         self.state.done.fill_(True)
         if self.device.type == "cpu" and not self.compile and 2 * model.weight_bytes < free_memory(self.device):
             model.pack()
         try:
-            if self.compile and (rows, kind) not in self.steps:
-                self.steps[rows, kind] = self._make_step(model)
+            self._made_step(model)
             if self.compile_prefill and self.device.type == "cpu" and rows not in self.prefills:
                 width = min(8, self.length)
                 tokens = torch.zeros(rows, width, dtype=torch.long)
@@ -203,19 +206,34 @@ class Runner:
             self.before = torch.cuda.current_stream()
             self.streams[0].wait_stream(self.before)
 
-    def _make_step(self, model: Transformer) -> "torch.cuda.CUDAGraph | None":
+    def _made_step(self, model: Transformer) -> "torch.cuda.CUDAGraph | None":
+        """The graph of a step of the rows in use; compiles the step, and on CUDA records it, if that is still to do."""
+        shared = self.shared if self.shared and self.shared.rows else None
+        key = len(self.state.token), self.kind, shared and shared.rows
+        if not self.compile or key in self.steps:
+            return self.steps.get(key)
+        if self.events and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the chain goes on behind it
+        self.steps[key] = self._make_step(model, shared)
+        return self.steps[key]
+
+    def _make_step(self, model: Transformer, shared: Shared | None) -> "torch.cuda.CUDAGraph | None":
         """Compiles the step for this number of rows and kind of draw; on CUDA also records it as one graph.
 
         All rows are done meanwhile: what a step writes then is one cache slot, which prefill or the row's next token
         overwrites.
         """
-        self.state.done.fill_(True)
+        state = self.state
+        before = [x.clone() for x in (state.done, state.token, state.finite, state.step)]
+        state.done.fill_(True)
         if self.device.type == "cuda":
-            graph = self._record(lambda: self._step(model, self.cache, self.state, self.kind))
+            graph = self._record(lambda: self._step(model, self.cache, state, self.kind, shared))
         else:  # Inductor then knows the weights and packs them: 1.5 times as fast on 2 cores with AVX512-BF16.
             graph = None
             with torch._inductor.config.patch(freezing=True):
-                self._step(model, self.cache, self.state, self.kind)
+                self._step(model, self.cache, state, self.kind)
+        for x, value in zip((state.done, state.token, state.finite, state.step), before):
+            x.copy_(value)
         return graph
 
     def _record(self, run: Callable):
@@ -279,9 +297,23 @@ class Runner:
         """Fills the caches of pieces [N], but for followers only with what they don't share. Returns logits [N, V] of
         their last tokens, and the cache as their rows see it."""
         cache = self.whole_cache.with_tables(self._tables([piece.running for piece in pieces]))
+        self._copy_rings([(piece.snapshot, piece.running.ring) for piece in pieces if piece.snapshot is not None])
+        logits = self._computed(model, pieces, cache)
+        self._copy_rings([(piece.running.ring, piece.keep) for piece in pieces if piece.keep is not None])
+        return logits, cache
+
+    def _copy_rings(self, pairs: list[tuple[int, int]]):
+        """Copies local layers' rings, (from, to) each."""
+        if pairs:
+            width = self.whole_cache.tables[True].shape[1]
+            pages = self._sent([[[1 + ring * width + i for i in range(width)] for ring in pair] for pair in pairs])
+            self.whole_cache.copy_pages(True, pages[:, 0].flatten(), pages[:, 1].flatten())
+
+    def _computed(self, model: Transformer, pieces: list, cache: KVCache) -> Tensor:
+        """Fills the caches of pieces, as `_prefill_pieces` does, and returns its logits."""
         computed = [i for i, piece in enumerate(pieces) if piece.leader is None]
         if len(computed) == len(pieces):
-            return self._prefill(model, pieces, cache), cache
+            return self._prefill(model, pieces, cache)
         logits = self._prefill(model, [pieces[i] for i in computed], cache.rows(self._sent(computed)))
         place = {i: n for n, i in enumerate(computed)}
         logits = logits[
@@ -295,7 +327,7 @@ class Runner:
         if copies and False in cache.tables:
             source, to, block = self._sent(copies).unbind(1)
             cache.copy_pages(False, cache.tables[False][source, block], cache.tables[False][to, block])
-        return logits, cache
+        return logits
 
     def _tables(self, rows: list) -> dict[bool, Tensor]:
         """The tables of what runs in these rows."""
@@ -370,21 +402,76 @@ class Runner:
         graph.replay()
         return logits
 
-    def step(self, model: Transformer, retired: list[int] = ()):
+    def step(
+        self,
+        model: Transformer,
+        retired: list[int] = (),
+        groups: list[tuple[int, list[int]]] | None = None,
+        order: list[int] | None = None,
+    ):
         """One more token for each row that is not done: an event of the chain.
 
-        `retired` rows end before it, whatever they still might make: their pages may belong to others from now on."""
-        graph = self.steps.get((len(self.state.token), self.kind))
+        `retired` rows end before it, whatever they still might make: their pages may belong to others from now on.
+        With `order`, only so many rows run from now on: the first is what row order[0] was, and so on. groups are
+        (tokens, rows) of rows that begin with the same pages, and of how many tokens, as long as no others are given.
+        """
 
         def run():
             self._retire(retired)
+            if order is not None:
+                self._move(order)
+            if groups is not None:
+                self._set_shared(groups)
+            graph = self._made_step(model)
             if graph is not None:
                 graph.replay()
             else:
-                self._step(model, self.cache, self.state, self.kind)
+                shared = (self.shared,) if self.shared and self.shared.rows else ()
+                self._step(model, self.cache, self.state, self.kind, *shared)
 
         with _range("decode step", self.device):
             self._event(run)
+
+    def fewer_rows(self, rows: int) -> int:
+        """How many rows a step has in which `rows` run: as many as now, where another number had to be compiled."""
+        if self.compile:
+            return _padded_rows(rows) if self.device.type == "cuda" else self.batch_size
+        return rows
+
+    def _move(self, order: list[int]):
+        index = self._sent(order)
+        for name in ROW_FIELDS:
+            if (value := getattr(self.state, name)) is not None:
+                value[: len(order)] = value[index]
+        for table in self.cache.tables.values():
+            table[: len(order)] = table[index]
+        self._use(len(order))
+
+    def _set_shared(self, groups: list[tuple[int, list[int]]]):
+        """Tells attention which rows share a prefix."""
+        if not groups:
+            self.shared = self.shared and self.shared._replace(rows=0)
+            return
+        rows, heads = len(self.state.token), self.query_group
+        largest = max(len(members) for _, members in groups)
+        tile = max(1, (16 if largest * heads <= 16 else 64) // heads)
+        prefix, order, tiles = [0] * rows, [], []
+        for tokens, members in groups:
+            tiles += [(len(order) + i, min(tile, len(members) - i)) for i in range(0, len(members), tile)]
+            order += members
+            for row in members:
+                prefix[row] = tokens
+        if self.whole_shared is None:
+            with torch.inference_mode(False):
+                zeros = partial(torch.zeros, dtype=torch.int32, device=self.device)
+                b = self.batch_size
+                self.whole_shared = Shared(zeros(b), zeros(b), zeros(max(1, b // 2), 2), rows=0)
+        whole = self.whole_shared
+        self.shared = Shared(whole.prefix[:rows], whole.order[:rows], whole.tiles[: max(1, rows // 2)], tile)
+        tiles += [(0, 0)] * (len(self.shared.tiles) - len(tiles))
+        order += [0] * (rows - len(order))
+        for mine, values in ((self.shared.prefix, prefix), (self.shared.order, order), (self.shared.tiles, tiles)):
+            mine.copy_(self._sent(values, torch.int32))
 
     def _retire(self, rows: list[int]):
         if rows:
@@ -446,6 +533,11 @@ class Runner:
             self.before.wait_stream(stream)
         self.before.synchronize()
         return sum(start.elapsed_time(end) / 1000 for start, end in self.prefills_timed)
+
+
+def snapshots_of(config, batch_size: int, length: int) -> int:
+    """How many rings more than rows a runner has: none where no layer has one."""
+    return min(8, 1 + batch_size // 8) if any(pages_of(config, i, length)[1] for i in range(config.n_layers)) else 0
 
 
 @cache

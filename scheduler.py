@@ -15,6 +15,8 @@ CHUNK = 8192  # tokens of prompts, padding included, that one prefill takes at m
 PADDING = 1.25  # times its prompts' tokens that a prefill may be padded to, where prompts are padded,
 SMALL = 512  # or this many tokens
 SHARE = 16  # a refill is due when one of so many rows is free
+SHARED = 1024  # tokens that need not be read again in a step, for which attention takes a prefix that rows share apart
+SHRINK = 64  # steps that are left at least when rows are moved together so that fewer run
 LAGS = {"every": 0, "ping-pong": 1, "never": inf}  # events that may be under way when the log is read
 
 
@@ -59,13 +61,16 @@ class Piece(NamedTuple):
     """What a prefill computes for a row: tokens [begin, end) of its prompt; with the last of them the row starts.
 
     Of several samples of a prompt in one prefill only the first is computed: it is the `leader` of the others, a number
-    of a piece.
+    of a piece. `snapshot` is the ring that a row's is first copied from, for tokens before `begin` that other prompts
+    have left, and `keep` the one that it is copied to at the end.
     """
 
     running: Running
     begin: int
     end: int
     leader: int | None = None
+    snapshot: int | None = None
+    keep: int | None = None
 
     @property
     def prompt(self) -> list[int]:
@@ -94,6 +99,7 @@ class Scheduler:
         self.running: list[Running] = []
         self.kept: Held | None = None  # pages of the only request that stay its caller's
         self.retired: list[int] = []  # rows that have to be ended on the device
+        self.changed = False  # whether other rows run than when their groups were told to the runner
         self.steps = 0
 
     def run(
@@ -120,11 +126,13 @@ class Scheduler:
                         on_step(0, self.runner)
                     self._admit(pieces)
                     yield from self._read(on_token)
-                if any(each.planned < each.request.max_new_tokens for each in self.running):
+                if self._steps_left():
+                    if self._fewer():
+                        yield from self._read(on_token, lag=0)
                     self.steps += 1
                     if on_step is not None:
                         on_step(self.steps, self.runner)
-                    self._step()
+                    self._step(self._fewer())
                     yield from self._read(on_token)
                 elif not prefills:
                     yield from self._read(on_token, lag=0)
@@ -169,13 +177,18 @@ class Scheduler:
                     begin = cut.end
                 else:
                     begin = self.pages.match(request.prompt) if self.kept is None else cached
-                end = min(len(request.prompt), begin + CHUNK)
+                shared = 0 if begin or self.kept is not None else self._shared_with_others(request, queue)
+                end = min(shared or len(request.prompt), begin + CHUNK)
                 total, longest = tokens + end - begin, max(longest, end - begin)
                 page = tuple(request.prompt[: begin + PAGE]) if self.pages.caching else None
                 if pieces and (page in filling or not self._fits(total, len(leaders) + 1, longest)):
                     break
                 running = cut.running if cut is not None else self._take(request, None)
                 piece = Piece(running, begin, end)
+                if cut is None:
+                    piece = piece._replace(snapshot=running.held.snapshot)
+                if end == shared:
+                    piece = piece._replace(keep=self._ring_to_keep())
                 leaders.append(len(pieces))
                 pieces.append(piece)
                 tokens = total
@@ -186,6 +199,21 @@ class Scheduler:
                     break
                 queue.popleft()
             yield pieces
+
+    def _shared_with_others(self, request: Request, queue: deque) -> int:
+        """How many tokens at the beginning of a prompt are worth a snapshot of its ring, for prompts that come after
+        it: 0 where there are no rings, or none is."""
+        if not (self.pages.caching and self.pages.needs_snapshot):
+            return 0
+        others = [other for other in queue if other.prompt is not request.prompt]
+        counts = sorted((_common(request.prompt, other.prompt) for other in [*others, *self.waiting]), reverse=True)
+        saved, tokens = max(((tokens * i, tokens) for i, tokens in enumerate(counts, start=1)), default=(0, 0))
+        return tokens if saved >= SMALL else 0
+
+    def _ring_to_keep(self) -> int:
+        """A ring for a snapshot: one that is free, or that of the snapshot that was not used for longest."""
+        free = self.runner.free_rings
+        return free.pop() if free else self.pages.evict_snapshot()
 
     def _fits(self, tokens: int, prompts: int, longest: int) -> bool:
         """Whether one prefill takes so many prompts of so many tokens in all, and at most `longest` a prompt."""
@@ -205,18 +233,64 @@ class Scheduler:
         self.runner.admit(self.model, pieces, self.retired)
         self.retired = []
         for piece in pieces:
+            if piece.leader is None and (piece.ends or piece.keep is not None):
+                self.pages.register(piece.running.held)
+            if piece.keep is not None:
+                self.pages.attach(piece.running.held, piece.end, piece.keep)
             if piece.ends:
-                piece.running.first = event
-                if piece.leader is None:
-                    self.pages.register(piece.running.held)
+                piece.running.first, self.changed = event, True
         self._release()
 
-    def _step(self):
-        self.runner.step(self.model, self.retired)
-        self.retired = []
+    def _steps_left(self) -> int:
+        """How many steps are to come at most, of what runs now."""
+        return max((each.request.max_new_tokens - each.planned for each in self.running), default=0)
+
+    def _fewer(self) -> int:
+        """How many rows steps need have from now on, if those are half as many at most; else 0."""
+        if self.waiting or self._steps_left() < SHRINK:
+            return 0
+        rows = self.runner.fewer_rows(sum(each.last == inf for each in self.running))
+        return rows if rows <= self.rows // 2 else 0
+
+    def _step(self, fewer: int = 0):
+        order = self._move(fewer) if fewer else None
+        groups = self._groups() if self.changed else None
+        self.runner.step(self.model, self.retired, groups, order)
+        self.retired, self.changed = [], False
         for each in self.running:
             each.planned += each.last == inf
         self._release()
+
+    def _move(self, rows: int) -> list[int]:
+        """Moves what runs to the first rows. Returns which row each of the first `rows` was; the log has to be read."""
+        order = [each.row for each in self.running]
+        for row, each in enumerate(self.running):
+            each.row = row
+        idle = [row for row in range(self.rows) if row not in order]
+        order += idle[: rows - len(order)]
+        self.rows, self.free, self.changed = rows, list(range(len(self.running), rows)), True
+        return order
+
+    def _groups(self) -> list[tuple[int, list[int]]]:
+        """Rows that begin with the same pages, and how many tokens those hold, where it pays to attend to them at once.
+
+        Of rows with the same first page either all are one group, or the samples of each prompt are, whichever saves
+        more.
+        """
+        if not self.runner.packs:
+            return []
+        alike = {}
+        for each in self.running:
+            if each.last == inf and each.first < inf:
+                alike.setdefault(each.held.pages[0], []).append(each)
+        groups = []
+        for members in alike.values():
+            samples = {}
+            for each in members:
+                samples.setdefault(id(each.request.prompt), []).append(each)
+            choices = [[_shared(group) for group in choice] for choice in ([members], samples.values())]
+            groups += max(choices, key=lambda choice: sum(tokens * (len(rows) - 1) for tokens, rows in choice))
+        return [(tokens, rows) for tokens, rows in groups if tokens * (len(rows) - 1) >= SHARED]
 
     def _release(self):
         """Frees the rows whose limit the last event reaches, while others wait for a row."""
@@ -230,6 +304,7 @@ class Scheduler:
         self.free.append(each.row)
         self.rings.append(each.ring)
         self.retired.append(each.row)
+        self.changed = True
         self._give_back(each)
 
     def _give_back(self, each: Running):
@@ -257,3 +332,20 @@ class Scheduler:
                     if each.last == inf:
                         self._leave(each)
                     yield each.request, each.tokens
+
+
+def _shared(group: list[Running]) -> tuple[int, list[int]]:
+    """How many tokens the pages hold that all of these begin with, and their rows."""
+    first = group[0].held.pages
+    count = min(len(each.request.prompt) for each in group) // PAGE
+    for each in group[1:]:
+        count = next((i for i in range(count) if each.held.pages[i] != first[i]), count)
+    return PAGE * count, [each.row for each in group]
+
+
+def _common(one: list[int], two: list[int]) -> int:
+    """With how many tokens in whole pages, but not all, two prompts begin alike."""
+    end = (min(len(one), len(two)) - 1) // PAGE * PAGE
+    if one is two:
+        return end
+    return next((i for i in range(0, end, PAGE) if one[i : i + PAGE] != two[i : i + PAGE]), end)

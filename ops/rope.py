@@ -38,6 +38,20 @@ class AttentionLayer(NamedTuple):
     eps: float = 1e-6
 
 
+class Shared(NamedTuple):
+    """Prefixes that rows share, for attention over them once for all of their rows.
+
+    prefix [B] in int32 says how many of a row's first tokens are a shared prefix, a multiple of PAGE (0: none). `order`
+    [B] in int32 has row numbers, those of a group side by side. A tile is rows of one group, at most `rows`: tiles [X,
+    2] in int32 are the first place in `order` of each and how many rows it has, none where it is not used.
+    """
+
+    prefix: Tensor
+    order: Tensor
+    tiles: Tensor
+    rows: int
+
+
 class Positions(NamedTuple):
     """Where the tokens of one forward are: what all local layers, or all global ones, share in it.
 
@@ -46,7 +60,7 @@ class Positions(NamedTuple):
     None: all T). position [N] counts the tokens that each sequence has in the cache already (None: none anywhere). rope
     [2, M, D] holds cosines and sines. mask [N, 1, T, keys] is 0 where a query sees a key, else -inf; None means causal
     over the new tokens. slot [M] says where tokens go in the cache, as `cache.LayerCache.slots_for` counts it. What a
-    kernel finds out by itself is None.
+    kernel finds out by itself is None. Decode steps may have `shared` prefixes.
     """
 
     batch: int
@@ -57,6 +71,7 @@ class Positions(NamedTuple):
     mask: Tensor | None = None
     slot: Tensor | None = None
     first: Tensor | None = None
+    shared: Shared | None = None
 
     @property
     def decoding(self) -> bool:

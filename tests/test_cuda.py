@@ -498,12 +498,13 @@ def test_memory_does_not_grow_over_generations(on_gpu, prompts):
 def test_too_little_memory_says_what_to_lower(on_gpu, prompts, monkeypatch):
     model, _ = on_gpu
     expected = generate(model, prompts, 20, **GREEDY)
-    with pytest.raises(ValueError, match=r"not enough cuda memory: a batch of \d+ rows .* lower --batch_size"):
-        generate(model, prompts[:1], 8000, num_samples=20000, batch_size=20000)
-    with monkeypatch.context() as patch:
-        patch.setattr(device_file, "free_memory", lambda device: 2**60)  # a wrong estimate
-        with pytest.raises(ValueError, match=r"out of cuda memory with 20000 rows .* lower --batch_size"):
-            generate(model, prompts[:1], 8000, num_samples=20000, batch_size=20000)
+    for free, message in ((2**20, "not enough cuda memory: a batch of 1"), (2**60, "out of cuda memory with 20000")):
+        with monkeypatch.context() as patch:  # a wrong estimate
+            patch.setattr(device_file, "free_memory", lambda device, free=free: free)
+            patch.setattr(program, "free_memory", lambda device, free=free: free)
+            runner_file.release(model)
+            with pytest.raises(ValueError, match=rf"{message}.* rows .* lower --batch_size"):
+                generate(model, prompts[:1], 8000, num_samples=20000, batch_size=20000 if free > 2**30 else None)
     torch.cuda.empty_cache()
     assert generate(model, prompts, 20, **GREEDY) == expected
     monkeypatch.setattr(device_file, "free_memory", lambda device: 2**20)

@@ -8,6 +8,9 @@ import torch
 from conftest import GREEDY, TEXTS, TINY_GEMMA, reference_model, save_checkpoint, small_model
 
 import device as device_file
+import generate as program
+import runner as runner_file
+import scheduler as scheduler_file
 from cli import Stats
 from generate import generate, load_model
 from model import Transformer
@@ -90,6 +93,80 @@ def test_settings_of_each_prompt(tiny, prompts):
         assert [found[i, 0] for i in range(8)] == alone
 
 
+@pytest.mark.parametrize("chunk", [64, 150, 8192])
+@pytest.mark.parametrize("case", ["gemma-mqa", "gemma2-window-small", "gemma3-window-half"])
+def test_prompts_that_share_pages_have_the_texts_that_they_have_alone(case, chunk, monkeypatch):
+    """Cut or not, with samples, beginnings of 63 to 130 tokens that some share, twice, and few pages to run in; what
+    nobody has is full of NaN."""
+    monkeypatch.setattr(scheduler_file, "CHUNK", chunk)
+    monkeypatch.setattr(scheduler_file, "SMALL", 64)
+    model, source = small_model(case=case), random.Random(chunk)
+    common = [source.randrange(7, 120) for _ in range(130)]
+    prompts = [
+        common[: source.choice([0, 63, 64, 65, 128, 130])] + [source.randrange(7, 120) for _ in range(1 + 3 * i)]
+        for i in range(8)
+    ]
+    limits, counts = [source.randrange(1, 20) for _ in prompts], [1, 3, 1, 1, 2, 1, 1, 1]
+    samplings = [
+        Sampling(temperature=0.9 * (i % 2), top_k=5 * (i % 3), repetition_penalty=1 + 0.3 * (i % 3 == 0))
+        for i in range(8)
+    ]
+    alone = []
+    for i, (prompt, limit, sampling, count) in enumerate(zip(prompts, limits, samplings, counts)):
+        options = dict(sampling=sampling, num_samples=count, seed=[(7, i)], stop_ids=(5, 6), prefix_cache=False)
+        alone += generate(model, [prompt], limit, **options)
+
+    def poison(step, runner):
+        pages, width = runner.pages, runner.whole_cache.tables.get(True, torch.zeros(1, 1)).shape[1]
+        rings = [1 + ring * width + i for ring in runner.free_rings for i in range(width)]
+        for layer in runner.whole_cache.layers:
+            nobodys = [0, *(rings if layer.ring else pages.unused)]
+            layer.k[nobodys], layer.v[nobodys] = float("nan"), float("nan")
+
+    seeds = [(7, i) for i in range(8)]
+    options = dict(sampling=samplings, num_samples=counts, seed=seeds, stop_ids=(5, 6), on_step=poison)
+    for rows in (1, 3, 16):
+        for prefix_cache in (True, True, False):
+            assert generate(model, prompts, limits, batch_size=rows, prefix_cache=prefix_cache, **options) == alone
+
+
+def test_few_pages_make_requests_wait(tiny, monkeypatch):
+    """Memory for one of them or a little more, as far as the run knows."""
+    model, tokenizer = tiny
+    prompts = [tokenizer.encode(text) * 8 for text in TEXTS]
+    expected, rows, room = generate(model, prompts, 90, **GREEDY), [], program._room
+    monkeypatch.setattr(program, "_room", lambda model, pages, *rest: (3, 1 + max(pages) + len(rows)))
+    for extra in range(3):
+        release(model)
+        rows.append(extra)
+        assert generate(model, prompts, 90, **GREEDY) == expected
+    monkeypatch.setattr(program, "_room", room)
+
+
+def test_two_thousand_requests_leave_no_page_behind():
+    model, source = small_model(), random.Random(4)
+    prompts = [[2, *(source.randrange(10, 120) for _ in range(source.randrange(1, 90)))] for _ in range(2000)]
+    limits = [source.randrange(1, 4) for _ in prompts]
+    results = generate(model, prompts, limits, temperature=0, batch_size=64)
+    assert list(map(len, results)) == limits or any(results[i][-1] in model.config.stop_ids for i in range(2000))
+    pages = runner_file._idle[model].pages
+    pages.check()
+    pages.forget()
+    assert pages.free == pages.count - 1 and not pages.held
+
+
+def test_a_callback_that_raises_leaves_the_model_usable(tiny, prompts):
+    expected = generate(tiny[0], prompts, 5, **GREEDY)
+
+    def fail(*_):
+        raise RuntimeError("in a callback")
+
+    for name in ("on_step", "on_completion"):
+        with pytest.raises(RuntimeError, match="in a callback"):
+            generate(tiny[0], prompts, 5, **GREEDY, **{name: fail})
+        assert generate(tiny[0], prompts, 5, **GREEDY) == expected
+
+
 def test_those_that_may_take_longest_start_first(tiny, prompts, monkeypatch):
     limits, admit = [], Runner.admit
 
@@ -136,9 +213,9 @@ def test_samples_of_a_prompt_share_its_prefill(tiny, prompts, monkeypatch):
     alone = [generate(model, prompts[:2], 9, batch_size=1, num_samples=5, **options)]
     computed, logits = [], Transformer.logits
 
-    def watching(self, tokens, cache, position, *rest):
+    def watching(self, tokens, cache, position, *rest, **options):
         computed.append(len(tokens) if position is None else 0)
-        return logits(self, tokens, cache, position, *rest)
+        return logits(self, tokens, cache, position, *rest, **options)
 
     monkeypatch.setattr(Transformer, "logits", watching)
     assert [generate(model, prompts[:2], 9, num_samples=5, **options)] == alone

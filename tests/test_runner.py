@@ -64,9 +64,9 @@ def test_eager_prefill_meets_few_shapes(monkeypatch):
     model, widths = small_model(), set()
     logits = Transformer.logits
 
-    def watching(self, tokens, *rest):
+    def watching(self, tokens, *rest, **options):
         widths.add(tokens.shape[1])
-        return logits(self, tokens, *rest)
+        return logits(self, tokens, *rest, **options)
 
     monkeypatch.setattr(Transformer, "logits", watching)
     longest = model.config.context_length - 1

@@ -22,7 +22,8 @@ class Rows:
 
     def __init__(self, rows: int, pages: int | None = None):
         self.rows, self.events, self.entries, self.log, self.admitted = [None] * rows, 0, 0, [], []
-        self.length = 30
+        self.length, self.groups, self.free_rings = 30, [], []
+        self.padded = lambda rows: 1 << (rows - 1).bit_length()
         self.pages, self.packs = Pages(1 + (2 * rows if pages is None else pages)), True
 
     def admit(self, model, pieces, retired):
@@ -38,9 +39,16 @@ class Rows:
                 self._append(self.rows[piece.running.row])
         self._write()
 
-    def step(self, model, retired):
+    def fewer_rows(self, rows):
+        return self.padded(rows)
+
+    def step(self, model, retired, groups=None, order=None):
         for row in retired:
             self.rows[row].done = True
+        if order is not None:
+            self.rows = [self.rows[row] for row in order]
+        if groups is not None:
+            self.groups.append(groups)
         for row in self.rows:
             if row is not None and not row.done:
                 self._append(row)
@@ -187,6 +195,42 @@ def test_prompts_that_begin_alike_share_their_pages():
         runner.pages.check()
 
 
+def test_prompts_share_their_pages_where_layers_have_rings():
+    """Behind a snapshot of the ring at the end of what they share, of which there are only two."""
+    system = [[5 + i] * (10 * PAGE + 7) for i in range(2)]
+    requests = [Request((i, 0), [*system[i % 2], *[i] * (1 + i)], 3, GREEDY) for i in range(40)]
+    requests += [Request((40, j), prompt, 3, GREEDY) for prompt in [[77] * (8 * PAGE)] for j in range(40)]
+    runner = Rows(16, pages=2000)
+    runner.free_rings = [16, 17]
+    runner.pages = Pages(2000, snapshots=True, on_evict=runner.free_rings.append)
+    rings = {}  # what each holds: how many tokens of which prompt
+    admit = runner.admit
+
+    def watching(model, pieces, retired):
+        for piece in pieces:
+            if piece.leader is not None:
+                continue
+            prompt = tuple(piece.prompt)
+            if piece.snapshot is not None:
+                rings[piece.running.ring] = rings[piece.snapshot]
+            assert piece.begin == 0 or rings[piece.running.ring] == prompt[: piece.begin]
+        for piece in pieces:
+            rings[piece.running.ring] = tuple(piece.prompt[: piece.end])
+        for piece in pieces:
+            if piece.keep is not None:
+                rings[piece.keep] = rings[piece.running.ring]
+        admit(model, pieces, retired)
+
+    runner.admit = watching
+    results = list(Scheduler(runner, None, requests, 16).run())
+    assert len(results) == 80 and all(tokens == expected(request) for request, tokens in results)
+    computed = sum(tokens for tokens, *_ in admitted(runner))
+    assert computed < 0.4 * sum(len(request.prompt) for request in requests)
+    runner.pages.check()
+    runner.pages.forget()
+    assert sorted(runner.free_rings) == [16, 17]
+
+
 def test_requests_wait_for_pages():
     """Nothing that runs gives way; the largest fits alone; what waits is not overtaken."""
     source = random.Random(5)
@@ -228,6 +272,43 @@ def test_pages_are_given_back_whatever_happens():
     with pytest.raises(RuntimeError, match="in a callback"):
         list(Scheduler(Rows(1), None, requests[:1], 1).run(on_token=fail))
     runner.pages.check()
+
+
+def test_the_last_ones_run_in_fewer_rows():
+    """Half of them at most, if it is worth it, each with its own tokens still."""
+    requests = [Request((i, 0), [1, i], 10 if i % 9 else 500, GREEDY, stops=None) for i in range(40)]
+    requests = [request for request in requests if len(expected(request)) == request.max_new_tokens]
+    runner, widths = Rows(16, pages=1000), []
+    runner.length = 600
+    scheduler = Scheduler(runner, None, requests, 16)
+    for request, tokens in scheduler.run(on_step=lambda *_: widths.append(len(runner.rows))):
+        assert tokens == expected(request)
+    assert len([request for request in requests if request.max_new_tokens == 500]) in (1, 2, 3, 4)
+    assert widths[0] == 16 and widths[-1] <= 4
+    scheduler.pages.check()
+    assert not scheduler.pages.held
+
+
+def test_rows_that_begin_alike_are_told_to_the_runner():
+    system = [9] * (20 * PAGE)
+    of_samples = [Request((0, j), prompt, 30, GREEDY) for prompt in [[3] * (40 * PAGE + 5)] for j in range(8)]
+    of_system = [Request((1 + i, 0), [*system, *[i] * 30], 30, GREEDY) for i in range(6)]
+    of_both = [
+        Request((7 + i, j), prompt, 30, GREEDY)
+        for i in range(2)
+        for prompt in [[*system, *[5] * 10 * PAGE, i]]
+        for j in range(2)
+    ]
+    few = [Request((20, j), prompt, 30, GREEDY) for prompt in [[8] * (5 * PAGE)] for j in range(3)]
+    runner = Rows(32, pages=2000)
+    runner.length = 40
+    results = list(Scheduler(runner, None, [*of_samples, *of_system, *of_both, *few], 32).run())
+    assert len(results) == 21 and all(tokens == expected(request) for request, tokens in results)
+    groups = sorted((tokens, len(rows)) for tokens, rows in runner.groups[0])
+    assert groups == [(20 * PAGE, 10), (40 * PAGE, 8)]
+    for each in runner.groups:
+        rows = [row for _, members in each for row in members]
+        assert len(set(rows)) == len(rows)
 
 
 def test_a_sixteenth_of_the_rows_is_refilled_at_once():
