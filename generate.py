@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -159,8 +159,33 @@ def load_model(
 # Generating
 
 
-@torch.inference_mode()
 def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int | list[int] = 200,
+    *,
+    on_completion: Callable[[int, int, list[int]], None] | None = None,
+    **options,
+) -> list[list[int]]:
+    """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; returns the new token ids.
+
+    `options` are those of `stream_completions`, whose results these are, sorted by prompt and sample; those that are
+    skipped are empty. on_completion gets the number of the prompt, that of the sample, and the tokens of each as soon
+    as it is there.
+    """
+    if on_completion is not None and not callable(on_completion):
+        raise ValueError(f"on_completion must be a function, not {on_completion!r}")
+    results: dict[tuple[int, int], list[int]] = {}
+    for prompt, sample, tokens in stream_completions(model, prompts, max_new_tokens, **options):
+        results[prompt, sample] = tokens
+        if on_completion is not None:
+            on_completion(prompt, sample, tokens)
+    counts = _of_each("num_samples", options.get("num_samples", 1), prompts)
+    return [results.get((i, j), []) for i, count in enumerate(counts) for j in range(count)]
+
+
+@torch.inference_mode()
+def stream_completions(
     model: Transformer,
     prompts: list[list[int]],
     max_new_tokens: int | list[int] = 200,
@@ -182,20 +207,19 @@ def generate(
     prefix_cache: bool = True,
     on_token: Callable[[int], None] | None = None,
     on_step: Callable[[int, Runner], None] | None = None,
-    on_completion: Callable[[int, int, list[int]], None] | None = None,
     skip: Container[tuple[int, int]] = (),
     stop_check: str = "ping-pong",
     stats: Stats | None = None,
-) -> list[list[int]]:
-    """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; returns the new token ids.
+) -> Iterator[tuple[int, int, list[int]]]:
+    """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; yields the number of the prompt, that
+    of the sample, both counted from 0, and the new token ids of each completion as soon as it is there.
 
-    There are num_samples continuations of each prompt, side by side, in the order of the prompts. One that ends with a
-    stop id (default: the model's; () never stops) keeps it as its last token, and so does one that ends because
-    stop_when(its new tokens) is true. Settings are those of `sampling` (default: `Sampling()`), but for temperature to
-    repetition_penalty where they are given. At most batch_size rows run at once (default: what memory holds, at most
-    MAX_BATCH), refilled as they finish; a row's result does not depend on the others, nor its noise (drawn from `seed`,
-    the prompt's number and the sample's) on the device. kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a
-    dtype.
+    There are num_samples completions of each prompt. One that ends with a stop id (default: the model's; () never stops)
+    keeps it as its last token, and so does one that ends because stop_when(its new tokens) is true. Settings are those
+    of `sampling` (default: `Sampling()`), but for temperature to repetition_penalty where they are given. At most
+    batch_size rows run at once (default: what memory holds, at most MAX_BATCH), refilled as they finish; a row's result
+    does not depend on the others, nor its noise (drawn from `seed`, the prompt's number and the sample's) on the device.
+    kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a dtype.
 
     max_new_tokens, sampling, num_samples, stop_when and seed may be lists of one value a prompt. A prompt with a seed
     of its own has the text that it has alone; (seed, i) stands for a seed of all prompts and the prompt's number.
@@ -204,10 +228,9 @@ def generate(
     prefix_cache, also with prompts of earlier calls, as long as there is memory. Weights that change between calls want
     prefix_cache=False once.
 
-    on_token gets the tokens of a single row as they come, on_completion the numbers of the prompt and the sample and
-    the tokens of each result as soon as it is there; on_step(i, runner) is called before each prefill (i is 0) and
-    before decode step i. Results whose (prompt, sample) is in `skip` are not made: they are empty lists. stop_check is
-    for the benchmark (`scheduler.LAGS`); `stats` is added to.
+    on_token gets the tokens of a single row as they come; on_step(i, runner) is called before each prefill (i is 0) and
+    before decode step i. Completions whose (prompt, sample) is in `skip` are not made. stop_check is for the benchmark
+    (`scheduler.LAGS`); `stats` is added to.
 
     Several threads may run one model at a time, each with a cache of its own. Raises ValueError for an empty prompt, an
     unknown token id, a prompt too long for the context, a setting of a wrong type or out of its range, or too little
@@ -243,9 +266,9 @@ def generate(
             raise ValueError(f"seed must be a whole number, not {each[0]!r}")
     prompts = [list(prompt) for prompt in prompts]
     if not prompts:
-        return []
+        return
     check_prompts(model, prompts, limits)
-    callbacks = dict(on_token=on_token, on_step=on_step, on_completion=on_completion)
+    callbacks = dict(on_token=on_token, on_step=on_step)
     for name, value in [*callbacks.items(), *(("stop_when", each) for each in stop_when)]:
         if value is not None and not callable(value):
             raise ValueError(f"{name} must be a function, not {value!r}")
@@ -277,7 +300,6 @@ def generate(
         for j in range(counts[i])
         if (i, j) not in skip
     )
-    results: dict[tuple[int, int], list[int]] = {}
     try:
         start = now(device)
         with lease(model, rows, length, codec, compile, compile_prefill, page_count) as runner:
@@ -286,14 +308,12 @@ def generate(
             scheduler = Scheduler(runner, model, requests, rows, "every" if device.type == "cpu" else stop_check)
             try:
                 for request, tokens in scheduler.run(on_step, on_token):
-                    results[request.key] = tokens
-                    if on_completion is not None:
-                        on_completion(*request.key, tokens)
                     context = len(request.prompt) + len(tokens) // 2
                     stats.bytes_read += (len(tokens) - 1) * context_bytes(config, context, codec)
                     stats.prompt_tokens += len(request.prompt)
                     stats.new_tokens += len(tokens)
                     stats.rows += 1
+                    yield *request.key, tokens
             finally:
                 prefill_seconds = runner.finish()
             stats.compile_seconds += started - start
@@ -306,7 +326,6 @@ def generate(
             f"out of {device.type} memory with {rows} rows of {length} tokens; "
             "lower --batch_size, --max_new_tokens or the length of the prompts"
         ) from None
-    return [results.get((i, j), []) for i, count in enumerate(counts) for j in range(count)]
 
 
 def _of_each(name: str, value, prompts: list) -> list:

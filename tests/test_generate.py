@@ -12,7 +12,7 @@ import generate as program
 import runner as runner_file
 import scheduler as scheduler_file
 from cli import Stats
-from generate import generate, load_model
+from generate import generate, load_model, stream_completions
 from model import Transformer
 from runner import Runner, held_bytes, release
 from sampling import Sampling
@@ -165,6 +165,18 @@ def test_a_callback_that_raises_leaves_the_model_usable(tiny, prompts):
         with pytest.raises(RuntimeError, match="in a callback"):
             generate(tiny[0], prompts, 5, **GREEDY, **{name: fail})
         assert generate(tiny[0], prompts, 5, **GREEDY) == expected
+
+
+def test_completions_come_as_they_finish(tiny, prompts):
+    """Whoever stops asking for more leaves the model usable."""
+    expected = generate(tiny[0], prompts, [9, 2, 5, 1], **GREEDY)
+    found = list(stream_completions(tiny[0], prompts, [9, 2, 5, 1], **GREEDY))
+    assert [i for i, *_ in found] == [3, 1, 2, 0]
+    assert {(i, j): tokens for i, j, tokens in found} == {(i, 0): tokens for i, tokens in enumerate(expected)}
+    some = stream_completions(tiny[0], prompts, [9, 2, 5, 1], **GREEDY)
+    assert next(some) == (3, 0, expected[3])
+    some.close()
+    assert generate(tiny[0], prompts, [9, 2, 5, 1], **GREEDY) == expected
 
 
 def test_those_that_may_take_longest_start_first(tiny, prompts, monkeypatch):
