@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -75,7 +75,8 @@ def tutorial(args: argparse.Namespace, batch: int = 64, longest: int = 20, new_t
         yield row | rounded({"padded_prefill_seconds": prefill, "padded_seconds": prefill + row["decode_seconds"]})
 
     yield from each_model(args, of_model)
-    yield from peer_rows(args, partial(tutorial_prompts, batch, longest), shape, ("dynamic", "static"), repeats=2)
+    case = Case(partial(tutorial_prompts, batch, longest), shape, new_tokens)
+    yield from peer_rows(args, [case], ("dynamic", "static"), repeats=2)
 
 
 def latency(
@@ -92,28 +93,104 @@ def latency(
 
     yield from each_model(args, of_model)
     shape = {"batch": 1, "context": contexts[0], "new_tokens": new_tokens}
-    yield from peer_rows(args, partial(random_prompts, 1, contexts[0]), shape, ("static",))
+    yield from peer_rows(args, [Case(partial(random_prompts, 1, contexts[0]), shape, new_tokens)], ("static",))
 
 
-def throughput(args: argparse.Namespace, count: int = 512) -> Iterator[dict]:
-    """512 requests of mixed lengths, greedy, no stop, the whole call: prompts of 16 to 1,024 tokens (mean 206), 16 to
-    1,024 new ones (mean 266), all there at once. Our rows are as many as memory holds. Peer: vLLM."""
-    lengths = request_lengths(count)
-    limits = [new for _, new in lengths]
-    shape = {"requests": count, "prompt_tokens": sum(prompt for prompt, _ in lengths), "new_tokens": sum(limits)}
-
-    def prompts_of(vocab_size: int) -> list[list[int]]:
-        prompts = random_prompts(count, max(prompt for prompt, _ in lengths), vocab_size)
-        return [prompt[:length] for prompt, (length, _) in zip(prompts, lengths)]
+def throughput(args: argparse.Namespace, counts: dict[str, int] | None = None) -> Iterator[dict]:
+    """Requests that are all there at once, greedy, no stop, the whole call, in --shapes. mixed: 512 of prompts of 16 to
+    1,024 tokens (mean 206) and 16 to 1,024 new ones (mean 266); 128/128: 512 of 128 and 128; 1024/128: 256 of 1,024 and
+    128. Our rows are as many as memory holds. Peers: vLLM; transformers' continuous batching, at most 2 repeats, with
+    its defaults: flash-attn and CUDA graphs where it finds them, else attention over pages by PyTorch's sdpa."""
+    cases, counts = [], counts or REQUESTS
+    for shape in args.shapes or counts:
+        lengths = request_lengths(counts[shape], shape)
+        limits = [new for _, new in lengths]
+        columns = {"shape": shape, "requests": len(lengths)}
+        columns |= {"prompt_tokens": sum(prompt for prompt, _ in lengths), "new_tokens": sum(limits)}
+        cases.append(Case(partial(prompts_of_lengths, [prompt for prompt, _ in lengths]), columns, limits))
 
     def of_model(model: Transformer, kv_dtype, case: dict):
-        prompts = prompts_of(model.config.vocab_size)
-        for rows in args.batches or (None,):
+        for (prompts_of, columns, limits, _), rows in product(cases, args.batches or (None,)):
+            prompts = prompts_of(model.config.vocab_size)
             run = ours(model, prompts, limits, compile=True, kv_cache_dtype=kv_dtype, batch_size=rows)
-            yield from measure(args, {OURS: run}, case | shape | ({"batch": rows} if rows else {}))
+            yield from measure(args, {OURS: run}, case | columns | ({"batch": rows} if rows else {}))
 
     yield from each_model(args, of_model)
-    yield from peer_rows(args, prompts_of, shape, limits=limits)
+    yield from peer_rows(args, cases, repeats=min(2, args.repeats))
+
+
+def samples(
+    args: argparse.Namespace,
+    counts: tuple[int, ...] = (16, 64, 128, 256),
+    context: int = 8000,
+    new_tokens: int = 128,
+) -> Iterator[dict]:
+    """16 to 256 completions, or --batches, of one prompt of 8,000 tokens, all at once, 128 new tokens each, temperature
+    0.8, top-k 200; and a single one, first: prefill_of_one is prefill's time over that of the single one's. Peer: vLLM,
+    whose samples share the prompt, too (its prefix cache is emptied before each call)."""
+    drawn = {"temperature": 0.8, "top_k": 200, "seed": 0}
+    columns = {"context": context, "new_tokens": new_tokens}
+    numbers = dict.fromkeys((1, *(args.batches or counts)))
+    cases = [Case(partial(random_prompts, 1, context), {"samples": n} | columns, new_tokens, n) for n in numbers]
+
+    def of_model(model: Transformer, kv_dtype, case: dict):
+        for prompts_of, columns, _, n in cases:
+            prompts = prompts_of(model.config.vocab_size)
+            options = drawn | {"num_samples": n, "batch_size": n, "kv_cache_dtype": kv_dtype}
+            run = ours(model, prompts, new_tokens, compile=True, **options)
+            for row in measure_where_it_fits(args, {OURS: run}, case | columns):
+                # Of a step in which each row reads the prompt by itself
+                yield {key: row[key] for key in row if key not in ("floor_ms", "share_of_copy_bandwidth")}
+
+    single = {}
+    for row in chain(each_model(args, of_model), peer_rows(args, cases)):
+        one = single.setdefault((row["model"], row["precision"], row["name"]), row["prefill_seconds"])
+        yield rounded(row | {"prefill_of_one": row["prefill_seconds"] / one})
+
+
+def prefix_cache(
+    args: argparse.Namespace, count: int = 256, shared: int = 2000, own: int = 100, new_tokens: int = 8
+) -> Iterator[dict]:
+    """What the prefix cache gains: 256 prompts that begin with the same 2,000 tokens and have 100 of their own, 8 new,
+    the whole call, from an empty cache and without one (uncached_seconds), in turn. And what it costs where it finds
+    nothing: 256 prompts of 2,100 tokens that share none. gain is uncached_seconds over seconds."""
+
+    def of_model(model: Transformer, kv_dtype, case: dict):
+        for common in (shared, 0):
+            prompts = random_prompts(count, shared + own, model.config.vocab_size)
+            prompts = [prompts[0][:common] + prompt[common:] for prompt in prompts]
+            run = partial(ours, model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype, batch_size=None)
+            # Each run without the cache empties it for the next one with it
+            runs = time_in_turn({on: run(prefix_cache=on) for on in (True, False)}, args.repeats, args.device)
+            row = case | {"name": OURS, "requests": count, "context": shared + own, "shared_tokens": common}
+            row |= {"new_tokens": new_tokens, **seconds_of(runs[True])}
+            row["uncached_seconds"] = seconds_of(runs[False])["seconds"]
+            yield rounded(row | {"gain": row["uncached_seconds"] / row["seconds"]})
+
+    yield from each_model(args, of_model)
+
+
+def beams(
+    args: argparse.Namespace, count: int = 16, context: int = 256, num_beams: int = 4, new_tokens: int = 256
+) -> Iterator[dict]:
+    """Beam search with 4 beams: 16 prompts of 256 tokens, 256 new, no stop, the whole call. New tokens are those of the
+    hypotheses that come back."""
+    from beams import beam_search
+
+    def of_model(model: Transformer, kv_dtype, case: dict):
+        prompts = random_prompts(count, context, model.config.vocab_size)
+        options = {"num_beams": num_beams, "stop_ids": (), "kv_cache_dtype": kv_dtype, "compile": True}
+
+        def run() -> Stats:
+            stats = Stats()
+            beam_search(model, prompts, new_tokens, stats=stats, **options)
+            return stats
+
+        columns = {"requests": count, "context": context, "beams": num_beams, "new_tokens": count * new_tokens}
+        for row in measure(args, {OURS: run}, case | columns):
+            yield rounded(row | {"requests_per_second": count / row["seconds"]})
+
+    yield from each_model(args, of_model)
 
 
 def sweep(
@@ -132,13 +209,8 @@ def sweep(
             run = ours(model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)
             shape = {"batch": batch, "context": context, "new_tokens": new_tokens}
             torch.cuda.reset_peak_memory_stats()
-            try:
-                (row,) = measure(args, {OURS: run}, case | shape)
+            for row in measure_where_it_fits(args, {OURS: run}, case | shape):
                 yield row | {"gpu_gib": round(torch.cuda.max_memory_allocated() / GIB, 2)}
-            except ValueError as error:
-                if "memory" not in str(error):
-                    raise
-                print(f"{case['model']} {case['precision']}, batch {batch} is left out: {error}", flush=True)
 
     yield from each_model(args, of_model)
 
@@ -288,10 +360,14 @@ class Protocol(NamedTuple):
 
 TRAINED = ("checkpoint_path", "text", "calibration_text")
 BOTH = ("transformers", "vllm")
+REQUESTS = {"mixed": 512, "128/128": 512, "1024/128": 256}  # `throughput`'s: prompt/new tokens, how many requests
 PROTOCOLS = {
     "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-kv", "fp8-all"), BOTH),
     "latency": Protocol(latency, "cuda", ("gemma-2b", "gemma-7b"), ("bf16", "fp8-kv", "fp8-all"), BOTH),
-    "throughput": Protocol(throughput, "cuda", ("gemma-7b",), ("bf16", "fp8-kv"), ("vllm",), options=("batches",)),
+    "throughput": Protocol(throughput, "cuda", ("gemma-7b",), ("bf16", "fp8-kv"), BOTH, ("batches", "shapes")),
+    "samples": Protocol(samples, "cuda", ("gemma-7b",), ("bf16", "fp8-kv"), ("vllm",), ("batches",)),
+    "prefix-cache": Protocol(prefix_cache, "cuda", ("gemma-7b",), ("bf16", "fp8-kv")),
+    "beams": Protocol(beams, "cuda", ("gemma-7b",), ("bf16", "fp8-kv")),
     "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all"), options=("batches", "picture")),
     "weights": Protocol(weights, "cuda", ("gemma-7b",), tuple(PRECISIONS), options=TRAINED),
     "stop-check": Protocol(stop_check, "cuda", ("gemma-2b",), ("bf16", "fp8-all")),
@@ -333,9 +409,12 @@ def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
     return tokens.tolist()
 
 
-def request_lengths(count: int) -> list[tuple[int, int]]:
-    """Tokens of the prompt and new ones of each request: log-normal around means of 200 and 250, cut at 16 and
-    1,024."""
+def request_lengths(count: int, shape: str) -> list[tuple[int, int]]:
+    """Tokens of the prompt and new ones of each request, which a shape like 128/128 gives; mixed ones are log-normal
+    around means of 200 and 250, cut at 16 and 1,024."""
+    if shape != "mixed":
+        prompt, new = map(int, shape.split("/"))
+        return [(prompt, new)] * count
     source, deviation = random.Random(20261124), 0.8
 
     def length(mean: float) -> int:
@@ -345,10 +424,15 @@ def request_lengths(count: int) -> list[tuple[int, int]]:
     return [(length(200), length(250)) for _ in range(count)]
 
 
+def prompts_of_lengths(lengths: list[int], vocab_size: int) -> list[list[int]]:
+    prompts = random_prompts(len(lengths), max(lengths), vocab_size)
+    return [prompt[:length] for prompt, length in zip(prompts, lengths)]
+
+
 def tutorial_prompts(rows: int, longest: int, vocab_size: int) -> list[list[int]]:
     """<bos> and at least one random id each, `longest` tokens at most."""
     lengths = torch.randint(2, longest + 1, (rows,), generator=torch.Generator().manual_seed(1)).tolist()
-    return [prompt[:length] for prompt, length in zip(random_prompts(rows, longest, vocab_size), lengths)]
+    return prompts_of_lengths(lengths, vocab_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,40 +476,67 @@ def measure(args: argparse.Namespace, runners: dict[str, Callable], case: dict, 
     rows = []
     for name, runs in time_in_turn(runners, repeats or args.repeats, args.device).items():
         row = case | {"name": name} | seconds_of(runs)
-        row["tokens_per_second"] = (1 if "requests" in case else case["batch"]) * case["new_tokens"] / row["seconds"]
+        texts = 1 if "requests" in case else case.get("samples") or case["batch"]  # new_tokens: of all requests
+        row["tokens_per_second"] = texts * case["new_tokens"] / row["seconds"]
         if runs[0][1] is not None:
             row |= decode_figures([stats for _, stats in runs[1:]], args.bandwidth)
         rows.append(rounded(row))
     return rows
 
 
+def measure_where_it_fits(args: argparse.Namespace, runners: dict[str, Callable], case: dict) -> list[dict]:
+    """What `measure` gives; no rows, and a line, where memory has no room for the case."""
+    try:
+        return measure(args, runners, case)
+    except ValueError as error:
+        if "memory" not in str(error):
+            raise
+        print(f"{', '.join(f'{key} {value}' for key, value in case.items())} is left out: {error}", flush=True)
+        return []
+
+
+class Case(NamedTuple):
+    """What is timed: the prompts for a vocabulary's size, the columns that say what it is, the new tokens of all prompts
+    or a list of those of each, and the samples of a prompt."""
+
+    prompts_of: Callable[[int], list[list[int]]]
+    columns: dict
+    new_tokens: int | list[int]
+    samples: int = 1
+
+
 def peer_rows(
-    args: argparse.Namespace,
-    prompts_of: Callable[[int], list[list[int]]],
-    shape: dict,
-    caches: tuple[str, ...] = (),
-    repeats: int | None = None,
-    limits: list[int] | None = None,
+    args: argparse.Namespace, cases: list[Case], caches: tuple[str, ...] = (), repeats: int | None = None
 ) -> Iterator[dict]:
-    """A row for each model, and each of vLLM's precisions beside ours, or each of transformers' `caches`, on the
-    prompts that prompts_of(vocabulary size) gives; `limits` are the new tokens of each, if they differ. A failure of
-    vLLM is told in a line and has no row."""
+    """A row for each case and model, and each of vLLM's precisions beside ours, or each of transformers' `caches`;
+    cases with a list of new tokens are for its continuous batching. A failure of that or of vLLM is told in a line and
+    has no row."""
     precisions = peers.vllm_precisions(args.precisions) if "vllm" in args.peers else ()
     for name, precision in product(args.models, precisions):
         config, settings = config_of_peer(name), (args.repeats, args.vllm_site, args.peer_timeout)
-        prompts = prompts_of(config["vocab_size"])
+        jobs = [(case.prompts_of(config["vocab_size"]), case.new_tokens, case.samples) for case in cases]
         try:
-            figures = peers.vllm_figures(config, precision, prompts, limits or shape["new_tokens"], *settings)
+            for case, figures in zip(cases, peers.vllm_figures(config, precision, jobs, *settings)):
+                yield rounded({"model": name, "precision": precision, **case.columns, **figures})
         except RuntimeError as error:
             print(f"vLLM, {name} {precision}, is left out: {error}", file=sys.stderr, flush=True)
-        else:
-            yield rounded({"model": name, "precision": precision, **shape, **figures})
     for name in args.models if "transformers" in args.peers else ():
-        peer = peers.transformers_model(config_of_peer(name), args.device)
-        prompts, case = prompts_of(peer.config.vocab_size), {"model": name, "precision": "bf16", **shape}
-        for cache in caches:
-            run = peers.transformers_generate(peer, prompts, shape["new_tokens"], cache_implementation=cache)
-            yield from measure(args, {f"transformers, {cache} cache": run}, case, repeats)
+        peer, run = peers.transformers_model(config_of_peer(name), args.device), None
+        for case in cases:
+            prompts, new_tokens = case.prompts_of(peer.config.vocab_size), case.new_tokens
+            columns = {"model": name, "precision": "bf16", **case.columns}
+            for cache in caches:
+                run = peers.transformers_generate(peer, prompts, new_tokens, cache_implementation=cache)
+                yield from measure(args, {f"transformers, {cache} cache": run}, columns, repeats)
+            if isinstance(new_tokens, list):
+                try:
+                    with peers.transformers_batching(peer, prompts, new_tokens, args.peer_timeout) as run:
+                        rows = measure(args, {"transformers, continuous batching": run}, columns, repeats)
+                    yield from rows
+                except (RuntimeError, ValueError, MemoryError, ImportError, OSError) as error:
+                    told = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                    what = f"transformers, {name}, {columns['shape']} tokens"
+                    print(f"{what}, is left out: {told}", file=sys.stderr, flush=True)
         del peer, run
         release()
 
@@ -629,8 +740,9 @@ def program_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=number(int, 1),
         metavar="N",
-        help="sweep, throughput: (default: 1 to 256; what memory holds)",
+        help="sweep, throughput, samples: (default: 1 to 256; what memory holds; 16 to 256)",
     )
+    add("--shapes", nargs="+", choices=REQUESTS, help="throughput: tokens of prompts/new ones (default: all)")
     add("--ops", nargs="+", choices=OPS, help="prefill: implementations of the operations (default: all)")
     add("--checkpoint_path", nargs="+", type=path, metavar="DIR", help="weights: trained, in BF16 (default: none)")
     add("--text", type=path, metavar="FILE", help="weights: to evaluate them on (default: none)")
@@ -641,7 +753,7 @@ def program_parser() -> argparse.ArgumentParser:
         "--no_peers", dest="peers", action="store_const", const=(), help="leave them out (default: don't)"
     )
     add("--vllm_site", type=path, metavar="DIR", help="where vLLM is (default: where it is installed)")
-    seconds = "that vLLM may take for a row, loading too (default: 300)"
+    seconds = "that vLLM may take for a row, loading too, and transformers for a run of requests (default: 300)"
     add("--peer_timeout", type=number(float, 1), metavar="SECONDS", help=seconds)
     add("--repeats", type=number(int, 1), metavar="N", help="timed runs of each case (default: 5)")
     add("--output", type=path, metavar="FILE", help="write the results as JSON (default: don't)")

@@ -85,7 +85,12 @@ class LayerCache:
     int32. Most layers have S slots a row for as many positions. Where a window is shorter than that, they are a ring of
     at least the window, so that an arriving token replaces one that has left it. Nothing is ever read from page 0: rows
     without pages write there. Layers of a kind share their table.
+
+    Beams of one prompt read what other rows wrote: with a `slot_table` [B, S] in int32, the token in slot s of row b is
+    read at place n % PAGE of page n // PAGE, with n = slot_table[b, s]. Rows write through `table` all the same.
     """
+
+    slot_table: Tensor | None = None
 
     def __init__(
         self,
@@ -103,10 +108,10 @@ class LayerCache:
         self.k = torch.zeros(shape, dtype=codec.dtype, device=table.device)
         self.v = torch.zeros(shape, dtype=codec.dtype, device=table.device)
 
-    def with_table(self, table: Tensor) -> "LayerCache":
+    def with_table(self, table: Tensor, slot_table: Tensor | None = None) -> "LayerCache":
         """The same memory, seen through another table."""
         view = copy(self)
-        view.table = table
+        view.table, view.slot_table = table, slot_table
         return view
 
     def held_positions(self, end: Tensor) -> Tensor:
@@ -118,8 +123,13 @@ class LayerCache:
         """Keys and values [B, K, S, D] of all rows in `dtype`, as they are stored, once each row has `end` [B] tokens;
         zeros where none is."""
         empty = (self.held_positions(end) < 0)[:, None, :, None]
-        pages = [_as_words(x)[self.table] for x in (self.k, self.v)]  # [B, S / PAGE, K, PAGE, D]
-        k, v = (x.view(self.codec.dtype).transpose(1, 2).flatten(2, 3).to(dtype) for x in pages)
+        if self.slot_table is None:
+            pages = [_as_words(x)[self.table] for x in (self.k, self.v)]  # [B, S / PAGE, K, PAGE, D]
+            k, v = (x.view(self.codec.dtype).transpose(1, 2).flatten(2, 3).to(dtype) for x in pages)
+        else:
+            index = self.slot_table // PAGE, slice(None), self.slot_table % PAGE
+            tokens = [_as_words(x)[index] for x in (self.k, self.v)]  # [B, S, K, D]
+            k, v = (x.view(self.codec.dtype).transpose(1, 2).to(dtype) for x in tokens)
         return k.masked_fill(empty, 0), v.masked_fill(empty, 0)
 
     def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,9 +201,11 @@ class KVCache:
                 layers.append(LayerCache(*shape, tables[ring], codec, scales.of(layer, codec), ring))
         return cls(layers, tables)
 
-    def with_tables(self, tables: dict[bool, Tensor]) -> "KVCache":
-        """The same memory, for the sequences of other tables."""
-        return KVCache([layer.with_table(tables[layer.ring]) for layer in self.layers], tables)
+    def with_tables(self, tables: dict[bool, Tensor], slot_tables: dict[bool, Tensor] | None = None) -> "KVCache":
+        """The same memory, for the sequences of other tables; with slot tables, one of each kind, for beams."""
+        slot_tables = slot_tables or {}
+        layers = [layer.with_table(tables[layer.ring], slot_tables.get(layer.ring)) for layer in self.layers]
+        return KVCache(layers, tables)
 
     def rows(self, index) -> "KVCache":
         """The same memory, for the sequences at `index`: a slice, whose tables are views, or a tensor of numbers."""

@@ -407,7 +407,7 @@ def _room(
     # Bytes a logit that a draw takes: sorting, float64, and what a penalty makes of them
     of_logits = 56 if kind.in_order else 32 if kind.in_any_order or kind.penalize else 12
     a_page = cache_bytes(config, 0, length, codec, 1) - cache_bytes(config, 0, length, codec, 0)
-    room = SHARE * free_memory(model.device) + held - activations
+    room = SHARE * (free_memory(model.device) + held) - activations
 
     def needed(rows: int, count: int) -> float:
         state = rows * (config.vocab_size * of_logits + 24 * length)  # noise and log

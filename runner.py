@@ -99,6 +99,9 @@ def next_token(state: State, logits: Tensor, kind: DrawKind):
     append_token(state, computed, token)
 
 
+TILES = 16, 64  # queries of rows that share a prefix, and of one key head, that attend to it together at most
+
+
 class Runner:
     """The state and KV cache of up to `batch_size` rows of at most `length` tokens, allocated once, and what advances
     them.
@@ -454,7 +457,7 @@ class Runner:
             return
         rows, heads = len(self.state.token), self.query_group
         largest = max(len(members) for _, members in groups)
-        tile = max(1, (16 if largest * heads <= 16 else 64) // heads)
+        tile = next(n for n in TILES if largest * heads <= n or n == TILES[-1]) // heads
         prefix, order, tiles = [0] * rows, [], []
         for tokens, members in groups:
             tiles += [(len(order) + i, min(tile, len(members) - i)) for i in range(0, len(members), tile)]
@@ -484,11 +487,11 @@ class Runner:
     def _event(self, run: Callable, prefill: bool = False):
         """Runs `run`, which writes an entry of the log, behind the event before, and has the entry copied to the
         host."""
-        entry, rows = self.events % len(self.log), len(self.state.token)
+        entry = self.events % len(self.log)
         if self.device.type == "cpu":
             start = time.perf_counter()
             run()
-            self.log[entry, :rows] = self.state.log[entry]
+            self.log[entry, : len(self.state.token)] = self.state.log[entry]
             if prefill:
                 self.prefills_timed.append(time.perf_counter() - start)
         else:
@@ -504,7 +507,7 @@ class Runner:
                     mark.record()
                 self.prefills_timed += [marks] if marks else []
                 self.ended[self.events % 2].record()
-                self.log[entry, :rows].copy_(self.state.log[entry], non_blocking=True)
+                self.log[entry, : len(self.state.token)].copy_(self.state.log[entry], non_blocking=True)
                 self.landed[self.events % 2].record()
         self.events += 1
 

@@ -1,7 +1,7 @@
 """The programs that benchmark.py measures beside ours: transformers in this process, vLLM in processes of its own.
 
-`python benchmarks/peers.py DIR` is such a process: it reads DIR/job.json and writes DIR/result.json. It imports nothing
-of this project, so that vLLM may bring its own versions of what we use, too.
+`python benchmarks/peers.py DIR` is such a process: it reads DIR/job.json and writes DIR/results.jsonl. It imports
+nothing of this project, so that vLLM may bring its own versions of what we use, too.
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import glob
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import re
 import signal
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -122,6 +124,53 @@ def transformers_generate(model, prompts: list[list[int]], new_tokens: int, **op
     return run
 
 
+@contextmanager
+def transformers_batching(
+    model, prompts: list[list[int]], limits: list[int], timeout: float
+) -> Iterator[Callable[[], None]]:
+    """Gives a function that has the peer's continuous batching make limits[i] new tokens of prompts[i] once: greedy, no
+    stop token.
+
+    Settings are the peer's own: attention by flash-attn, with CUDA graphs, where it is installed, else by PyTorch's
+    sdpa over pages, without; a cache in 90 % of the free memory. But nothing is kept of earlier prompts. Thread, cache
+    and graphs are made before the first run. A run raises RuntimeError if a request fails, if other numbers of tokens
+    come than were asked for, or if it is not done after `timeout` seconds."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers.generation.continuous_batching.utils import WorkloadHints
+
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # what fails is told here
+    share = {"max_memory_percent": 0.01} if model.device.type == "cpu" else {}  # whose memory is everybody's
+    manager = model.init_continuous_batching(
+        GenerationConfig(do_sample=False, eos_token_id=-1),
+        ContinuousBatchingConfig(allow_block_sharing=False, **share),
+        WorkloadHints(max(map(len, prompts)), max(limits), len(prompts)),
+    )
+
+    def run():
+        end, counts = time.perf_counter() + timeout, {}
+        names = [manager.add_request(prompt, max_new_tokens=limit) for prompt, limit in zip(prompts, limits)]
+        while len(counts) < len(prompts):
+            if time.perf_counter() > end:
+                raise RuntimeError(f"it was not done after {timeout:g} seconds (--peer_timeout)")
+            result = manager.get_result(timeout=1)
+            if result is None:
+                if not manager.is_running():
+                    raise RuntimeError(f"it ended: {manager.background_thread_status.fatal_error}")
+            elif result.error is not None:
+                raise RuntimeError(result.error)
+            else:
+                counts[result.request_id] = len(result.generated_tokens)
+        if [counts.get(name) for name in names] != limits:
+            raise RuntimeError(f"{sum(limits)} tokens were asked for, {sum(counts.values())} came")
+
+    try:
+        manager.warmup()
+        manager.start()
+        yield run
+    finally:
+        manager.stop(timeout=60, hard_stop=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # vLLM, in a process of its own
 
@@ -134,51 +183,59 @@ def vllm_precisions(ours: Iterable[str]) -> list[str]:
 def vllm_figures(
     config: dict,
     precision: str,
-    prompts: list[list[int]],
-    new_tokens: int | list[int],
+    cases: list[tuple[list[list[int]], int | list[int], int]],
     repeats: int,
     site: Path | None,
     timeout: float,
-) -> dict:
-    """Measures vLLM with random weights on a list of prompts of token ids, greedy, without a stop; returns the figures
-    of a row, and under "versions" those of vLLM and of the torch that it ran on.
+) -> Iterator[dict]:
+    """Measures vLLM with random weights on cases, one after the other: prompts of token ids, how many new tokens all or
+    each of them get, and how many samples of each. Without a stop; greedy, or, of several samples, temperature 0.8 and
+    top-k 200. Yields the figures of each case's row, and under "versions" those of vLLM and of the torch that it ran
+    on.
 
-    `config` is Hugging Face's, `site` a directory that only that process imports from, `timeout` in seconds. vLLM
-    doesn't say when prefill ends, so that every repeat has two calls, one with `new_tokens` new tokens and one with a
+    `config` is Hugging Face's, `site` a directory that only that process imports from, `timeout` in seconds for each
+    case. vLLM doesn't say when prefill ends, so that every repeat has two calls, one with all new tokens and one with a
     single one: the second takes "prefill_seconds", and the difference is what the other steps took, "decode_seconds".
     "load_seconds" is the time to make vllm.LLM ready, compiling included. Raises RuntimeError, in a line, if vLLM fails
-    or takes too long."""
-    job = {"precision": precision, "prompts": prompts, "new_tokens": new_tokens, "repeats": repeats}
-    total = sum(new_tokens) if isinstance(new_tokens, list) else len(prompts) * new_tokens
-    result = _in_process(config, job, site, timeout)
-    first, *whole = result["seconds"]
-    _, *single = result["single_token_seconds"]
-    decode = [long - short for long, short in zip(whole, single)]
-    rates = [(total - len(prompts)) / seconds for seconds in decode]
-    return {
-        "name": VLLM,
-        "seconds": median(whole),
-        "seconds_spread": [min(whole), max(whole)],
-        "first_run_seconds": first,
-        "tokens_per_second": total / median(whole),
-        "prefill_seconds": median(single),
-        "decode_seconds": median(decode),
-        "decode_tokens_per_second": median(rates),
-        "decode_spread": [min(rates), max(rates)],
-        "load_seconds": result["load_seconds"],
-        "versions": result["versions"],
-    }
+    or takes too long, behind the cases that were done by then."""
+    keys = ("prompts", "new_tokens", "samples")
+    job = {"precision": precision, "repeats": repeats, "cases": [dict(zip(keys, case)) for case in cases]}
+    results, failure = _in_process(config, job, site, timeout * len(cases))
+    for (prompts, new_tokens, samples), result in zip(cases, results):
+        rows = samples * len(prompts)
+        total = samples * sum(new_tokens) if isinstance(new_tokens, list) else rows * new_tokens
+        first, *whole = result["seconds"]
+        _, *single = result["single_token_seconds"]
+        decode = [long - short for long, short in zip(whole, single)]
+        rates = [(total - rows) / seconds for seconds in decode]
+        yield {
+            "name": VLLM,
+            "seconds": median(whole),
+            "seconds_spread": [min(whole), max(whole)],
+            "first_run_seconds": first,
+            "tokens_per_second": total / median(whole),
+            "prefill_seconds": median(single),
+            "decode_seconds": median(decode),
+            "decode_tokens_per_second": median(rates),
+            "decode_spread": [min(rates), max(rates)],
+            "load_seconds": result["load_seconds"],
+            "versions": result["versions"],
+        }
+    if failure:
+        raise RuntimeError(failure)
 
 
-def _in_process(config: dict, job: dict, site: Path | None, timeout: float) -> dict:
+def _in_process(config: dict, job: dict, site: Path | None, timeout: float) -> tuple[list[dict], str]:
+    """Returns the results of the cases that were done, and a line on why not all were, or an empty one."""
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary)
+        directory, failure = Path(temporary), ""
         (directory / "model").mkdir()
         activation = dict.fromkeys(("hidden_act", "hidden_activation"), "gelu_pytorch_tanh")
         config = config | {"architectures": ["GemmaForCausalLM"], "torch_dtype": "bfloat16", **activation}
         (directory / "model" / "config.json").write_text(json.dumps(config))
         (directory / "job.json").write_text(json.dumps(job))
-        log = directory / "log"
+        log, results = directory / "log", directory / "results.jsonl"
+        results.touch()
         with log.open("wb") as out:
             # In that directory, since a Python that vLLM starts imports from the working directory first.
             process = subprocess.Popen(
@@ -191,17 +248,16 @@ def _in_process(config: dict, job: dict, site: Path | None, timeout: float) -> d
             )
             try:
                 status = process.wait(timeout)
+                failure = f"exit status {status}: {_last_error(log.read_text(errors='replace'))}" if status else ""
             except subprocess.TimeoutExpired:
-                raise RuntimeError(f"it was not done after {timeout:g} seconds (--peer_timeout)") from None
+                failure = f"it was not done after {timeout:g} seconds (--peer_timeout)"
             finally:
                 try:
                     os.killpg(process.pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
                 process.wait()
-        if status:
-            raise RuntimeError(f"exit status {status}: {_last_error(log.read_text(errors='replace'))}")
-        return json.loads((directory / "result.json").read_text())
+        return [json.loads(line) for line in results.read_text().splitlines()], failure
 
 
 def _environment(site: Path | None) -> dict[str, str]:
@@ -228,43 +284,57 @@ def _last_error(log: str) -> str:
     return (errors or lines)[-1][:300]
 
 
+def _of_each(case: dict) -> list[int]:
+    """The new tokens of each prompt of a case."""
+    new_tokens = case["new_tokens"]
+    return new_tokens if isinstance(new_tokens, list) else [new_tokens] * len(case["prompts"])
+
+
 def main(directory: Path):
     from vllm import LLM, SamplingParams, __version__
 
     job = json.loads((directory / "job.json").read_text())
     config = json.loads((directory / "model" / "config.json").read_text())
+    cases, sharing = job["cases"], any(case["samples"] > 1 for case in job["cases"])
+    longest = max(len(prompt) for case in cases for prompt in case["prompts"])
+    longest += max(max(_of_each(case)) for case in cases)
     start = time.perf_counter()
     llm = LLM(
         model=str(directory / "model"),
         load_format="dummy",
         dtype="bfloat16",
         skip_tokenizer_init=True,
-        max_model_len=min(VLLM_CONTEXT, config["max_position_embeddings"]),
+        max_model_len=min(max(VLLM_CONTEXT, longest), config["max_position_embeddings"]),
         gpu_memory_utilization=0.9,
-        enable_prefix_caching=False,  # each repeat has the prompts of the one before
+        enable_prefix_caching=sharing,  # each repeat has the prompts of the one before
         seed=0,
         **VLLM_PRECISIONS[job["precision"]],
     )
     load_seconds = time.perf_counter() - start
-    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    versions = {"vllm": __version__, "vllm_torch": importlib.metadata.version("torch")}
 
-    def generate(new_tokens: int | list[int]) -> float:
-        wanted = new_tokens if isinstance(new_tokens, list) else [new_tokens] * len(prompts)
-        greedy = dict(temperature=0.0, ignore_eos=True, detokenize=False)
-        settings = [SamplingParams(max_tokens=count, **greedy) for count in wanted]
+    def generate(case: dict, wanted: list[int]) -> float:
+        n = case["samples"]
+        draw = {"n": n, "temperature": 0.8, "top_k": 200} if n > 1 else {"temperature": 0.0}
+        settings = [SamplingParams(max_tokens=count, ignore_eos=True, detokenize=False, **draw) for count in wanted]
+        prompts = [{"prompt_token_ids": prompt} for prompt in case["prompts"]]
+        if sharing:
+            llm.reset_prefix_cache()
         start = time.perf_counter()
         outputs = llm.generate(prompts, settings, use_tqdm=False)
         seconds = time.perf_counter() - start
-        counts = [len(output.outputs[0].token_ids) for output in outputs]
-        if counts != wanted:
-            raise ValueError(f"{sum(wanted)} tokens were asked for, {sum(counts)} came")
+        counts = [[len(sample.token_ids) for sample in output.outputs] for output in outputs]
+        if counts != [[count] * n for count in wanted]:
+            raise ValueError(f"{n * sum(wanted)} tokens were asked for, {sum(map(sum, counts))} came")
         return seconds
 
-    runs = [(generate(job["new_tokens"]), generate(1)) for _ in range(1 + job["repeats"])]
-    whole, single = zip(*runs)
-    result = {"load_seconds": load_seconds, "seconds": whole, "single_token_seconds": single}
-    result["versions"] = {"vllm": __version__, "vllm_torch": importlib.metadata.version("torch")}
-    (directory / "result.json").write_text(json.dumps(result))
+    for case in cases:
+        new_tokens = _of_each(case)
+        runs = [(generate(case, new_tokens), generate(case, [1] * len(new_tokens))) for _ in range(1 + job["repeats"])]
+        whole, single = zip(*runs)
+        result = {"load_seconds": load_seconds, "seconds": whole, "single_token_seconds": single}
+        with (directory / "results.jsonl").open("a") as file:
+            file.write(json.dumps(result | {"versions": versions}) + "\n")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # the way out may take long, and there is nothing left to do

@@ -33,6 +33,7 @@ LABELS = {  # columns that say what a row is of, where its table has them: key, 
     "name": "program",
     "ops": "operations",
     "check": "check",
+    "shape": "prompt/new tokens",
     "batch": "batch",
     "compile_prefill": "`--compile_prefill`",
     "expandable_segments": "expandable segments",
@@ -171,6 +172,49 @@ def throughput(rows: list[dict]) -> str:
         "new tokens/s": whole_rate,
         "prefill, s": figure("prefill_seconds", "{:.2f}"),
         "steps": figure("steps", "{:,}"),
+    }
+    return plain(rows, columns)
+
+
+def samples(rows: list[dict]) -> str:
+    def decoded(row: dict) -> str:
+        return decoding(row) + form(row.get("step_ms"), " ({:.1f} ms)")
+
+    def prefilled(row: dict) -> str:
+        return form(row["prefill_seconds"], "{:.2f}") + form(row["prefill_of_one"], " ({:.2f} ×)")
+
+    contexts = joined(dict.fromkeys(f"{row['context']:,}" for row in rows))
+    case = f"{contexts} prompt tokens, {new_tokens(rows)} new"
+    parts = {
+        f"Tokens/s while decoding, all samples together, and the time of a step, by samples: {case}.": decoded,
+        "Prefill in seconds, and how many times that of a single sample it is:": prefilled,
+    }
+    known = "model", "precision", "name"
+    return "\n".join(f"{title}\n\n{pivot(rows, known, tokens('samples'), of)}" for title, of in parts.items())
+
+
+def prefix_cache(rows: list[dict]) -> str:
+    columns = {
+        "requests": figure("requests", "{:,}"),
+        "prompt tokens": figure("context", "{:,}"),
+        "in common": figure("shared_tokens", "{:,}"),
+        "new tokens": figure("new_tokens", "{:,}"),
+        "seconds": figure("seconds", "{:.2f}"),
+        "without the cache": figure("uncached_seconds", "{:.2f}"),
+        "gain": figure("gain", "{:.2f} ×"),
+    }
+    return plain(rows, columns)
+
+
+def beams(rows: list[dict]) -> str:
+    columns = {
+        "requests": figure("requests", "{:,}"),
+        "prompt tokens": figure("context", "{:,}"),
+        "beams": figure("beams", "{:,}"),
+        "new tokens": figure("new_tokens", "{:,}"),
+        "seconds": figure("seconds", "{:.2f}"),
+        "requests/s": figure("requests_per_second", "{:.2f}"),
+        "ms a step": figure("step_ms", "{:.2f}"),
     }
     return plain(rows, columns)
 
@@ -338,11 +382,25 @@ transformers' prompts are padded on the left.""",
     ),
     "throughput": Section(
         "Many requests",
-        """512 requests, all there at once, greedy, no stop, the whole call: prompts of 16 to 1,024 tokens and 16 to
-1,024 new ones, log-normal. Rows are refilled as they finish; where no batch is given, there are as many rows as memory
-holds.""",
+        """Requests that are all there at once, greedy, no stop, the whole call. Mixed ones are 512 prompts of 16 to
+1,024 tokens and 16 to 1,024 new ones, log-normal; of 128/128 there are 512, of 1,024/128 256. Rows are refilled as they
+finish; where no batch is given, there are as many rows as memory holds. transformers runs its continuous batching with
+its own defaults: attention by flash-attn and CUDA graphs where that is installed, else by PyTorch over pages.""",
         throughput,
     ),
+    "samples": Section(
+        "Many samples of one prompt",
+        """Completions of one long prompt, all at once, drawn with temperature 0.8 and top-k 200. Its keys and values are
+computed and kept once. vLLM's samples share them through its prefix cache, which is emptied before each call.""",
+        samples,
+    ),
+    "prefix-cache": Section(
+        "Prompts that begin alike",
+        """The whole call with the prefix cache, which is empty at its beginning, and without: for prompts that have
+their beginning in common, and for prompts that have nothing in common, where the gain is what the cache costs.""",
+        prefix_cache,
+    ),
+    "beams": Section("Beam search", "The whole call, without a stop; new tokens are those that come back.", beams),
     "sweep": Section("Batches", "Prompts of one length, a growing number of rows that are decoded together.", sweep),
     "weights": Section(
         "Which weights?",
@@ -408,6 +466,7 @@ HEADLINES = {  # protocol: unit, what it is called, key of the figure, its forma
     "tutorial": ("seconds", "TransformerEngine's tutorial", "seconds", "{:.2f}"),
     "throughput": ("tokens/s", "many requests", "tokens_per_second", "{:,.0f}"),
 }
+MIXED = "mixed"  # the shape of `throughput` in the headline, and of files that name none
 HEADS = ("protocol", "date", "device", "python", "copy_bandwidth_gb_per_second", "repeats", "results")
 
 
@@ -439,6 +498,10 @@ def command(name: str, content: dict, picture: bool) -> str:
     found = {"models": "model", "precisions": "precision", "ops": "ops"}
     if protocol in ("sweep", "throughput"):
         found["batches"] = "batch"
+    if protocol == "throughput":
+        found["shapes"], ours = "shape", [{"shape": MIXED} | row for row in ours]
+    if protocol == "samples":  # which measures a single one whatever is asked for
+        found["batches"], ours = "samples", [row for row in ours if row["samples"] > 1]
     if protocol in ("cpu", "startup", "stop-check"):
         ours, found = rows, {"models": "model", "precisions": "precision"} if protocol != "cpu" else {}
     out = f"python benchmark.py {protocol}"
@@ -446,7 +509,7 @@ def command(name: str, content: dict, picture: bool) -> str:
         values = dict.fromkeys(str(row[key]) for row in ours if key in row)
         out += f" --{option} {' '.join(values)}" if values else ""
     programs = {row.get("name", "").split(",")[0].lower() for row in rows}
-    if protocol in ("latency", "tutorial", "throughput", "cpu"):
+    if protocol in ("latency", "tutorial", "throughput", "samples", "cpu"):
         names = [peer for peer in ("transformers", "vllm") if peer in programs]
         out += f" --peers {' '.join(names)}" if names else " --no_peers"
     if any("checkpoint" in row for row in rows):
@@ -485,7 +548,9 @@ def headline(results: dict[str, list[tuple[str, dict]]], model: str = "gemma-7b"
     devices = {}  # device: protocol: (what decides, rows)
     for protocol in HEADLINES:
         for _, content in results.get(protocol, ()):
-            rows = [row for row in content["results"] if row["model"] == model]
+            rows = [row for row in content["results"] if row["model"] == model and row.get("shape", MIXED) == MIXED]
+            if not rows:
+                continue
             programs = {program(row) for row in rows}
             file = (VLLM in programs, len(programs), content["date"]), rows
             best = devices.setdefault(content["device"], {})

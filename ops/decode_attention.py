@@ -2,7 +2,8 @@
 
 A program has one row and one key head, and `kv_splits` programs share the slots of those: each leaves a maximum, a sum
 and an unscaled result, which a second kernel combines (FlashDecoding,
-https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Where rows share prefixes, these programs have the slots behind
+them only, and the splits of ops/prefix_attention.py are combined with theirs.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,6 @@ from torch import Tensor
 from config import PAGE
 from ops.common import (
     E4M3,
-    LOG2E,
     SMS,
     jit,
     launch,
@@ -25,15 +25,12 @@ from ops.common import (
     row_warps,
     split_k_of,
     store_rounded,
-    tanh,
     tl,
     triton_dtype,
     wait_for_previous,
 )
+from ops.prefix_attention import LOWEST, _log2_scores, prefix_attention, prefix_config
 from ops.rope import AttentionLayer, Positions, _normed_rotated, _write
-
-LOWEST = tl.constexpr(-1.0e30)  # a running maximum's start; -inf would make NaN of -inf - -inf
-COMBINE_BLOCK = 32  # elements of head_dim that a program of the second kernel combines
 
 
 class AttentionConfig(NamedTuple):
@@ -74,22 +71,17 @@ def pick_kv_splits(pairs: int, slots: int, block_s: int, num_warps: int = 4) -> 
     return min(power_of_2(-(-programs // pairs)), power_of_2(-(-slots // (2 * block_s))), 64)
 
 
-@jit
-def _log2_scores(products, scale, softcap):
-    """Computes scores of products q · k, and multiplies them by log2(e), since exp2 follows."""
-    if softcap is None:
-        scores = products * (scale * LOG2E)
-    else:
-        scores = tanh(products * (scale / softcap)) * (softcap * LOG2E)
-    return scores
+def combine_block(heads: int) -> int:
+    """Picks how many elements a program combines of one of so many query heads of all rows."""
+    return 32 if heads < 1024 else 128
 
 
 @jit
-def _kv_split(position, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
-    """Returns the slots [start, end) of a program: its part, in whole blocks, of those that are in use."""
+def _kv_split(position, prefix, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
+    """Returns the slots [start, end) of a program: its part, in whole blocks, of those from `prefix` on in use."""
     used = tl.minimum(position + 1, S).to(tl.int32)
-    size = tl.cdiv(tl.cdiv(used, BLOCK_S), KV_SPLITS) * BLOCK_S
-    start = tl.program_id(2) * size
+    size = tl.cdiv(tl.cdiv(used - prefix, BLOCK_S), KV_SPLITS) * BLOCK_S
+    start = prefix + tl.program_id(2) * size
     return start, tl.minimum(start + size, used)
 
 
@@ -103,6 +95,7 @@ def _page(table_ptr, s, PAGE: tl.constexpr):
 def _block(
     k_ptr,
     v_ptr,
+    slots_ptr,
     page,
     s,
     end,
@@ -116,26 +109,35 @@ def _block(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, which are in `page`, and says which of them are seen.
+    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them are seen.
 
-    The new token's slot is not, since its key and value never come from memory.
+    They are in `page` or, with slots_ptr, wherever it says of each. The new token's slot is not seen, since its key and
+    value never come from memory.
     """
     used = (s + lane < end) & (s + lane != slot)
     if WINDOW > 0:  # what is in a slot is so many tokens older than the new one
         used = used & ((slot - s - lane + S) % S < WINDOW)
     mask = used[:, None] & (d < D)[None, :] if D < BLOCK_D else used[:, None]
-    base = ((page * KV_HEADS + tl.program_id(1)) * PAGE + s % PAGE) * D
-    offsets = base + lane[:, None] * D + d[None, :]
+    if slots_ptr is None:
+        base = ((page * KV_HEADS + tl.program_id(1)) * PAGE + s % PAGE) * D
+        offsets = base + lane[:, None] * D + d[None, :]
+    else:
+        at = tl.load(slots_ptr + s + lane, mask=used, other=0).to(tl.int64)
+        offsets = (((at // PAGE * KV_HEADS + tl.program_id(1)) * PAGE + at % PAGE) * D)[:, None] + d[None, :]
     return tl.load(k_ptr + offsets, mask=mask, other=0.0), tl.load(v_ptr + offsets, mask=mask, other=0.0), used
 
 
 @jit
-def _place(position_ptr, table_ptr, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr, PAGE: tl.constexpr):
+def _place(position_ptr, table_ptr, prefix_ptr, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr, PAGE: tl.constexpr):
     """Returns where program (row, key head, split) works: the slot of the row's new token, the row's table, and the
     program's slots [start, end)."""
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(position_ptr + row).to(tl.int32)
-    start, end = _kv_split(position, S, BLOCK_S, KV_SPLITS)
+    prefix = 0
+    if prefix_ptr is not None:
+        prefix = tl.load(prefix_ptr + row)
+        prefix = tl.where(prefix <= position, prefix, 0)  # a row that has ended is at position 0
+    start, end = _kv_split(position, prefix, S, BLOCK_S, KV_SPLITS)
     return position % S, table_ptr + row * (S // PAGE), start, end
 
 
@@ -222,8 +224,11 @@ def _attention_by_sums_kernel(
     v_ptr,
     position_ptr,
     table_ptr,
+    slots_ptr,
+    prefix_ptr,
     scale_ptr,
     out_ptr,
+    q_ptr,
     acc_ptr,
     stats_ptr,
     scale,
@@ -253,7 +258,8 @@ def _attention_by_sums_kernel(
     """Attends where each key head has one query; program (row, key head, split).
 
     Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the loop exchanges nothing
-    between warps; the lanes are joined at the end. The first block is loaded before the wait.
+    between warps; the lanes are joined at the end. The first block is loaded before the wait. Queries are left in q_ptr
+    for whoever attends to the prefixes, if there are any.
     """
     launch_dependents(PDL)
     WIDTH: tl.constexpr = 3 * KV_HEADS * D
@@ -261,10 +267,12 @@ def _attention_by_sums_kernel(
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     output_scale = load_scalar(scale_ptr)
-    slot, table_ptr, start, end = _place(position_ptr, table_ptr, S, BLOCK_S, KV_SPLITS, PAGE)
+    slot, table_ptr, start, end = _place(position_ptr, table_ptr, prefix_ptr, S, BLOCK_S, KV_SPLITS, PAGE)
+    if slots_ptr is not None:
+        slots_ptr += row * S
     own_page = _page(table_ptr, slot, PAGE)
     page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
-    k, v, used = _block(k_ptr, v_ptr, page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
+    k, v, used = _block(k_ptr, v_ptr, slots_ptr, page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
     s = start + BLOCK_S
     page = _page(table_ptr, tl.minimum(s, S - 1), PAGE)
     _prefetch_slots(k_ptr, v_ptr, page, s, end, KV_HEADS, D, PAGE, AHEAD, PDL)
@@ -275,6 +283,9 @@ def _attention_by_sums_kernel(
     )
     own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
     own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
+    if q_ptr is not None:
+        mask = d < tl.where(tl.program_id(2) == 0, D, 0)
+        tl.store(q_ptr + (row * KV_HEADS + head) * D + d, q.to(dtype), mask=mask)
     own = (lane == 0) & (tl.program_id(2) == 0)
     m = tl.where(own, _log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
     l = tl.where(own, 1.0, 0.0)
@@ -282,13 +293,13 @@ def _attention_by_sums_kernel(
     m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     for s in tl.range(start + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
-        k, v, used = _block(k_ptr, v_ptr, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
+        k, v, used = _block(k_ptr, v_ptr, slots_ptr, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
         m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     m_all = tl.max(m, axis=0)
     weight = tl.exp2(m - m_all)
     l_all = tl.sum(l * weight, axis=0)
     y = tl.sum(acc * weight[:, None], axis=0)
-    if KV_SPLITS == 1:
+    if acc_ptr is None:
         store_rounded(
             out_ptr + (row * KV_HEADS + head) * D + d,
             (y / l_all * v_scale).to(dtype).to(tl.float32),
@@ -314,8 +325,11 @@ def _attention_kernel(
     v_ptr,
     position_ptr,
     table_ptr,
+    slots_ptr,
+    prefix_ptr,
     scale_ptr,
     out_ptr,
+    q_ptr,
     acc_ptr,
     stats_ptr,
     scale,
@@ -356,7 +370,9 @@ def _attention_kernel(
     in_head = d < D
     q_mask = (g < GROUP)[:, None] & in_head[None, :]
     output_scale = load_scalar(scale_ptr)
-    slot, table_ptr, start, end = _place(position_ptr, table_ptr, S, BLOCK_S, KV_SPLITS, PAGE)
+    slot, table_ptr, start, end = _place(position_ptr, table_ptr, prefix_ptr, S, BLOCK_S, KV_SPLITS, PAGE)
+    if slots_ptr is not None:
+        slots_ptr += row * S
     own_page = _page(table_ptr, slot, PAGE)
     page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
     _prefetch_slots(k_ptr, v_ptr, page, start, end, KV_HEADS, D, PAGE, AHEAD, PDL)
@@ -383,13 +399,16 @@ def _attention_kernel(
     own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
     own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
     first = tl.program_id(2) == 0
+    if q_ptr is not None:
+        mask = (g < tl.where(first, GROUP, 0))[:, None] & in_head[None, :]
+        tl.store(q_ptr + heads + row * GROUP * KV_HEADS * D + d[None, :], q.to(dtype), mask=mask)
     m = tl.where(first, _log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
     l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.where(first, own_v[None, :], 0.0) + tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
     query = q.to(factor)
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
-        k, v, used = _block(k_ptr, v_ptr, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
+        k, v, used = _block(k_ptr, v_ptr, slots_ptr, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
         scores = _log2_scores(tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee"), scale, softcap)
         scores = tl.where(used[None, :], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1))
@@ -398,7 +417,7 @@ def _attention_kernel(
         l = l * alpha + tl.sum(p, axis=1)
         acc = tl.dot(p.to(factor), v.to(factor), acc * alpha[:, None], input_precision="ieee")
         m = m_new
-    if KV_SPLITS == 1:
+    if acc_ptr is None:
         offsets = heads + row * GROUP * KV_HEADS * D + d[None, :]
         store_rounded(
             out_ptr + offsets, (acc / l[:, None] * v_scale).to(dtype).to(tl.float32), output_scale, q_mask, dtype
@@ -415,26 +434,37 @@ def _attention_kernel(
 def _combine_kernel(
     acc_ptr,
     stats_ptr,
+    prefix_ptr,
     scale_ptr,
     out_ptr,
     v_scale,
     entries,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     KV_SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Combines the results of KV_SPLITS programs for BLOCK elements of a query head; program (row and head, block)."""
+    """Combines the results of splits for BLOCK elements of a query head; program (row and head, block).
+
+    There are KV_SPLITS of them or, for a row with a shared prefix, SPLITS. What others hold is left from another step.
+    """
     launch_dependents(PDL)
     row_head = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    entry = tl.arange(0, KV_SPLITS) * entries + row_head
+    split = tl.arange(0, BLOCK_SPLITS)
+    entry = split * entries + row_head
     scale = load_scalar(scale_ptr)
+    used = split < KV_SPLITS
+    if prefix_ptr is not None:
+        used = split < tl.where(tl.load(prefix_ptr + row_head // HEADS) > 0, SPLITS, KV_SPLITS)
     wait_for_previous(PDL)
-    m = tl.load(stats_ptr + entry * 2)
-    l = tl.load(stats_ptr + entry * 2 + 1)
-    acc = tl.load(acc_ptr + entry[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+    m = tl.load(stats_ptr + entry * 2, mask=used, other=LOWEST)
+    l = tl.load(stats_ptr + entry * 2 + 1, mask=used, other=0.0)
+    acc = tl.load(acc_ptr + entry[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
     weight = tl.exp2(m - tl.max(m, axis=0))
     acc = tl.where((l > 0)[:, None], acc, 0.0)  # a split without slots has written no sums
     y = tl.sum(acc * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
@@ -451,29 +481,42 @@ def decode_attention(
     kv_splits: int | None = None,
     config: AttentionConfig | None = None,
 ) -> Tensor:
-    """Does what `ops.attention.attend` does for one new token a row, with one kernel or two.
+    """Does what `ops.attention.attend` does for one new token a row, with one kernel or two, three for shared prefixes.
 
     qkv [B, (HEADS + 2 * KV_HEADS) * D] is in `dtype` or in float32 partial sums. The result is [B, HEADS * D] in
     `dtype` or, with output_scale, in E4M3. Queries and keys are normed and rotated, keys and values are written to slot
     position % S, and of the caches only slots 0 to min(position, S - 1) are read. kv_splits programs, a power of 2,
     share a row's slots.
+
+    A cache may have a `slot_table` [B, S] in int32: the key of slot s of row b is then read at place slot_table[b, s] %
+    PAGE of page slot_table[b, s] // PAGE, whosever that is, and the new one is written through `table` all the same.
+    Layers whose slots are no ring attend to `positions.shared` once for its rows.
     """
     (m, _), slots, (_, kv_heads, _, d) = cache.table.shape, cache.slots, cache.k.shape
     n_heads = layer.n_heads
     group = n_heads // kv_heads
+    windowed = layer.window is not None and layer.window < slots
     config = config or attention_config(m * kv_heads, group, slots, cache.k.dtype)
     kv_splits = kv_splits or pick_kv_splits(m * kv_heads, slots, config.block_s, config.num_warps)
+    splits, slot_table = kv_splits, getattr(cache, "slot_table", None)
+    shared = None if windowed or getattr(cache, "ring", False) else positions.shared
     out = torch.empty(m, n_heads * d, dtype=dtype if output_scale is None else E4M3, device=qkv.device)
-    acc = stats = None
-    if kv_splits > 1:
-        acc = torch.empty(kv_splits, m, n_heads, d, dtype=torch.float32, device=qkv.device)
-        stats = torch.empty(kv_splits, m, n_heads, 2, dtype=torch.float32, device=qkv.device)  # maximum and sum
+    q = prefix = acc = stats = None
+    if shared is not None:
+        rows, prefix = shared.rows, shared.prefix
+        shape = -(-m // rows), rows * group, kv_heads, d
+        of_prefix = prefix_config(*shape, dtype, cache.k.dtype)
+        splits += of_prefix.splits
+        q = torch.empty(m, n_heads, d, dtype=dtype, device=qkv.device)
+    if splits > 1:
+        acc = torch.empty(splits, m, n_heads, d, dtype=torch.float32, device=qkv.device)
+        stats = torch.empty(splits, m, n_heads, 2, dtype=torch.float32, device=qkv.device)  # maximum and sum
     k_scale, v_scale = cache.k_scale, cache.v_scale
     launch(
         _attention_by_sums_kernel if config.by_sums else _attention_kernel,
         (m, kv_heads, kv_splits),
         *(qkv, positions.rope, layer.q_norm, layer.k_norm, cache.k, cache.v, positions.position, cache.table),
-        *(output_scale, out, acc, stats, layer.scale * k_scale, v_scale, layer.softcap),
+        *(slot_table, prefix, output_scale, out, q, acc, stats, layer.scale * k_scale, v_scale, layer.softcap),
         *(1 / k_scale, 1 / v_scale, layer.eps, m, slots),
         KV_HEADS=kv_heads,
         GROUP=group,
@@ -485,21 +528,27 @@ def decode_attention(
         STAGES=config.num_stages,
         SPLIT_K=split_k_of(qkv),
         LIMIT=cache.codec.limit,
-        AHEAD=config.ahead if d * cache.k.dtype.itemsize % 16 == 0 else 0,
+        AHEAD=config.ahead if d * cache.k.dtype.itemsize % 16 == 0 and slot_table is None else 0,
         PAGE=PAGE,
-        WINDOW=layer.window if layer.window is not None and layer.window < slots else 0,
+        WINDOW=layer.window if windowed else 0,
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,
     )
-    if kv_splits > 1:
+    if shared is not None:
+        prefix_attention(q, layer, cache, shared, acc[kv_splits:], stats[kv_splits:], of_prefix)
+    if splits > 1:
+        block, block_splits = combine_block(m * n_heads), power_of_2(splits)
         launch(
             _combine_kernel,
-            (m * n_heads, -(-d // COMBINE_BLOCK)),
-            *(acc, stats, output_scale, out, v_scale, m * n_heads),
+            (m * n_heads, -(-d // block)),
+            *(acc, stats, prefix, output_scale, out, v_scale, m * n_heads),
+            HEADS=n_heads,
             D=d,
-            BLOCK=COMBINE_BLOCK,
+            BLOCK=block,
+            BLOCK_SPLITS=block_splits,
             KV_SPLITS=kv_splits,
+            SPLITS=splits,
             dtype=triton_dtype(dtype),
-            num_warps=row_warps(kv_splits * COMBINE_BLOCK),
+            num_warps=row_warps(block_splits * block),
         )
     return out

@@ -1,11 +1,14 @@
 """benchmark.py: what of it needs no GPU."""
 
 import argparse
+import gc
 import json
 import shlex
 import subprocess
+import time
 import weakref
 import xml.dom.minidom
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from config import NAMED_CONFIGS
 from files import read_header
 from generate import generate, load_model
 from model import Transformer
+from runner import Runner
 
 CPU = torch.device("cpu")
 CUDA_PROTOCOLS = [name for name, protocol in benchmark.PROTOCOLS.items() if protocol.device == "cuda"]
@@ -42,7 +46,22 @@ def tiny(monkeypatch):
         vllm_site=None,
         peer_timeout=60.0,
         ops=None,
+        batches=None,
+        shapes=None,
     )
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Our runs are not compiled, which on a CPU takes long; what each call got is in the list."""
+    calls = []
+
+    def uncompiled(model, prompts, new_tokens, *, compile, **options):
+        calls.append((prompts, new_tokens, options))
+        return generate(model, prompts, new_tokens, **options)
+
+    monkeypatch.setattr(benchmark, "generate", uncompiled)
+    return calls
 
 
 @pytest.fixture
@@ -87,6 +106,9 @@ def test_help_names_every_protocol(capsys):
         ("cpu --repeats 0", "--repeats: must be a whole number, at least 1, not '0'"),
         ("sweep --batches 8 0", "--batches: must be a whole number, at least 1, not '0'"),
         ("sweep --text a.txt", "sweep takes no --text"),
+        ("samples --shapes mixed", "samples takes no --shapes"),
+        ("throughput --shapes 64/64", "--shapes: invalid choice: '64/64'"),
+        ("beams --batches 8", "beams takes no --batches"),
         ("weights --text a.txt --calibration_text b.txt", "need one another: --checkpoint_path is missing"),
         ("weights --checkpoint_path a --calibration_text b.txt", "need one another: --text is missing"),
         ("cpu --output ''", "--output: must be a path, not ''"),
@@ -176,6 +198,124 @@ def test_prefill_flop_of_gemma_7b():
         model = benchmark.Transformer(benchmark.ModelConfig.from_name("gemma-7b"))
     layers, attention = 2 * 7.751e9 * 2048, 2 * 2048**2 * 16 * 256 * 28
     assert benchmark.prefill_flop(model, 3, 2048) == pytest.approx(3 * (layers + attention), rel=1e-3)
+
+
+SHAPES = {"8/4": 5, "20/2": 3}
+
+
+def test_throughput_of_each_shape(tiny, eager, capsys):
+    """Whose tokens transformers' continuous batching makes, too."""
+    tiny.precisions, tiny.peers, tiny.peer_timeout = ["bf16"], ("transformers",), 60.0
+    rows = list(benchmark.throughput(tiny, SHAPES))
+    assert capsys.readouterr().err == ""
+    assert [(row["name"], row["shape"]) for row in rows] == [
+        (name, shape) for name in ("gemma-fast", "transformers, continuous batching") for shape in SHAPES
+    ]
+    for row in rows:
+        count = SHAPES[row["shape"]]
+        prompt, new = map(int, row["shape"].split("/"))
+        assert (row["requests"], row["prompt_tokens"], row["new_tokens"]) == (count, count * prompt, count * new)
+        assert row["tokens_per_second"] == pytest.approx(count * new / row["seconds"], rel=1e-3)
+    assert all(options["prefix_cache"] is False for _, _, options in eager)
+
+    tiny.shapes, tiny.batches, tiny.peers = ["20/2"], [2, 3], ()
+    assert [(row["shape"], row["batch"]) for row in benchmark.throughput(tiny, SHAPES)] == [("20/2", 2), ("20/2", 3)]
+
+
+def test_lengths_of_requests():
+    """The mixed ones are those of the figures that are published."""
+    lengths = benchmark.request_lengths(512, "mixed")
+    assert tuple(map(sum, zip(*lengths))) == (105573, 136335)
+    assert benchmark.request_lengths(2, "1024/128") == [(1024, 128)] * 2
+    assert [len(prompt) for prompt in benchmark.prompts_of_lengths([3, 9, 5], 100)] == [3, 9, 5]
+
+
+def no_memory(manager):
+    raise MemoryError("9 bytes are more than 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "told"),
+    [
+        ("get_result", lambda self, timeout: argparse.Namespace(error="no room\nfor it"), "RuntimeError: no room"),
+        (
+            "get_result",
+            lambda self, timeout: argparse.Namespace(request_id=time.time(), error=None, generated_tokens=[1]),
+            "RuntimeError: 6 tokens were asked for, 3 came",
+        ),
+        ("start", lambda self: None, "RuntimeError: it ended: None"),
+        ("warmup", no_memory, "MemoryError: 9 bytes are more than 1"),
+        ("get_result", lambda self, timeout: time.sleep(0.1), "it was not done after 0.3 seconds (--peer_timeout)"),
+    ],
+)
+def test_a_failure_of_continuous_batching_is_told(tiny, monkeypatch, capsys, name, function, told):
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+    monkeypatch.setattr(gc, "collect", lambda: None)  # most of the time
+    monkeypatch.setattr(ContinuousBatchingManager, name, function)
+    tiny.peers, tiny.peer_timeout = ("transformers",), 0.3
+    prompts_of = partial(benchmark.random_prompts, 3, 20)
+    case = benchmark.Case(prompts_of, {"shape": "20/2", "requests": 3, "new_tokens": 6}, [2, 2, 2])
+    assert list(benchmark.peer_rows(tiny, [case])) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("transformers, tiny, 20/2 tokens, is left out: ")
+    assert told in line
+
+
+def test_samples(tiny, eager, monkeypatch, capsys):
+    tiny.precisions = ["bf16"]
+    one, *rows = benchmark.samples(tiny, (4, 2), context=70, new_tokens=3)
+    assert (one["samples"], one["prefill_of_one"]) == (1, 1)
+    assert [row["samples"] for row in rows] == [4, 2]
+    for row in rows:
+        assert row["prefill_of_one"] == pytest.approx(row["prefill_seconds"] / one["prefill_seconds"], rel=1e-3)
+        assert row["tokens_per_second"] == pytest.approx(3 * row["samples"] / row["seconds"], rel=1e-3)
+        rate = 2 * row["samples"] / row["decode_seconds"]
+        assert row["decode_tokens_per_second"] == pytest.approx(rate, rel=1e-3)
+        assert {"floor_ms", "share_of_copy_bandwidth"}.isdisjoint(row)
+    assert {options["temperature"] for _, _, options in eager} == {0.8}
+    assert all(options["num_samples"] == options["batch_size"] for _, _, options in eager)
+
+    def little_memory(model, prompts, new_tokens, *, num_samples, **options):
+        if num_samples > 2:
+            raise ValueError("out of memory")
+        return eager_generate(model, prompts, new_tokens, num_samples=num_samples, **options)
+
+    eager_generate, tiny.batches = benchmark.generate, [2, 8]
+    monkeypatch.setattr(benchmark, "generate", little_memory)
+    rows = list(benchmark.samples(tiny, context=70, new_tokens=3))
+    assert [row["samples"] for row in rows] == [1, 2]
+    assert "samples 8, context 70, new_tokens 3 is left out: out of memory\n" in capsys.readouterr().out
+
+
+def test_prefix_cache(tiny, eager, monkeypatch):
+    """Each run with the cache begins with an empty one."""
+    kept, start = [], Runner.start
+
+    def started(runner, *arguments):
+        kept.append(len(runner.pages.known))
+        return start(runner, *arguments)
+
+    monkeypatch.setattr(Runner, "start", started)
+    tiny.precisions = ["bf16"]
+    rows = list(benchmark.prefix_cache(tiny, 4, shared=128, own=8, new_tokens=2))
+    assert [row["shared_tokens"] for row in rows] == [128, 0]
+    for row in rows:
+        assert (row["requests"], row["context"], row["new_tokens"]) == (4, 136, 2)
+        assert row["gain"] == pytest.approx(row["uncached_seconds"] / row["seconds"], rel=1e-3)
+    assert [options["prefix_cache"] for _, _, options in eager] == [True, False] * 4
+    assert kept == [0, 2] * 2 + [0, 8] * 2
+    (alike, *_), (others, *_) = eager[0], eager[-1]
+    assert {tuple(prompt[:128]) for prompt in alike} == {tuple(alike[0][:128])}
+    assert len({tuple(prompt[:64]) for prompt in others}) == 4
+
+
+def test_beams(tiny):
+    tiny.precisions = ["fp8-kv"]
+    (row,) = benchmark.beams(tiny, count=3, context=20, num_beams=2, new_tokens=5)
+    assert (row["requests"], row["context"], row["beams"], row["new_tokens"]) == (3, 20, 2, 15)
+    assert row["requests_per_second"] == pytest.approx(3 / row["seconds"], rel=1e-3)
+    assert row["tokens_per_second"] == pytest.approx(15 / row["seconds"], rel=1e-3)
 
 
 def test_table():

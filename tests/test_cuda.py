@@ -4,13 +4,15 @@ Where programs sum in different orders, a token of bfloat16 or FP8 may be anothe
 what each step chooses behind the same tokens is compared; texts are equal in float32, and where the same kernels run.
 """
 
+import copy
 import importlib.util
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import GREEDY, TEXTS, TINY_GEMMA, assert_not_finite_ends_a_run, copy_tiny_gemma
+from conftest import GREEDY, TEXTS, TINY_GEMMA, assert_not_finite_ends_a_run, copy_tiny_gemma, small_model
 
 import calibrate
 import device as device_file
@@ -18,6 +20,7 @@ import generate as program
 import ops
 import quantize
 import runner as runner_file
+import scheduler as scheduler_file
 from cache import KVCache, codec_of
 from checkpoint import SCALES_NAME, read_config, read_scales
 from cli import Stats
@@ -325,7 +328,7 @@ def check_steps(plain, fast, prompts, kv_dtype, rounding, count=64):
         # further apart; a wrong kernel moves most.
         beyond = sum(gap > rounding for gap in others)
         assert beyond <= (0.01 * steps if any(weight.format.name == "fp8" for weight in weights_of(fast)) else 0)
-        assert len(others) <= 0.04 * steps
+        assert len(others) <= (0.08 if kv_dtype == E5M2 else 0.04) * steps  # whose codes are 25 % apart
 
 
 @pytest.mark.parametrize("kv_dtype", [None, E4M3, E5M2])
@@ -410,6 +413,31 @@ def test_sampling_settings_and_lengths_change_without_a_new_capture(on_gpu, prom
         assert generate(model, [prompt], 30, compile=True, seed=3, **setting) == tokens
         assert runner_file._idle[model] is held
         assert held.steps == recorded
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("case", ["gemma-mqa", "gemma2-window-small", "gemma3-window-half", "gemma-mha"])
+def test_prompts_that_share_pages_have_the_texts_of_a_cpu(case, compile, monkeypatch):
+    """Samples and beginnings that are shared, read once by attention where they are; rows refilled, moved together."""
+    monkeypatch.setattr(scheduler_file, "SHARED", 64)
+    monkeypatch.setattr(scheduler_file, "SHRINK", 4)
+    on_cpu, source = small_model(case=case), random.Random(5)
+    model = copy.deepcopy(on_cpu).to("cuda")
+    model.ops = ops.KERNELS
+    common = [source.randrange(7, 120) for _ in range(135)]
+    prompts = [
+        common[: source.choice([0, 64, 128, 135])] + [source.randrange(7, 120) for _ in range(1 + 3 * i)]
+        for i in range(8)
+    ]
+    limits, counts = [source.randrange(1, 40) for _ in prompts], [1, 3, 1, 9, 2, 1, 1, 1]
+    options = dict(num_samples=counts, temperature=0.8, top_k=20, seed=3, stop_ids=(5, 6))
+    expected = generate(on_cpu, prompts, limits, **options)
+    for rows in (3, 8, 32):
+        for prefix_cache in (True, True, False):
+            found = generate(
+                model, prompts, limits, batch_size=rows, prefix_cache=prefix_cache, compile=compile, **options
+            )
+            assert found == expected, (rows, prefix_cache)
 
 
 @pytest.mark.parametrize("check", ["every", "never"])

@@ -100,6 +100,7 @@ def test_prompts_that_share_pages_have_the_texts_that_they_have_alone(case, chun
     nobody has is full of NaN."""
     monkeypatch.setattr(scheduler_file, "CHUNK", chunk)
     monkeypatch.setattr(scheduler_file, "SMALL", 64)
+    monkeypatch.setattr(scheduler_file, "SHRINK", 4)
     model, source = small_model(case=case), random.Random(chunk)
     common = [source.randrange(7, 120) for _ in range(130)]
     prompts = [

@@ -25,9 +25,9 @@ class SamplingParams:
         self.options = options
 
 class Output:
-    def __init__(self, count):
-        self.outputs = [self]
-        self.token_ids = [7] * count
+    def __init__(self, max_tokens, n=1, **options):
+        self.outputs = [self] * n
+        self.token_ids = [7] * max_tokens
 
 class LLM:
     def __init__(self, model, **options):
@@ -40,13 +40,19 @@ class LLM:
         if mode == "hangs":
             (HERE / "pid").write_text(str(subprocess.Popen(["sleep", "60"]).pid))
             time.sleep(60)
+        self.fails, self.resets = mode == "fails at 3 samples", 0
+
+    def reset_prefix_cache(self):
+        self.resets += 1
 
     def generate(self, prompts, settings, use_tqdm):
-        self.seen |= {"prompts": prompts, "settings": settings[0].options}
+        self.seen |= {"prompts": prompts, "settings": settings[0].options, "resets": self.resets}
+        if self.fails and settings[0].options.get("n") == 3:
+            raise RuntimeError("no room for the samples")
         with open(HERE / "seen.jsonl", "a") as file:
             print(json.dumps(self.seen), file=file)
         time.sleep(0.002 * settings[0].options["max_tokens"])
-        return [Output(each.options["max_tokens"]) for each in settings]
+        return [Output(**each.options) for each in settings]
 """
 
 
@@ -113,8 +119,29 @@ def test_vllm_has_our_prompts_in_a_process_of_its_own(latency, site):
         assert call["prompts"] == [{"prompt_token_ids": benchmark.random_prompts(1, 128, 256000)[0]}]
         assert call["settings"]["ignore_eos"]
         assert call["settings"]["temperature"] == 0
+        assert (call["options"]["max_model_len"], call["options"]["enable_prefix_caching"]) == (2048, False)
         assert (call["options"]["load_format"], call["options"]["skip_tokenizer_init"]) == ("dummy", True)
         assert call["config"].items() >= benchmark.config_of_peer("gemma-2b").items()
+
+
+def test_vllm_has_one_process_for_all_cases(site):
+    """What was measured before it failed is kept; samples have the prefix cache, emptied before each call."""
+    (site / "vllm" / "mode").write_text("fails at 3 samples")
+    config, prompt = benchmark.config_of_peer("gemma-7b"), [2] * 8000
+    cases = [([prompt], 20, 1), ([prompt, prompt], [20, 10], 2), ([prompt], 20, 3), ([prompt], 20, 4)]
+    figures = peers.vllm_figures(config, "bf16", cases, 1, site, 30.0)
+    one, two = next(figures), next(figures)
+    with pytest.raises(RuntimeError, match="exit status 1: RuntimeError: no room for the samples"):
+        next(figures)
+    assert one["tokens_per_second"] == pytest.approx(20 / one["seconds"])
+    assert two["tokens_per_second"] == pytest.approx(60 / two["seconds"])
+    assert two["decode_tokens_per_second"] == pytest.approx(56 / two["decode_seconds"])
+    calls = [json.loads(line) for line in (site / "vllm" / "seen.jsonl").read_text().splitlines()]
+    assert [call["resets"] for call in calls] == list(range(1, 9))
+    assert [call["settings"].get("n", 1) for call in calls] == [1] * 4 + [2] * 4
+    assert [call["settings"]["temperature"] for call in calls] == [0.0] * 4 + [0.8] * 4
+    assert calls[0]["options"]["max_model_len"] == 8020
+    assert calls[0]["options"]["enable_prefix_caching"]
 
 
 def test_a_peer_that_fails_leaves_our_rows(latency, site, capsys):
@@ -283,6 +310,56 @@ def test_rows_that_a_protocol_gains_are_shown(root):
     change(root, "cpu.json", "energy.json", repeats=3, **content)
     assert "## energy\n" in page(root)
     assert "| model | joules |\n| --- | --- |\n| gemma-2b | 12.35 |" in page(root)
+
+
+def test_many_requests_of_several_shapes(root):
+    """The headline has the mixed ones."""
+    rows = change(root, "throughput-h100.json")
+    assert "benchmark.py throughput --models gemma-7b --precisions bf16 fp8-kv --shapes mixed --peers vllm" in page(
+        root
+    )
+    before = report.headline(report.read_results(root / "benchmarks"))
+    peer = rows[0] | {"name": "transformers, continuous batching", "tokens_per_second": 1234.0}
+    rows = [rows[0] | {"shape": "128/128", "tokens_per_second": 9999.0}, *rows, peer]
+    change(root, "throughput-h100.json", results=rows)
+    assert "--shapes 128/128 mixed --peers transformers vllm" in page(root)
+    assert "| model | weights and cache | program | prompt/new tokens | seconds |" in page(root)
+    assert "| gemma-7b | BF16 | gemma-fast | 128/128 | 28.73 | 9,999 |" in page(root)
+    after = report.headline(report.read_results(root / "benchmarks"))
+    assert after == before.replace("| 4,746 | 6,235 |  |", "| 4,746 | 6,235 | 1,234 |")
+
+    change(root, "throughput-h100.json", "throughput-later.json", results=rows[:1], date="2099-01-01")
+    assert report.headline(report.read_results(root / "benchmarks")) == after
+
+
+def test_samples_prefix_cache_and_beams(root):
+    def write(protocol: str, results: list[dict]):
+        results = [{"model": "gemma-7b", "precision": "bf16", "name": "gemma-fast"} | row for row in results]
+        change(root, "cpu.json", f"{protocol}-h100.json", protocol=protocol, results=results, repeats=2)
+
+    rows = [
+        {"samples": n, "context": 8000, "new_tokens": 128, "decode_tokens_per_second": 150.4 * n, "step_ms": 6.649}
+        | {"prefill_seconds": 0.5, "prefill_of_one": 1.0}
+        for n in (1, 16)
+    ]
+    step = rows[1].pop("step_ms")
+    write("samples", [*rows, rows[1] | {"name": "vLLM", "prefill_of_one": 2.5, "step_ms": step}])
+    text = page(root)
+    assert (
+        "samples --models gemma-7b --precisions bf16 --batches 16 --peers vllm --repeats 2 "
+        "--output benchmarks/samples-h100.json" in text
+    )
+    assert "by samples: 8,000 prompt tokens, 128 new." in text
+    assert "| gemma-7b | BF16 | gemma-fast | 150 (6.6 ms) | 2,406 |\n" in text
+    assert "| gemma-7b | BF16 | vLLM |  | 0.50 (2.50 ×) |\n" in text
+
+    row = {"requests": 256, "context": 2100, "shared_tokens": 2000, "new_tokens": 8, "seconds": 2.0}
+    write("prefix-cache", [row | {"uncached_seconds": 16.0, "gain": 8.0}])
+    assert "| gemma-7b | BF16 | gemma-fast | 256 | 2,100 | 2,000 | 8 | 2.00 | 16.00 | 8.00 × |\n" in page(root)
+    row = {"requests": 16, "context": 256, "beams": 4, "new_tokens": 4096, "seconds": 2.0, "requests_per_second": 8.0}
+    write("beams", [row])
+    assert "| gemma-7b | BF16 | gemma-fast | 16 | 256 | 4 | 4,096 | 2.00 | 8.00 |\n" in page(root)
+    assert "python benchmark.py beams --models gemma-7b --precisions bf16 --repeats 2 --output" in page(root)
 
 
 def test_the_memory_of_a_case_that_failed(root):
