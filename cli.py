@@ -161,8 +161,8 @@ OPS_IN_WORDS = {
 }
 
 
-def print_figures(stats: Stats, load_seconds: float, model: Transformer, seed: int):
-    """Prints the figures of a run to stderr."""
+def print_figures(stats: Stats, load_seconds: float, model: Transformer, seed: int | None):
+    """Prints the figures of a run to stderr; seed None: of one that draws nothing."""
     device = model.device
     peak = peak_memory(device)  # before the bandwidth's own buffers
     bandwidth = copy_bandwidth(device)
@@ -170,7 +170,7 @@ def print_figures(stats: Stats, load_seconds: float, model: Transformer, seed: i
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)} {OPS_IN_WORDS[model.ops.name]}"
     print(
-        f"{name}, {str(model.dtype).removeprefix('torch.')}, seed {seed}\n"
+        f"{name}, {str(model.dtype).removeprefix('torch.')}{'' if seed is None else f', seed {seed}'}\n"
         f"load {load_seconds:.2f} s, compile {stats.compile_seconds:.2f} s, "
         f"prefill {stats.prefill_seconds:.3f} s ({stats.prompt_tokens} tokens), "
         f"decode {stats.decode_seconds:.3f} s ({stats.new_tokens} tokens in {stats.rows} rows)\n"

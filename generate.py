@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
+from operator import mul
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -286,7 +287,10 @@ def stream_completions(
         alone = -(-(len(prompt) + limit) // PAGE)
         pages[alone] += 1
         pages[alone - len(prompt) // PAGE] += count - 1
-    rows, page_count = _room(model, pages, batch_size, length, longest, codec, kind)
+    # With more rows than this the request that may take longest would end no sooner, and all others with it
+    busy = -(-sum(map(mul, limits, counts)) // max(limits))
+    most = min(MAX_BATCH, -(-busy // 64) * 64)
+    rows, page_count = _room(model, pages, batch_size or most, batch_size is None, length, longest, codec, kind)
     check_memory(
         sum(count * (RESULT_BYTES + TOKEN_BYTES * limit) for count, limit in zip(counts, limits)),
         torch.device("cpu"),
@@ -388,17 +392,18 @@ def check_context(model: Transformer, prompt_tokens: int, max_new_tokens: int, w
 def _room(
     model: Transformer,
     pages: Counter[int],
-    batch_size: int | None,
+    rows: int,
+    fewer: bool,
     length: int,
     longest: int,
     codec: Codec,
     kind: DrawKind,
 ) -> tuple[int, int]:
-    """How many rows run at once, and how many pages they share, where pages[n] requests need n pages.
+    """How many rows run at once, at most `rows`, and how many pages they share, where pages[n] requests need n pages.
 
     Memory has to have room for pages and rings, decode state, and what a prefill takes: activations of the feed-forward
-    layer, some at once. Where pages for batch_size rows (None: at most MAX_BATCH) don't fit, there are fewer, and
-    requests wait for them. Raises ValueError if there is no room for the largest request alone, or for the rows.
+    layer, some at once. Where pages for all rows don't fit, there are fewer, and requests wait for them; there are
+    fewer rows, too, if those may be. Raises ValueError if there is no room for the largest request, or for the rows.
     """
     config, held, count_of_all = model.config, held_bytes(model), pages.total()
     tokens = max(longest, CHUNK) * (1 if model.ops.packs else PADDED)
@@ -420,14 +425,14 @@ def _room(
             rows -= min(pages[need], rows)
         return total
 
-    rows, most = min(batch_size or MAX_BATCH, count_of_all), max(pages)
+    rows, most = min(rows, count_of_all), max(pages)
     mean = sum(need * count for need, count in pages.items()) / count_of_all
     while True:
         count = 1 + largest(rows)
         if a_page and needed(rows, count) > room:
             count = max(1 + most, min(count, int((room - needed(rows, 0)) // a_page)))
         busy = count - 1 >= mean * rows  # or rows wait for pages
-        if rows == 1 or batch_size is not None or (busy and needed(rows, count) <= room):
+        if rows == 1 or not fewer or (busy and needed(rows, count) <= room):
             break
         rows = (rows - 1) // 64 * 64 or rows - max(1, rows // 8)
     advice = "lower --batch_size, --max_new_tokens or the length of the prompts"
@@ -461,13 +466,18 @@ def program_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=count, metavar="N", help=f"rows that run at once (default: all, at most {MAX_BATCH})")
     add("--num_samples", type=count, default=1, metavar="N", help="completions of each prompt (default: %(default)s)")
     share = number(float, 0, 1)
-    add("--temperature", type=number(float, 0), default=default.temperature, help="0 is greedy (default: %(default)s)")
-    add("--top_k", type=number(int, 0, MOST), default=default.top_k, help="0 is no limit (default: %(default)s)")
-    add("--top_p", type=share, default=default.top_p, help="1 is no limit (default: %(default)s)")
-    add("--min_p", type=share, default=default.min_p, help="0 is no limit (default: %(default)s)")
+    add("--temperature", type=number(float, 0), help=f"0 is greedy (default: {default.temperature})")
+    add("--top_k", type=number(int, 0, MOST), help=f"0 is no limit (default: {default.top_k})")
+    add("--top_p", type=share, help=f"1 is no limit (default: {default.top_p})")
+    add("--min_p", type=share, help=f"0 is no limit (default: {default.min_p})")
     penalty = "1 is none (default: %(default)s)"
     add("--repetition_penalty", type=number(float, 0), default=default.repetition_penalty, help=penalty)
     add("--stop", nargs="+", action="extend", metavar="TEXT", help="text ends before any of these (default: none)")
+    beams = "search for the most probable text with N beams (default: %(default)s, no search)"
+    add("--num_beams", type=count, default=1, metavar="N", help=beams)
+    penalty = "of beams: log-probabilities are divided by length ** X (default: 1.0)"
+    add("--length_penalty", type=float, metavar="X", help=penalty)
+    add("--early_stopping", action="store_true", help="a search ends once N texts have ended")
     add("--seed", type=int, help="the same seed gives the same samples (default: a random one)")
     add("--compile", action="store_true", help="compile the decode step; on CUDA, record it as one graph")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
@@ -494,7 +504,7 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sam
         raise ValueError(f"--max_new_tokens can be at most {room} in a conversation of {length} tokens")
     codec = codec_of(args.kv_cache_dtype, model.dtype)
     kind = DrawKind.of(model.config.vocab_size, sampling)
-    _, pages = _room(model, Counter([-(-length // PAGE)]), 1, length, min(length, 1024), codec, kind)
+    _, pages = _room(model, Counter([-(-length // PAGE)]), 1, False, length, min(length, 1024), codec, kind)
     with lease(model, 1, length, codec, args.compile, args.compile_prefill, pages) as runner:
         held = runner.pages.take([], length)
         try:
@@ -615,9 +625,10 @@ def run(args: argparse.Namespace):
         raise ValueError("--interactive takes no --json, --output, --profile, --num_samples or --batch_size")
     if args.profile is not None:
         check_writable(args.profile)
-    sampling = Sampling(**{name: getattr(args, name) for name in SETTINGS})
+    sampling = Sampling(**{name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None})
     asked = _asked(args, sampling)
-    output = None if args.output is None else _output(args, asked)
+    beams = _beam_settings(args, asked)
+    output = None if args.output is None else _output(args, asked, beams)
     seed = args.seed if output is None else output.seed
     seed = secrets.randbits(32) if seed is None else seed
     start = time.perf_counter()
@@ -643,7 +654,7 @@ def run(args: argparse.Namespace):
     total = sum(each.num_samples for each in prompts)
     place = {i: n for n, i in enumerate(fitting)}  # in `prompts`, of one in `asked`
     skip = {(place[i], j) for i, j in output.done if i in place} if output else ()
-    streaming = sys.stdout.isatty() and not args.json and output is None and total == 1
+    streaming = sys.stdout.isatty() and not args.json and output is None and total == 1 and not beams
     printer = _Printer(tokenizer, stop_ids, asked[0].stop) if streaming else None
     trace = _Trace() if args.profile else None
     if streaming and not args.chat:
@@ -656,24 +667,33 @@ def run(args: argparse.Namespace):
             bar.update()
             bar.set_postfix_str(f"{stats.new_tokens / (time.perf_counter() - begin):,.0f} tokens/s")
 
-        results = generate(
-            model,
-            [each.tokens for each in prompts],
-            [each.max_new_tokens for each in prompts],
-            sampling=[each.sampling for each in prompts],
+        options = dict(
             batch_size=args.batch_size,
-            num_samples=[each.num_samples for each in prompts],
-            seed=[(seed, i) if asked[i].seed is None else (asked[i].seed, 0) for i in fitting],
-            stop_when=[stops_within(tokenizer, each.stop) for each in prompts],
             kv_cache_dtype=args.kv_cache_dtype,
             compile=args.compile,
-            compile_prefill=args.compile_prefill,
-            on_token=printer,
             on_step=trace,
             on_completion=on_completion if output else None,
             skip=skip,
             stats=stats,
         )
+        texts, limits = [each.tokens for each in prompts], [each.max_new_tokens for each in prompts]
+        if beams:
+            from beams import beam_search  # which uses this file
+
+            results = beam_search(model, texts, limits, **beams, **options)
+        else:
+            results = generate(
+                model,
+                texts,
+                limits,
+                sampling=[each.sampling for each in prompts],
+                num_samples=[each.num_samples for each in prompts],
+                seed=[(seed, i) if asked[i].seed is None else (asked[i].seed, 0) for i in fitting],
+                stop_when=[stops_within(tokenizer, each.stop) for each in prompts],
+                compile_prefill=args.compile_prefill,
+                on_token=printer,
+                **options,
+            )
     if trace:
         trace.stop()
     if output:
@@ -691,7 +711,7 @@ def run(args: argparse.Namespace):
                 print(f"--- prompt {n}" + (f", sample {j + 1}" if each.num_samples > 1 else ""))
             print(completion["text"] if args.chat else each.prompt + completion["text"])
         sys.stdout.flush()
-    print_figures(stats, load_seconds, model, seed)
+    print_figures(stats, load_seconds, model, None if beams else seed)
     if trace:
         trace.write(args.profile)
 
@@ -709,7 +729,7 @@ def _asked(args: argparse.Namespace, sampling: Sampling) -> list[argparse.Namesp
     asked = []
     for entry in entries:
         each = argparse.Namespace(**options | entry)
-        each.named = {key: entry[key] for key in ("id", "prompt") if key in entry}
+        each.named, each.own = {key: entry[key] for key in ("id", "prompt") if key in entry}, entry.keys()
         try:
             each.sampling = replace(sampling, **{name: entry[name] for name in SETTINGS if name in entry})
             for name in ("max_new_tokens", "num_samples"):
@@ -728,11 +748,36 @@ def _asked(args: argparse.Namespace, sampling: Sampling) -> list[argparse.Namesp
     return asked
 
 
-def _output(args: argparse.Namespace, asked: list[argparse.Namespace]) -> Output:
+def _beam_settings(args: argparse.Namespace, asked: list[argparse.Namespace]) -> dict:
+    """How beams are searched for, as `beams.search` takes it; {} without --num_beams. Raises ValueError for options and
+    settings of a prompt's own that don't go with it."""
+    if args.num_beams == 1:
+        if args.length_penalty is not None or args.early_stopping:
+            raise ValueError("--length_penalty and --early_stopping need --num_beams")
+        return {}
+    without = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "interactive", "compile_prefill")
+    given = [name for name in without if getattr(args, name) is not None and getattr(args, name) is not False]
+    given += ["num_samples"] if args.num_samples > 1 else []
+    if given:
+        raise ValueError(f"--num_beams takes no --{given[0]}")
+    for each in asked:
+        if own := [name for name in (*SETTINGS, "num_samples", "seed", "stop") if name in each.own]:
+            raise ValueError(f"{each.where}: --num_beams takes no {own[0]!r} of a prompt's own")
+    penalty = 1.0 if args.length_penalty is None else args.length_penalty
+    return dict(
+        num_beams=args.num_beams,
+        length_penalty=penalty,
+        early_stopping=args.early_stopping,
+        repetition_penalty=asked[0].sampling.repetition_penalty,
+    )
+
+
+def _output(args: argparse.Namespace, asked: list[argparse.Namespace], beams: dict) -> Output:
     """The file of --output, for a run of these prompts and settings."""
     check_writable(args.output)
     run = {name: getattr(args, name) for name in ("chat", "fp8", "kv_cache_dtype", "precision")}
     run["checkpoint"] = str(args.checkpoint_path.resolve())
+    run |= {"beams": beams} if beams else {}
     of_each = ("named", "max_new_tokens", "num_samples", "seed", "stop")
     run["prompts"] = [[*(getattr(each, name) for name in of_each), vars(each.sampling)] for each in asked]
     return Output(args.output, run, args.seed)

@@ -18,6 +18,7 @@ from device import free_memory
 from model import Transformer
 from ops.common import power_of_2
 from ops.next_token import append_token, log_step
+from ops.prefix_attention import tile_rows
 from ops.rope import Shared
 from pages import Pages
 from sampling import ALL_GREEDY, SETTINGS, DrawKind, draw, penalize
@@ -99,9 +100,6 @@ def next_token(state: State, logits: Tensor, kind: DrawKind):
     append_token(state, computed, token)
 
 
-TILES = 16, 64  # queries of rows that share a prefix, and of one key head, that attend to it together at most
-
-
 class Runner:
     """The state and KV cache of up to `batch_size` rows of at most `length` tokens, allocated once, and what advances
     them.
@@ -147,7 +145,7 @@ class Runner:
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
         self.steps, self.prefills, self.pool = {}, {}, None
         self.shared, self.whole_shared = None, None  # of the rows in use; memory for it
-        self.query_group = model.config.n_heads // model.config.n_kv_heads
+        self.tile_of = model.config.n_heads // model.config.n_kv_heads, model.config.head_dim, model.dtype
         # Functions, not methods of self: without a cycle, memory is free as soon as the runner is.
         self._step, self._run_prefill = decode_step, Transformer.logits
         if self.device.type == "cuda":
@@ -212,7 +210,7 @@ class Runner:
     def _made_step(self, model: Transformer) -> "torch.cuda.CUDAGraph | None":
         """The graph of a step of the rows in use; compiles the step, and on CUDA records it, if that is still to do."""
         shared = self.shared if self.shared and self.shared.rows else None
-        key = len(self.state.token), self.kind, shared and shared.rows
+        key = len(self.state.token), self.kind, shared and (shared.rows, len(shared.tiles))
         if not self.compile or key in self.steps:
             return self.steps.get(key)
         if self.events and self.device.type == "cuda":
@@ -455,9 +453,9 @@ class Runner:
         if not groups:
             self.shared = self.shared and self.shared._replace(rows=0)
             return
-        rows, heads = len(self.state.token), self.query_group
+        rows = len(self.state.token)
         largest = max(len(members) for _, members in groups)
-        tile = next(n for n in TILES if largest * heads <= n or n == TILES[-1]) // heads
+        tile = tile_rows(largest, *self.tile_of)
         prefix, order, tiles = [0] * rows, [], []
         for tokens, members in groups:
             tiles += [(len(order) + i, min(tile, len(members) - i)) for i in range(0, len(members), tile)]
@@ -468,9 +466,9 @@ class Runner:
             with torch.inference_mode(False):
                 zeros = partial(torch.zeros, dtype=torch.int32, device=self.device)
                 b = self.batch_size
-                self.whole_shared = Shared(zeros(b), zeros(b), zeros(max(1, b // 2), 2), rows=0)
+                self.whole_shared = Shared(zeros(b), zeros(b), zeros(power_of_2(b), 2), rows=0)
         whole = self.whole_shared
-        self.shared = Shared(whole.prefix[:rows], whole.order[:rows], whole.tiles[: max(1, rows // 2)], tile)
+        self.shared = Shared(whole.prefix[:rows], whole.order[:rows], whole.tiles[: power_of_2(len(tiles))], tile)
         tiles += [(0, 0)] * (len(self.shared.tiles) - len(tiles))
         order += [0] * (rows - len(order))
         for mine, values in ((self.shared.prefix, prefix), (self.shared.order, order), (self.shared.tiles, tiles)):

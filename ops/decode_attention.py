@@ -496,16 +496,18 @@ def decode_attention(
     n_heads = layer.n_heads
     group = n_heads // kv_heads
     windowed = layer.window is not None and layer.window < slots
-    config = config or attention_config(m * kv_heads, group, slots, cache.k.dtype)
+    shared = None if windowed or getattr(cache, "ring", False) else positions.shared
+    if config is None:
+        config = attention_config(m * kv_heads, group, slots, cache.k.dtype)
+        if shared is not None and config.by_sums and m * kv_heads >= SMS:  # a row's own keys are few
+            config = AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
     kv_splits = kv_splits or pick_kv_splits(m * kv_heads, slots, config.block_s, config.num_warps)
     splits, slot_table = kv_splits, getattr(cache, "slot_table", None)
-    shared = None if windowed or getattr(cache, "ring", False) else positions.shared
     out = torch.empty(m, n_heads * d, dtype=dtype if output_scale is None else E4M3, device=qkv.device)
     q = prefix = acc = stats = None
     if shared is not None:
         rows, prefix = shared.rows, shared.prefix
-        shape = -(-m // rows), rows * group, kv_heads, d
-        of_prefix = prefix_config(*shape, dtype, cache.k.dtype)
+        of_prefix = prefix_config(-(-m // rows), rows * group, kv_heads, d, slots, dtype, cache.k.dtype)
         splits += of_prefix.splits
         q = torch.empty(m, n_heads, d, dtype=dtype, device=qkv.device)
     if splits > 1:

@@ -59,16 +59,23 @@ def tile_rows(rows: int, group: int, head_dim: int, dtype: torch.dtype) -> int:
 
 
 def prefix_config(
-    tiles: int, queries: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype
+    tiles: int,
+    queries: int,
+    kv_heads: int,
+    head_dim: int,
+    slots: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
 ) -> PrefixConfig:
-    """Picks how tiles of at most `queries` queries a key head attend to their prefix.
+    """Picks how tiles of at most `queries` queries a key head attend to their prefix, which has less than `slots` keys.
 
     `tiles` is how many there were if all rows shared one prefix: together they fill the GPU. Where fewer rows do, and
     what programs wait for is memory, there are at least 4 splits, whose results are few bytes.
     """
-    splits = max(1, min(SMS // (tiles * kv_heads), 64))
+    splits = SMS // (tiles * kv_heads)
     if queries <= 32:
         splits = max(splits, 4)
+    splits = max(1, min(splits, slots // (2 * PAGE), 32))
     if dtype == torch.float32:  # without tensor cores: all operands are in registers
         return PrefixConfig(block_n=16, num_warps=8, num_stages=1, splits=splits)
     is_fp8 = cache_dtype.itemsize == 1

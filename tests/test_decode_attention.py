@@ -311,9 +311,9 @@ def test_own_configs(rows, dtypes, monkeypatch):
 
     monkeypatch.setattr(decode_attention, "prefix_config", pick)
     d = 256 if DEVICE.type == "cuda" else 24
-    members, heads = (min(rows, 3), (2, 1)) if DEVICE.type == "cpu" else (rows, MHA)
-    groups = [(128, [128 + row % 64 for row in range(members)]), (0, [9])]
-    Step(layer_of(heads, d), *dtypes, groups, 192, tile=tile_rows(rows, 1, d, dtypes[0])).check()
+    members, heads = (min(rows, 3), (1, 1)) if DEVICE.type == "cpu" else (rows, MHA)
+    groups = [(384, [384 + row % 64 for row in range(members)]), (0, [9])]
+    Step(layer_of(heads, d), *dtypes, groups, 768, tile=tile_rows(rows, 1, d, dtypes[0])).check()
     assert picked
 
 
@@ -331,9 +331,11 @@ def test_picks():
         (128, gemma_2b, 16),
     ):
         tile = tile_rows(n, group, 256, BF16)
-        config = prefix_config(-(-n // tile), tile * group, kv_heads, 256, BF16, BF16)
+        config = prefix_config(-(-n // tile), tile * group, kv_heads, 256, 8192, BF16, BF16)
         assert config.splits == splits
-        assert config.splits * n * kv_heads * group * 256 * 4 <= SMS * 128 * 256 * 4
+        assert config.splits * n * kv_heads * group <= SMS * 128  # 17 MB of results
+    assert prefix_config(1, 16, 1, 256, 8192, BF16, BF16).splits == 32
+    assert prefix_config(1, 16, 1, 256, 192, BF16, BF16).splits == 1
 
 
 @pytest.mark.cuda
