@@ -122,8 +122,7 @@ class Beams:
         """Readies the first prompts for their first tokens: `leaders` are the first beams of each, `followers` the
         others, in the order of their rows."""
         prompts, beams = self.score.shape
-        width, sent = len(leaders), runner._sent
-        idle = [0] * (prompts - width)
+        sent, idle = runner._sent, [0] * (prompts - len(leaders))
         rows = sorted([*leaders, *followers], key=lambda each: each.row)
         for ring, table in runner._tables(rows).items():
             self.tables[ring].zero_()[: len(rows)] = table
@@ -135,8 +134,8 @@ class Beams:
         self.start.copy_(sent([n - 1 for n in lengths] + idle))
         self.count.zero_()
         self.limit.copy_(sent(limits + idle))
-        self.done.copy_(sent([0] * width + [1] * len(idle)))
-        self.hoped.copy_(sent((limits if hopeful else [0] * width) + idle))
+        self.done.copy_(sent([0] * len(leaders) + [1] * len(idle)))
+        self.hoped.copy_(sent((limits if hopeful else [0] * len(leaders)) + idle))
         self.score.fill_(-inf)[:, 0] = 0  # one beam at first: else all would be alike
         self.best_score.fill_(NO_HYPOTHESIS)
         self.stop_ids.copy_(sent(list(settings.stop_ids)))
@@ -146,7 +145,7 @@ class Beams:
             self.penalty.fill_(settings.repetition_penalty)
             longest = self.prompt.shape[1]
             texts = [each.prompt + [each.prompt[0]] * (longest - len(each.prompt)) for each in requests]
-            self.prompt.zero_()[:width] = sent(texts)
+            self.prompt.zero_()[: len(leaders)] = sent(texts)
             self.tokens.copy_(self.prompt[:, None, :1].expand_as(self.tokens))
         if self.shared is not None:
             whole = [n // PAGE * PAGE for n in lengths] + idle

@@ -473,7 +473,9 @@ def program_parser() -> argparse.ArgumentParser:
     penalty = "1 is none (default: %(default)s)"
     add("--repetition_penalty", type=number(float, 0), default=default.repetition_penalty, help=penalty)
     add("--stop", nargs="+", action="extend", metavar="TEXT", help="text ends before any of these (default: none)")
-    beams = "search for the most probable text with N beams (default: %(default)s, no search)"
+    beams = (
+        "search for the most probable text with N beams, --batch_size prompts at once (default: %(default)s, no search)"
+    )
     add("--num_beams", type=count, default=1, metavar="N", help=beams)
     penalty = "of beams: log-probabilities are divided by length ** X (default: 1.0)"
     add("--length_penalty", type=float, metavar="X", help=penalty)

@@ -301,7 +301,7 @@ def prefill_attention(
     q [M, HEADS, D], k and v [M, KV_HEADS, D] are what `ops.rope.prefill_rope` makes: views into one buffer. cache is
     the layer's `LayerCache` as it was before these tokens came, or None; it is read if there is a position, page by
     page, and a ring may hold more tokens than the window has. The result is [M, HEADS * D] in `dtype` or, with
-    output_scale, in E4M3; nothing is written for padding.
+    output_scale, in E4M3; that of padding is 0.
     """
     (tokens, n_heads, d), kv_heads, lengths = q.shape, k.shape[1], positions.lengths
     n = positions.batch if lengths is None else len(lengths)
@@ -309,7 +309,9 @@ def prefill_attention(
     context = cache is not None and positions.position is not None
     k_scale, v_scale = (1.0, 1.0) if cache is None else (cache.k_scale, cache.v_scale)
     config = config or prefill_config(d, dtype, -(-tokens // 128) * n_heads)
-    out = torch.empty(tokens, n_heads * d, dtype=dtype if output_scale is None else E4M3, device=q.device)
+    # What is left of padding has to be finite: attention that masks values by weights of 0 makes NaN of NaN.
+    fill = torch.empty if positions.first is None and lengths is None else torch.zeros
+    out = fill(tokens, n_heads * d, dtype=dtype if output_scale is None else E4M3, device=q.device)
     blocks = (tokens + n * (config.block_m - 1)) // config.block_m  # as many as n sequences of any lengths can have
     launch(
         _prefill_attention_kernel,

@@ -122,6 +122,15 @@ def test_each_setting_changes_results(gemma):
         assert [tokens for tokens, _ in found[-1]] != [tokens for tokens, _ in found[0]] or not other, other
 
 
+def test_many_stop_ids(gemma):
+    """Where most candidates end, more than 2 W of them are needed for W beams to go on."""
+    theirs, ours = gemma
+    prompts, options = random_prompts(3, 20, 9, 31, 2, 44), dict(num_beams=4, early_stopping="never")
+    stop_ids = frequent_tokens(ours, prompts)[:16]
+    results = search(ours, prompts, 40, stop_ids=stop_ids, **options)
+    assert_same(results, [of_reference(theirs, prompt, 40, stop_ids, **options) for prompt in prompts])
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 5])
 def test_limits_at_which_beams_that_go_on_are_what_there_is(gemma, limit):
     theirs, ours = gemma
@@ -212,20 +221,37 @@ def test_no_more_steps_than_the_last_prompt_needs(gemma):
     assert max(map(len, results)) <= early.steps + 1 < 100
 
 
-def test_prompts_in_pieces_and_behind_what_earlier_calls_left(windowed, monkeypatch):
+def test_prompts_in_pieces(windowed, monkeypatch):
     for model in (small_model(), windowed):
-        prompts = random_prompts(200, 130, 7, 140)
-        prompts[3][:130] = prompts[1]  # which is shorter
-        options = dict(num_beams=3, stop_ids=())
+        prompts, options = random_prompts(200, 130, 7, 140), dict(num_beams=3, stop_ids=())
         expected = search(model, prompts, 8, **options)
-        greedy = generate(model, prompts, 8, **GREEDY)
-        assert_same(search(model, prompts, 8, **options), expected)  # on pages that are there
-        assert generate(model, prompts, 8, **GREEDY) == greedy  # on those of the search
         for chunk in (64, 100, 300):
             release(model)
             monkeypatch.setattr(beams, "CHUNK", chunk)
             assert_same(search(model, prompts, 8, **options), expected)
         monkeypatch.undo()
+
+
+def test_prompts_behind_what_earlier_calls_left(windowed):
+    """In pages, and in snapshots of rings where layers have windows; and a search leaves such pages, too."""
+    start, *ends = random_prompts(130, 5, 70, 20, 9, 66, 40)
+    prompts, options = [start + end for end in ends], dict(num_beams=2, stop_ids=(), batch_size=3)
+    for model in (small_model(), windowed):
+        release(model)
+        cached = []
+
+        def on_step(step, runner, cached=cached):
+            cached += [each.cached for each in runner.pages.held] if step == 0 else []
+
+        expected = search(model, prompts, 8, **options)
+        greedy = generate(model, prompts, 8, **GREEDY)
+        assert generate(model, prompts, 8, **GREEDY) == greedy
+        assert_same(search(model, prompts, 8, on_step=on_step, **options), expected)
+        assert {128} <= set(cached) <= {128, 192}
+    model, cached = small_model(), []
+    search(model, prompts, 8, **options)
+    search(model, prompts, 8, on_step=lambda step, runner: on_step(step, runner, cached), **options)
+    assert {128} <= set(cached) <= {128, 192}
 
 
 def test_pages_are_given_back(windowed):

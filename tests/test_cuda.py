@@ -440,6 +440,19 @@ def test_prompts_that_share_pages_have_the_texts_of_a_cpu(case, compile, monkeyp
             assert found == expected, (rows, prefix_cache)
 
 
+@pytest.mark.parametrize("compile_prefill", [False, True])
+def test_padding_of_prompts_reaches_no_token(compile_prefill):
+    """Memory is full of NaN before; local layers leave padding as it was, global ones attend among all of it."""
+    on_cpu = small_model(case="gemma3-window-half")
+    model = copy.deepcopy(on_cpu).to("cuda")
+    model.ops = ops.KERNELS
+    torch.full((2**26,), float("nan"), device="cuda")
+    for length in (30, 70, 130):
+        prompts = [[7 + i % 100 for i in range(length)]]
+        expected = generate(on_cpu, prompts, 8, **GREEDY)
+        assert generate(model, prompts, 8, compile_prefill=compile_prefill, **GREEDY) == expected
+
+
 @pytest.mark.parametrize("check", ["every", "never"])
 def test_stop_checks_give_the_same_tokens(on_gpu, prompts, check):
     model, options = on_gpu[0], dict(temperature=0, stop_ids=(300, 16, 10), compile=True)

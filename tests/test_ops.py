@@ -394,6 +394,7 @@ def test_attention_of_prompts(dtype, cache_dtype, split_k, window, ragged, cache
             rows, tokens, position, lengths if ragged or packed else None, its_angles, mask, slot, first
         )
         y = attend(mine, layer, cache, positions, dtype, output_scale)
+        assert not packed or not y[-2:].float().any()  # a NaN in padding would not stay there
         y = y[:-2] if packed else y[valid.flatten()]
         held = cache.held_positions(end) >= 0
         stored = [slots_in_order(x, cache).transpose(1, 2)[held] for x in (cache.k, cache.v)]
