@@ -111,7 +111,7 @@ class LayerCache:
     def with_table(self, table: Tensor, slot_table: Tensor | None = None) -> "LayerCache":
         """The same memory, seen through another table."""
         view = copy(self)
-        view.table, view.slot_table = table, slot_table
+        view.table, view.slot_table, view.slots = table, slot_table, PAGE * table.shape[1]
         return view
 
     def held_positions(self, end: Tensor) -> Tensor:
@@ -210,6 +210,11 @@ class KVCache:
     def rows(self, index) -> "KVCache":
         """The same memory, for the sequences at `index`: a slice, whose tables are views, or a tensor of numbers."""
         return self.with_tables({ring: table[index] for ring, table in self.tables.items()})
+
+    def shortened(self, length: int) -> "KVCache":
+        """The same memory, as if sequences could have `length` tokens only, which they don't exceed."""
+        pages = -(-length // PAGE)
+        return self.with_tables({ring: table if ring else table[:, :pages] for ring, table in self.tables.items()})
 
     def copy_rows(self, source: "KVCache", rows: Tensor):
         """Fills its rows with those of `source`, a cache of the same length or a smaller one, at index `rows`.

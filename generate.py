@@ -212,15 +212,15 @@ def stream_completions(
     stop_check: str = "ping-pong",
     stats: Stats | None = None,
 ) -> Iterator[tuple[int, int, list[int]]]:
-    """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; yields the number of the prompt, that
-    of the sample, both counted from 0, and the new token ids of each completion as soon as it is there.
+    """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; yields the number of the prompt,
+    that of the sample, both counted from 0, and the new token ids of each completion as soon as it is there.
 
-    There are num_samples completions of each prompt. One that ends with a stop id (default: the model's; () never stops)
-    keeps it as its last token, and so does one that ends because stop_when(its new tokens) is true. Settings are those
-    of `sampling` (default: `Sampling()`), but for temperature to repetition_penalty where they are given. At most
+    There are num_samples completions of each prompt. One that ends with a stop id (default: the model's; () never
+    stops) keeps it as its last token, and so does one that ends because stop_when(its new tokens) is true. Settings are
+    those of `sampling` (default: `Sampling()`), but for temperature to repetition_penalty where they are given. At most
     batch_size rows run at once (default: what memory holds, at most MAX_BATCH), refilled as they finish; a row's result
-    does not depend on the others, nor its noise (drawn from `seed`, the prompt's number and the sample's) on the device.
-    kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a dtype.
+    does not depend on the others, nor its noise (drawn from `seed`, the prompt's number and the sample's) on the
+    device. kv_cache_dtype is a name of `cache.KV_CACHE_DTYPES`, or a dtype.
 
     max_new_tokens, sampling, num_samples, stop_when and seed may be lists of one value a prompt. A prompt with a seed
     of its own has the text that it has alone; (seed, i) stands for a seed of all prompts and the prompt's number.

@@ -164,8 +164,8 @@ class Runner:
         prefix_cache: bool = True,
     ):
         """Readies the first `rows` rows of state and KV cache for a run, or some more where steps are graphs, and
-        compiles or records what is not yet. Without prefix_cache, nothing is kept of earlier prompts. Raises ValueError for too many stop ids, or --compile on a CPU without a
-        compiler."""
+        compiles or records what is not yet. Without prefix_cache, nothing is kept of earlier prompts. Raises ValueError
+        for too many stop ids, or --compile on a CPU without a compiler."""
         if self.compile and self.device.type == "cuda":
             rows = min(_padded_rows(rows), self.batch_size)
         if len(stop_ids) > MAX_STOP_IDS:
@@ -181,7 +181,7 @@ class Runner:
         self._use(rows)
         for table in self.whole_cache.tables.values():
             table.zero_()
-        self.shared = None
+        self.shared, self.events, self.entries, self.prefills_timed = None, 0, 0, []
         self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids)))))
         self.state.done.fill_(True)
         if self.device.type == "cpu" and not self.compile and 2 * model.weight_bytes < free_memory(self.device):
@@ -202,7 +202,6 @@ class Runner:
             raise ValueError("--compile needs a C++ compiler: install g++ or leave it out") from None
         self.state.step.zero_()
         self.state.position.zero_()  # of rows that stay idle: their steps read one slot
-        self.events, self.entries, self.prefills_timed = 0, 0, []
         if self.device.type == "cuda":
             self.before = torch.cuda.current_stream()
             self.streams[0].wait_stream(self.before)
@@ -211,12 +210,16 @@ class Runner:
         """The graph of a step of the rows in use; compiles the step, and on CUDA records it, if that is still to do."""
         shared = self.shared if self.shared and self.shared.rows else None
         key = len(self.state.token), self.kind, shared and (shared.rows, len(shared.tiles))
-        if not self.compile or key in self.steps:
-            return self.steps.get(key)
-        if self.events and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the chain goes on behind it
-        self.steps[key] = self._make_step(model, shared)
-        return self.steps[key]
+        if self.compile and key not in self.steps:
+            if self.events and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the chain goes on behind it
+            try:
+                self.steps[key] = self._make_step(model, shared)
+            except torch.OutOfMemoryError:
+                if not self.events:
+                    raise
+                self.steps[key] = None  # in the middle of a run a step can do without a graph
+        return self.steps.get(key)
 
     def _make_step(self, model: Transformer, shared: Shared | None) -> "torch.cuda.CUDAGraph | None":
         """Compiles the step for this number of rows and kind of draw; on CUDA also records it as one graph.
@@ -225,17 +228,17 @@ class Runner:
         overwrites.
         """
         state = self.state
-        before = [x.clone() for x in (state.done, state.token, state.finite, state.step)]
+        kept = [(x, x.clone()) for x in (state.done, state.token, state.finite, state.step)]
         state.done.fill_(True)
-        if self.device.type == "cuda":
-            graph = self._record(lambda: self._step(model, self.cache, state, self.kind, shared))
-        else:  # Inductor then knows the weights and packs them: 1.5 times as fast on 2 cores with AVX512-BF16.
-            graph = None
+        try:
+            if self.device.type == "cuda":
+                return self._record(lambda: self._step(model, self.cache, state, self.kind, shared))
+            # Inductor then knows the weights and packs them: 1.5 times as fast on 2 cores with AVX512-BF16.
             with torch._inductor.config.patch(freezing=True):
                 self._step(model, self.cache, state, self.kind)
-        for x, value in zip((state.done, state.token, state.finite, state.step), before):
-            x.copy_(value)
-        return graph
+        finally:
+            for x, value in kept:
+                x.copy_(value)
 
     def _record(self, run: Callable):
         """One CUDA graph of what `run` launches. It runs twice before: kernels are compiled, libraries take memory."""
@@ -359,6 +362,8 @@ class Runner:
         elif self.device.type == "cpu":
             longest = _few_widths(longest)
         tokens = self._sent([text + [0] * (longest - len(text)) for text in texts])
+        if not self.compile_prefill:  # the definition reads all pages that there are
+            cache = cache.shortened(max(piece.begin for piece in pieces) + longest)
         return self._logits(model, tokens, cache, position, lengths)
 
     def _state_of(self, requests: list) -> State:
@@ -427,8 +432,10 @@ class Runner:
             if graph is not None:
                 graph.replay()
             else:
-                shared = (self.shared,) if self.shared and self.shared.rows else ()
-                self._step(model, self.cache, self.state, self.kind, *shared)
+                shared, cache = (self.shared,) if self.shared and self.shared.rows else (), self.cache
+                if self.device.type == "cpu" and not self.compile:  # whose definition reads all pages that there are
+                    cache = cache.shortened(int(self.state.position.max()) + 1)
+                self._step(model, cache, self.state, self.kind, *shared)
 
         with _range("decode step", self.device):
             self._event(run)
