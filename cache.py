@@ -123,14 +123,16 @@ class LayerCache:
         """Keys and values [B, K, S, D] of all rows in `dtype`, as they are stored, once each row has `end` [B] tokens;
         zeros where none is."""
         empty = (self.held_positions(end) < 0)[:, None, :, None]
-        if self.slot_table is None:
-            pages = [_as_words(x)[self.table] for x in (self.k, self.v)]  # [B, S / PAGE, K, PAGE, D]
-            k, v = (x.view(self.codec.dtype).transpose(1, 2).flatten(2, 3).to(dtype) for x in pages)
-        else:
-            index = self.slot_table // PAGE, slice(None), self.slot_table % PAGE
-            tokens = [_as_words(x)[index] for x in (self.k, self.v)]  # [B, S, K, D]
-            k, v = (x.view(self.codec.dtype).transpose(1, 2).to(dtype) for x in tokens)
-        return k.masked_fill(empty, 0), v.masked_fill(empty, 0)
+        if self.slot_table is not None:
+            page, place = self.slot_table // PAGE, self.slot_table % PAGE
+            found = [_as_words(x)[page, :, place].transpose(1, 2) for x in (self.k, self.v)]
+        else:  # [B, S / PAGE, K, PAGE, D]; by whole pages, where an index of two dimensions goes an element at a time
+            pages = self.table.flatten()
+            found = [_as_words(x) for x in (self.k, self.v)]
+            found = [x.flatten(1).index_select(0, pages).view(*self.table.shape, *x.shape[1:]) for x in found]
+            found = [x.transpose(1, 2).flatten(2, 3) for x in found]
+        k, v = (x.view(self.codec.dtype).to(dtype).masked_fill_(empty, 0) for x in found)  # each a copy of its own
+        return k, v
 
     def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v as they are stored."""
