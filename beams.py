@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arguments import LENGTH_STEP, MAX_BATCH, SHARE, check_count, check_prompts, checked_stop_ids, of_each
 from cache import Codec, KVCache, cache_bytes, codec_of, context_bytes
 from cli import Stats
 from config import MAX_STOP_IDS, PAGE, ModelConfig
 from device import check_memory, free_memory, now
-from generate import LENGTH_STEP, MAX_BATCH, SHARE, _check_count, _of_each, check_prompts, checked_stop_ids
 from model import Transformer
 from ops.prefix_attention import tile_rows
 from ops.rope import Shared
@@ -243,7 +243,7 @@ class Settings:
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        _check_count("num_beams", self.num_beams)
+        check_count("num_beams", self.num_beams)
         penalty = self.length_penalty
         if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not isfinite(penalty):
             raise ValueError(f"length_penalty must be a number, not {penalty!r}")
@@ -312,10 +312,10 @@ def search(
     codec = codec_of(kv_cache_dtype, model.dtype)
     if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, list | tuple) for prompt in prompts):
         raise ValueError("prompts must be lists of token ids, which tokenizer.encode(text) makes")
-    limits = _of_each("max_new_tokens", max_new_tokens, prompts)
+    limits = of_each("max_new_tokens", max_new_tokens, prompts)
     for name, values in dict(max_new_tokens=limits, batch_size=[] if batch_size is None else [batch_size]).items():
         for value in values:
-            _check_count(name, value)
+            check_count(name, value)
     stop_ids = tuple(dict.fromkeys(checked_stop_ids(model, stop_ids)))
     settings = Settings(num_beams, length_penalty, early_stopping, repetition_penalty, stop_ids)
     if num_beams == 1:  # greedy: the first end is the end

@@ -141,6 +141,7 @@ class Stats:
     new_tokens: int = 0
     rows: int = 0
     steps: int = 0
+    running: int = 0  # rows in use when the newest completion came
     bytes_read: int = 0  # weights and valid KV cache entries that the decode steps had to read
 
     @property

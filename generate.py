@@ -25,6 +25,19 @@ from tempfile import TemporaryDirectory
 import torch
 from tqdm import tqdm
 
+from arguments import (
+    LENGTH_STEP,
+    MAX_BATCH,
+    MOST,
+    SHARE,
+    check_context,
+    check_count,
+    check_prompts,
+    checked_stop_ids,
+    is_whole,
+    of_each,
+)
+from beams import beam_search
 from cache import Codec, KVScales, cache_bytes, codec_of, context_bytes
 from checkpoint import (
     INT_FORMATS,
@@ -61,13 +74,9 @@ from text import Output, before_stop, check_prompt, completed, read_prompts, sto
 from tokenizer import Tokenizer, check_text
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
-MAX_BATCH = 256  # rows that run at once where --batch_size doesn't say
 PADDED = 1.25  # times its tokens that a prefill has at most, once a runner has rounded its width up
-SHARE = 0.95  # of free memory that a run may plan with: graphs and libraries take some
 CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
-MOST = 2**31 - 1  # of anything that is counted
 RESULT_BYTES, TOKEN_BYTES = 500, 40  # of the host's memory for a finished row, and for each of its tokens
-LENGTH_STEP = 64  # caches have a multiple of this length: fewer different shapes to compile
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
@@ -181,7 +190,7 @@ def generate(
         results[prompt, sample] = tokens
         if on_completion is not None:
             on_completion(prompt, sample, tokens)
-    counts = _of_each("num_samples", options.get("num_samples", 1), prompts)
+    counts = of_each("num_samples", options.get("num_samples", 1), prompts)
     return [results.get((i, j), []) for i, count in enumerate(counts) for j in range(count)]
 
 
@@ -226,8 +235,8 @@ def stream_completions(
     of its own has the text that it has alone; (seed, i) stands for a seed of all prompts and the prompt's number.
 
     Prompts that begin with the same tokens share what is computed of them, whole pages of 64 at a time; with
-    prefix_cache, also with prompts of earlier calls, as long as there is memory. Weights that change between calls want
-    prefix_cache=False once.
+    prefix_cache, also with prompts of earlier calls, as long as there is memory and weights stay. (Weights that are
+    changed through `.data`, which PyTorch does not count, want prefix_cache=False once.)
 
     on_token gets the tokens of a single row as they come; on_step(i, runner) is called before each prefill (i is 0) and
     before decode step i. Completions whose (prompt, sample) is in `skip` are not made. stop_check is for the benchmark
@@ -245,25 +254,25 @@ def stream_completions(
         raise ValueError(f"stop_check must be one of {', '.join(LAGS)}, not {stop_check!r}")
     if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, list | tuple) for prompt in prompts):
         raise ValueError("prompts must be lists of token ids, which tokenizer.encode(text) makes")
-    limits = _of_each("max_new_tokens", max_new_tokens, prompts)
-    samplings = _of_each("sampling", Sampling() if sampling is None else sampling, prompts)
-    counts = _of_each("num_samples", num_samples, prompts)
-    stop_when = _of_each("stop_when", stop_when, prompts)
+    limits = of_each("max_new_tokens", max_new_tokens, prompts)
+    samplings = of_each("sampling", Sampling() if sampling is None else sampling, prompts)
+    counts = of_each("num_samples", num_samples, prompts)
+    stop_when = of_each("stop_when", stop_when, prompts)
     numbers = dict(max_new_tokens=limits, num_samples=counts, batch_size=[] if batch_size is None else [batch_size])
     for name, values in numbers.items():
         for value in values:
-            _check_count(name, value)
+            check_count(name, value)
     for each in samplings:
         if not isinstance(each, Sampling):
             raise ValueError(f"sampling must be a Sampling, not {each!r}")
     samplings = [replace(each, **overrides) for each in samplings]
     if isinstance(seed, list):
-        seeds = [each if isinstance(each, tuple) else (each, 0) for each in _of_each("seed", seed, prompts)]
+        seeds = [each if isinstance(each, tuple) else (each, 0) for each in of_each("seed", seed, prompts)]
     else:
         seed = secrets.randbits(32) if seed is None else seed
         seeds = [(seed, place) for place in range(len(prompts))]
     for each in seeds:
-        if len(each) != 2 or not all(map(_is_whole, each)):
+        if len(each) != 2 or not all(map(is_whole, each)):
             raise ValueError(f"seed must be a whole number, not {each[0]!r}")
     prompts = [list(prompt) for prompt in prompts]
     if not prompts:
@@ -317,6 +326,7 @@ def stream_completions(
                     stats.prompt_tokens += len(request.prompt)
                     stats.new_tokens += len(tokens)
                     stats.rows += 1
+                    stats.running = len(scheduler.running)
                     yield *request.key, tokens
             finally:
                 prefill_seconds = runner.finish()
@@ -330,63 +340,6 @@ def stream_completions(
             f"out of {device.type} memory with {rows} rows of {length} tokens; "
             "lower --batch_size, --max_new_tokens or the length of the prompts"
         ) from None
-
-
-def _of_each(name: str, value, prompts: list) -> list:
-    """One value for each prompt, of one for all or of a list of them."""
-    if not isinstance(value, list | tuple):
-        return [value] * len(prompts)
-    if len(value) != len(prompts):
-        raise ValueError(f"{name} has {len(value)} values for {len(prompts)} prompts")
-    return list(value)
-
-
-def _check_count(name: str, value):
-    if not _is_whole(value):
-        raise ValueError(f"{name} must be a whole number, not {value!r}")
-    if not 1 <= value <= MOST:
-        raise ValueError(f"{name} must be at {f'least 1, not {value}' if value < 1 else f'most {MOST}'}")
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_prompts(model: Transformer, prompts: list[list[int]], limits: list[int]):
-    """Raises ValueError for a prompt that the model can't continue by its limit of new tokens."""
-    vocab_size = model.config.vocab_size
-    for index, prompt in enumerate(prompts):
-        which = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
-        if not prompt:
-            raise ValueError(f"{which} is empty")
-        if not all(map(_is_whole, prompt)):
-            raise ValueError(f"{which} must be a list of token ids, which tokenizer.encode(text) makes")
-        if not all(0 <= token < vocab_size for token in prompt):
-            raise ValueError(f"{which} has a token id outside the vocabulary of {vocab_size}")
-        check_context(model, len(prompt), limits[index], which)
-
-
-def checked_stop_ids(model: Transformer, stop_ids) -> tuple[int, ...]:
-    """The model's stop ids for None, else those given. Raises ValueError for what are none."""
-    if stop_ids is None:
-        return model.config.stop_ids
-    if not isinstance(stop_ids, list | tuple | set | frozenset) or not all(map(_is_whole, stop_ids)):
-        raise ValueError(f"stop_ids must be a list of token ids, not {stop_ids!r}")
-    if not all(0 <= token < model.config.vocab_size for token in stop_ids):
-        raise ValueError(f"stop_ids has a token id outside the vocabulary of {model.config.vocab_size}")
-    return tuple(stop_ids)
-
-
-def check_context(model: Transformer, prompt_tokens: int, max_new_tokens: int, which: str = "the prompt"):
-    """Raises ValueError if a prompt and its continuation do not fit the model's context."""
-    context = model.config.context_length
-    if prompt_tokens + max_new_tokens > context:
-        room = context - prompt_tokens
-        advice = f"--max_new_tokens can be at most {room}" if room > 0 else "shorten the prompt"
-        raise ValueError(
-            f"{which} has {prompt_tokens} tokens, and with {max_new_tokens} new ones exceeds the context of {context}: "
-            + advice
-        )
 
 
 def _room(
@@ -667,7 +620,8 @@ def run(args: argparse.Namespace):
         def on_completion(n: int, j: int, tokens: list[int]):
             output.add(fitting[n], j, _completion(prompts[n], tokens, tokenizer, stop_ids))
             bar.update()
-            bar.set_postfix_str(f"{stats.new_tokens / (time.perf_counter() - begin):,.0f} tokens/s")
+            rate = stats.new_tokens / (time.perf_counter() - begin)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s, {stats.running} rows in use")
 
         options = dict(
             batch_size=args.batch_size,
@@ -680,8 +634,6 @@ def run(args: argparse.Namespace):
         )
         texts, limits = [each.tokens for each in prompts], [each.max_new_tokens for each in prompts]
         if beams:
-            from beams import beam_search  # which uses this file
-
             results = beam_search(model, texts, limits, **beams, **options)
         else:
             results = generate(
@@ -735,8 +687,8 @@ def _asked(args: argparse.Namespace, sampling: Sampling) -> list[argparse.Namesp
         try:
             each.sampling = replace(sampling, **{name: entry[name] for name in SETTINGS if name in entry})
             for name in ("max_new_tokens", "num_samples"):
-                _check_count(name, getattr(each, name))
-            if each.seed is not None and not _is_whole(each.seed):
+                check_count(name, getattr(each, name))
+            if each.seed is not None and not is_whole(each.seed):
                 raise ValueError(f"seed must be a whole number, not {each.seed!r}")
             stops = [each.stop] if isinstance(each.stop, str) else each.stop or []
             if not isinstance(stops, list) or not all(stop and isinstance(stop, str) for stop in stops):

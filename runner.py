@@ -136,6 +136,7 @@ class Runner:
         self.device, self.ops, self.packs = model.device, model.ops, model.ops.packs
         rings = batch_size + snapshots_of(model.config, batch_size, length)
         self.whole_cache = KVCache.empty(model.config, rings, length, codec, self.device, model.kv_scales, page_count)
+        self.weights = None  # whose keys and values `pages` knows
         self.free_rings = list(range(batch_size, rings))  # for snapshots, which `pages` has of prefixes
         self.pages = Pages(page_count, snapshots=rings > batch_size, on_evict=self.free_rings.append)
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
@@ -620,10 +621,18 @@ def lease(
             if cache_bytes(model.config, *more, codec, pages) < free_memory(model.device) // 2:
                 rows, length = more
         held = Runner(model, rows, length, codec, compile, compile_prefill, pages)
+    if held.weights != (weights := _versions(model)):
+        held.pages.forget()  # what other weights have made of prompts
+        held.weights = weights
     yield held
     assert not held.pages.held, "pages were not given back"
     with _lock:
         _idle[model] = held
+
+
+def _versions(model: Transformer) -> list[tuple[int, int]]:
+    """What changes when weights do: where each is, and how often it was written in place, as far as PyTorch counts."""
+    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in model.parameters()]
 
 
 def release(model: Transformer):

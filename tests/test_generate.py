@@ -131,6 +131,18 @@ def test_prompts_that_share_pages_have_the_texts_that_they_have_alone(case, chun
             assert generate(model, prompts, limits, batch_size=rows, prefix_cache=prefix_cache, **options) == alone
 
 
+def test_what_other_weights_have_made_of_a_prompt_is_not_used():
+    model, prompt = small_model(), [[2, *range(5, 105)]]
+    before = generate(model, prompt, 9, **GREEDY)
+    assert runner_file._idle[model].pages.match(prompt[0]) == 64
+    with torch.no_grad():
+        model.layers[0].attention.wqkv.weight.mul_(-1)
+    after = generate(model, prompt, 9, **GREEDY)
+    assert after != before
+    release(model)
+    assert generate(model, prompt, 9, **GREEDY) == after
+
+
 def test_few_pages_make_requests_wait(tiny, monkeypatch):
     """Memory for one of them or a little more, as far as the run knows."""
     model, tokenizer = tiny

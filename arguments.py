@@ -1,0 +1,66 @@
+"""What `generate` and `beam_search` take: how much of it, and what is refused."""
+
+from model import Transformer
+
+MAX_BATCH = 256  # rows that run at once where --batch_size doesn't say
+SHARE = 0.95  # of free memory that a run may plan with: graphs and libraries take some
+MOST = 2**31 - 1  # of anything that is counted
+LENGTH_STEP = 64  # caches have a multiple of this length: fewer different shapes to compile
+
+
+def of_each(name: str, value, prompts: list) -> list:
+    """One value for each prompt, of one for all or of a list of them."""
+    if not isinstance(value, list | tuple):
+        return [value] * len(prompts)
+    if len(value) != len(prompts):
+        raise ValueError(f"{name} has {len(value)} values for {len(prompts)} prompts")
+    return list(value)
+
+
+def check_count(name: str, value):
+    """Raises ValueError unless `value` is a whole number from 1 to MOST."""
+    if not is_whole(value):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if not 1 <= value <= MOST:
+        raise ValueError(f"{name} must be at {f'least 1, not {value}' if value < 1 else f'most {MOST}'}")
+
+
+def is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_prompts(model: Transformer, prompts: list[list[int]], limits: list[int]):
+    """Raises ValueError for a prompt that the model can't continue by its limit of new tokens."""
+    vocab_size = model.config.vocab_size
+    for index, prompt in enumerate(prompts):
+        which = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
+        if not prompt:
+            raise ValueError(f"{which} is empty")
+        if not all(map(is_whole, prompt)):
+            raise ValueError(f"{which} must be a list of token ids, which tokenizer.encode(text) makes")
+        if not all(0 <= token < vocab_size for token in prompt):
+            raise ValueError(f"{which} has a token id outside the vocabulary of {vocab_size}")
+        check_context(model, len(prompt), limits[index], which)
+
+
+def checked_stop_ids(model: Transformer, stop_ids) -> tuple[int, ...]:
+    """The model's stop ids for None, else those given. Raises ValueError for what are none."""
+    if stop_ids is None:
+        return model.config.stop_ids
+    if not isinstance(stop_ids, list | tuple | set | frozenset) or not all(map(is_whole, stop_ids)):
+        raise ValueError(f"stop_ids must be a list of token ids, not {stop_ids!r}")
+    if not all(0 <= token < model.config.vocab_size for token in stop_ids):
+        raise ValueError(f"stop_ids has a token id outside the vocabulary of {model.config.vocab_size}")
+    return tuple(stop_ids)
+
+
+def check_context(model: Transformer, prompt_tokens: int, max_new_tokens: int, which: str = "the prompt"):
+    """Raises ValueError if a prompt and its continuation do not fit the model's context."""
+    context = model.config.context_length
+    if prompt_tokens + max_new_tokens > context:
+        room = context - prompt_tokens
+        advice = f"--max_new_tokens can be at most {room}" if room > 0 else "shorten the prompt"
+        raise ValueError(
+            f"{which} has {prompt_tokens} tokens, and with {max_new_tokens} new ones exceeds the context of {context}: "
+            + advice
+        )
