@@ -141,8 +141,8 @@ class Stats:
     new_tokens: int = 0
     rows: int = 0
     steps: int = 0
-    running: int = 0  # rows in use when the newest completion came
     bytes_read: int = 0  # weights and valid KV cache entries that the decode steps had to read
+    running: int = 0  # rows in use when the newest completion came
 
     @property
     def decode_rate(self) -> float:
