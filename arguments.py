@@ -1,5 +1,7 @@
 """What `generate` and `beam_search` take: how much of it, and what is refused."""
 
+from collections.abc import Callable
+
 from model import Transformer
 
 MAX_BATCH = 256  # rows that run at once where --batch_size doesn't say
@@ -15,6 +17,18 @@ def of_each(name: str, value, prompts: list) -> list:
     if len(value) != len(prompts):
         raise ValueError(f"{name} has {len(value)} values for {len(prompts)} prompts")
     return list(value)
+
+
+def check_lists(prompts):
+    """Raises ValueError unless prompts are lists."""
+    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, list | tuple) for prompt in prompts):
+        raise ValueError("prompts must be lists of token ids, which tokenizer.encode(text) makes")
+
+
+def check_function(name: str, value: Callable | None):
+    """Raises ValueError for what is neither a function nor None."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name} must be a function, not {value!r}")
 
 
 def check_count(name: str, value):
@@ -41,6 +55,12 @@ def check_prompts(model: Transformer, prompts: list[list[int]], limits: list[int
         if not all(0 <= token < vocab_size for token in prompt):
             raise ValueError(f"{which} has a token id outside the vocabulary of {vocab_size}")
         check_context(model, len(prompt), limits[index], which)
+
+
+def length_of_all(model: Transformer, prompts: list[list[int]], limits: list[int]) -> int:
+    """The length that a KV cache for these prompts and their limits of new tokens has."""
+    length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, model.config.context_length)
 
 
 def checked_stop_ids(model: Transformer, stop_ids) -> tuple[int, ...]:

@@ -24,18 +24,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arguments import LENGTH_STEP, MAX_BATCH, SHARE, check_count, check_prompts, checked_stop_ids, of_each
-from cache import Codec, KVCache, cache_bytes, codec_of, context_bytes
+from arguments import (
+    MAX_BATCH,
+    SHARE,
+    check_count,
+    check_function,
+    check_lists,
+    check_prompts,
+    checked_stop_ids,
+    length_of_all,
+    of_each,
+)
+from cache import Codec, KVCache, codec_of, context_bytes
 from cli import Stats
 from config import MAX_STOP_IDS, PAGE, ModelConfig
-from device import check_memory, free_memory, now
+from device import check_memory, free_memory, now, told_if_out_of_memory
 from model import Transformer
 from ops.prefix_attention import tile_rows
 from ops.rope import Shared
-from runner import Runner, held_bytes, lease, snapshots_of
+from runner import NOT_FINITE, Runner, activation_bytes, held_bytes, lease, runner_bytes
 from sampling import Sampling
-from scheduler import CHUNK, PADDING, SHARED, SMALL, Piece, Request, Running
+from scheduler import CHUNK, SHARED, Piece, Request, Running, fits
 
+ADVICE = "lower --num_beams, --batch_size, --max_new_tokens or the length of the prompts"
 OF_LOGITS = 16  # bytes a logit that a step takes: the logit, its log-probability, and what sorts them
 NO_HYPOTHESIS = -inf  # the score of a hypothesis that is not there; transformers has -1e9
 GREATEST = 30  # digits that length ** length_penalty may have: sums of log-probabilities stay finite in float32 with it
@@ -122,9 +133,9 @@ class Beams:
         """Readies the first prompts for their first tokens: `leaders` are the first beams of each, `followers` the
         others, in the order of their rows."""
         prompts, beams = self.score.shape
-        sent, idle = runner._sent, [0] * (prompts - len(leaders))
+        sent, idle = runner.sent, [0] * (prompts - len(leaders))
         rows = sorted([*leaders, *followers], key=lambda each: each.row)
-        for ring, table in runner._tables(rows).items():
+        for ring, table in runner.tables(rows).items():
             self.tables[ring].zero_()[: len(rows)] = table
             slots = _slots(self.tables[ring][::beams])  # the first beam's are all beams'
             self.slot_tables[ring].copy_(slots.repeat_interleave(beams, 0))
@@ -310,8 +321,7 @@ def search(
     """
     config, device = model.config, model.device
     codec = codec_of(kv_cache_dtype, model.dtype)
-    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, list | tuple) for prompt in prompts):
-        raise ValueError("prompts must be lists of token ids, which tokenizer.encode(text) makes")
+    check_lists(prompts)
     limits = of_each("max_new_tokens", max_new_tokens, prompts)
     for name, values in dict(max_new_tokens=limits, batch_size=[] if batch_size is None else [batch_size]).items():
         for value in values:
@@ -321,8 +331,7 @@ def search(
     if num_beams == 1:  # greedy: the first end is the end
         settings = Settings(1, length_penalty, True, repetition_penalty, stop_ids)
     for name, value in dict(on_step=on_step, on_completion=on_completion).items():
-        if value is not None and not callable(value):
-            raise ValueError(f"{name} must be a function, not {value!r}")
+        check_function(name, value)
     prompts = [list(prompt) for prompt in prompts]
     if not prompts:
         return []
@@ -333,14 +342,13 @@ def search(
     settings.check(config, max(limits))
     stats = Stats() if stats is None else stats
 
-    length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
-    length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, config.context_length)
+    length = length_of_all(model, prompts, limits)
     order = sorted(wanted, key=lambda i: -limits[i])  # those of a batch end at about the same time
     requests = [Request((i, 0), prompts[i], limits[i], Sampling(temperature=0)) for i in order]
     size, pages = _room(model, requests, num_beams, batch_size, length, codec)
     batches = [requests[i : i + size] for i in range(0, len(requests), size)]
     results: dict[int, tuple[list[int], float]] = {}
-    try:
+    with told_if_out_of_memory(device, f"{size * num_beams} rows of {length} tokens", ADVICE):
         begun = now(device)
         with lease(model, size * num_beams, length, codec, compile, pages=pages) as runner:
             if device.type == "cpu" and 2 * model.weight_bytes < free_memory(device):
@@ -359,11 +367,6 @@ def search(
                     stats.rows += 1
             stats.steps += runs.steps
             stats.bytes_read += runs.steps * model.weight_bytes
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            f"out of {device.type} memory with {size * num_beams} rows of {length} tokens; "
-            "lower --num_beams, --batch_size, --max_new_tokens or the length of the prompts"
-        ) from None
     return [results.get(i, ([], -inf)) for i in range(len(prompts))]
 
 
@@ -392,7 +395,7 @@ class _Search:
         key = "beams", *kind
         if key not in runner.steps:  # recorded while all prompts are done and all tables show page 0
             beams = Beams.empty(runner, *kind, tile)
-            runner.steps[key] = runner._record(lambda: step(model, beams)), beams
+            runner.steps[key] = runner.record(lambda: step(model, beams)), beams
         self.graph, self.beams = runner.steps[key]
 
     def run(self, batch: list[Request], stats: Stats) -> Iterator[tuple[Request, list[int], float]]:
@@ -425,12 +428,12 @@ class _Search:
         for pieces in _pieces(leaders, runner.packs):
             if self.on_step is not None:
                 self.on_step(0, runner)
-            logits, _ = runner._prefill_pieces(self.model, pieces)
+            logits, _ = runner.prefill_pieces(self.model, pieces)
             if first is None:
                 first = logits.new_zeros(len(self.beams.done), logits.shape[1])
             ending = [i for i, piece in enumerate(pieces) if piece.ends]
             prompts = [pieces[i].running.row // self.settings.num_beams for i in ending]
-            first[runner._sent(prompts)] = logits[runner._sent(ending)]
+            first[runner.sent(prompts)] = logits[runner.sent(ending)]
         for each in leaders:
             runner.pages.register(each.held)
         return first
@@ -480,10 +483,7 @@ class _Reader:
     def check(report: Tensor) -> bool:
         done, finite = report.tolist()
         if not finite:
-            raise ValueError(
-                "the model computes values that are not finite (NaN or infinity): its weights are damaged, or need "
-                "another precision"
-            )
+            raise ValueError(NOT_FINITE)
         return bool(done)
 
 
@@ -496,8 +496,7 @@ def _pieces(leaders: list[Running], packs: bool) -> Iterator[list[Piece]]:
             end = min(length, begin + CHUNK)
             longest = max(end - begin, *(piece.end - piece.begin for piece in pieces), 0)
             total = tokens + end - begin
-            padded = longest * (len(pieces) + 1)
-            if pieces and (total if packs else padded) > (CHUNK if packs else min(CHUNK, max(PADDING * total, SMALL))):
+            if pieces and not fits(total, len(pieces) + 1, longest, packs):
                 yield pieces
                 pieces, total = [], end - begin
             snapshot = each.held.snapshot if begin == each.held.cached else None
@@ -517,18 +516,15 @@ def _room(
     Raises ValueError if there is no room for one of them, or for batch_size."""
     config, held = model.config, held_bytes(model)
     tokens = min(sum(len(request.prompt) for request in requests), CHUNK)
-    activations = tokens * (4 * config.intermediate_size + 6 * config.hidden_size) * model.dtype.itemsize
+    activations = activation_bytes(model, tokens)
     own = [-(-request.tokens // PAGE) for request in requests]
     pages = [n + (beams - 1) * (n - len(request.prompt) // PAGE) for n, request in zip(own, requests)]
     size = min(len(requests), batch_size or max(1, MAX_BATCH // beams))
     while True:
         count, rows = 1 + max(sum(pages[i : i + size]) for i in range(0, len(pages), size)), size * beams
-        of_state = rows * (OF_LOGITS * config.vocab_size + 24 * length)
-        of_cache = cache_bytes(config, rows + snapshots_of(config, rows, length), length, codec, count)
-        needed = of_cache + of_state + activations
+        needed = runner_bytes(config, rows, length, codec, count) + rows * OF_LOGITS * config.vocab_size + activations
         if size == 1 or batch_size is not None or needed <= SHARE * (free_memory(model.device) + held):
             break
         size -= max(1, size // 8)
-    advice = "lower --num_beams, --batch_size, --max_new_tokens or the length of the prompts"
-    check_memory(int(needed - held), model.device, f"a batch of {rows} rows of {length} tokens", advice)
+    check_memory(int(needed - held), model.device, f"a batch of {rows} rows of {length} tokens", ADVICE)
     return size, count

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 
+from beams import beam_search
 from benchmarks import peers, report
 from benchmarks.checkpoints import E4M3, FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
 from benchmarks.report import OURS
@@ -175,7 +176,6 @@ def beams(
 ) -> Iterator[dict]:
     """Beam search with 4 beams: 16 prompts of 256 tokens, 256 new, no stop, the whole call. New tokens are those of the
     hypotheses that come back."""
-    from beams import beam_search
 
     def of_model(model: Transformer, kv_dtype, case: dict):
         prompts = random_prompts(count, context, model.config.vocab_size)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import contextmanager
 
 import torch
 
@@ -41,6 +42,15 @@ def check_memory(needed: int, device: torch.device, what: str, advice: str):
             f"not enough {device.type} memory: {what} needs {needed / GIB:.1f} GiB, {available / GIB:.1f} GiB is free; "
             + advice
         )
+
+
+@contextmanager
+def told_if_out_of_memory(device: torch.device, what: str, advice: str):
+    """Raises ValueError, with what there was no memory for and what to do, if PyTorch runs out of it in the context."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of {device.type} memory with {what}; {advice}") from None
 
 
 def peak_memory(device: torch.device) -> int:

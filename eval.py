@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from cache import Codec, KVCache, codec_of
 from cli import Parser, add_model_options, number, path, run_program
+from device import told_if_out_of_memory
 from generate import generate, load_model
 from model import Transformer
 from runner import release
@@ -75,7 +76,8 @@ def evaluate(
 
     device = model.device
     loss, kl, agreed = torch.zeros(3, dtype=torch.float64, device=device)
-    try:
+    what = f"{batch_size} windows of {max(lengths)} tokens"
+    with told_if_out_of_memory(device, what, "lower --batch_size or --window"):
         for batch in batches(windows, batch_size):
             tokens = torch.tensor(batch, device=device)  # [B, T]
             outputs = []
@@ -90,9 +92,6 @@ def evaluate(
                 kl += (theirs.exp() * (theirs - ours)).sum(-1).double().sum()
                 agreed += (ours.argmax(-1) == theirs.argmax(-1)).sum()
             progress(len(batch))
-    except torch.OutOfMemoryError:
-        advice = f"{batch_size} windows of {max(lengths)} tokens; lower --batch_size or --window"
-        raise ValueError(f"out of {device.type} memory with {advice}") from None
 
     count = sum(len(window) - 1 for window in windows)
     loss = loss / count
@@ -157,7 +156,7 @@ def score(
     results, contexts = [(0.0, True)] * len(requests), sorted(groups, key=len, reverse=True)
     codec = codec_of(kv_cache_dtype, model.dtype)
     release(model)  # its memory is wanted here
-    try:
+    with told_if_out_of_memory(device, f"{batch_size} requests at once", "lower --batch_size"):
         for i in range(0, len(contexts), batch_size):
             batch = contexts[i : i + batch_size]
             rows = [(row, index) for row, context in enumerate(batch) for index in groups[context]]
@@ -167,9 +166,6 @@ def score(
             for (_, index), result in zip(rows, scores):
                 results[index] = result
             progress(len(rows))
-    except torch.OutOfMemoryError:
-        advice = f"{batch_size} requests at once; lower --batch_size"
-        raise ValueError(f"out of {device.type} memory with {advice}") from None
     return results
 
 

@@ -26,15 +26,17 @@ import torch
 from tqdm import tqdm
 
 from arguments import (
-    LENGTH_STEP,
     MAX_BATCH,
     MOST,
     SHARE,
     check_context,
     check_count,
+    check_function,
+    check_lists,
     check_prompts,
     checked_stop_ids,
     is_whole,
+    length_of_all,
     of_each,
 )
 from beams import beam_search
@@ -62,12 +64,12 @@ from cli import (
     run_program,
 )
 from config import PAGE
-from device import check_memory, free_memory, now, pick_device
+from device import check_memory, free_memory, now, pick_device, told_if_out_of_memory
 from files import check_writable, write_atomically
 from model import Transformer
 from ops import choose
 from pages import Held
-from runner import Runner, held_bytes, lease, snapshots_of
+from runner import Runner, activation_bytes, held_bytes, lease, runner_bytes
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import CHUNK, LAGS, Request, Scheduler
 from text import Output, before_stop, check_prompt, completed, read_prompts, stops_within
@@ -75,6 +77,7 @@ from tokenizer import Tokenizer, check_text
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 PADDED = 1.25  # times its tokens that a prefill has at most, once a runner has rounded its width up
+ADVICE = "lower --batch_size, --max_new_tokens or the length of the prompts"
 CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
 RESULT_BYTES, TOKEN_BYTES = 500, 40  # of the host's memory for a finished row, and for each of its tokens
 
@@ -183,8 +186,7 @@ def generate(
     skipped are empty. on_completion gets the number of the prompt, that of the sample, and the tokens of each as soon
     as it is there.
     """
-    if on_completion is not None and not callable(on_completion):
-        raise ValueError(f"on_completion must be a function, not {on_completion!r}")
+    check_function("on_completion", on_completion)
     results: dict[tuple[int, int], list[int]] = {}
     for prompt, sample, tokens in stream_completions(model, prompts, max_new_tokens, **options):
         results[prompt, sample] = tokens
@@ -252,8 +254,7 @@ def stream_completions(
     codec = codec_of(kv_cache_dtype, model.dtype)
     if stop_check not in LAGS:
         raise ValueError(f"stop_check must be one of {', '.join(LAGS)}, not {stop_check!r}")
-    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, list | tuple) for prompt in prompts):
-        raise ValueError("prompts must be lists of token ids, which tokenizer.encode(text) makes")
+    check_lists(prompts)
     limits = of_each("max_new_tokens", max_new_tokens, prompts)
     samplings = of_each("sampling", Sampling() if sampling is None else sampling, prompts)
     counts = of_each("num_samples", num_samples, prompts)
@@ -278,18 +279,15 @@ def stream_completions(
     if not prompts:
         return
     check_prompts(model, prompts, limits)
-    callbacks = dict(on_token=on_token, on_step=on_step)
-    for name, value in [*callbacks.items(), *(("stop_when", each) for each in stop_when)]:
-        if value is not None and not callable(value):
-            raise ValueError(f"{name} must be a function, not {value!r}")
+    for name, value in [("on_token", on_token), ("on_step", on_step), *(("stop_when", each) for each in stop_when)]:
+        check_function(name, value)
     if on_token is not None and sum(counts) > 1:
         raise ValueError("on_token streams a single row")
     stop_ids = checked_stop_ids(model, stop_ids)
     stats = Stats() if stats is None else stats
 
     n_rows, longest = sum(counts), max(map(len, prompts))
-    length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
-    length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, config.context_length)
+    length = length_of_all(model, prompts, limits)
     kind = DrawKind.of(config.vocab_size, *set(samplings))
     pages = Counter()  # how many requests need so many: samples share those of their prompt
     for prompt, limit, count in zip(prompts, limits, counts):
@@ -313,7 +311,7 @@ def stream_completions(
         for j in range(counts[i])
         if (i, j) not in skip
     )
-    try:
+    with told_if_out_of_memory(device, f"{rows} rows of {length} tokens", ADVICE):
         start = now(device)
         with lease(model, rows, length, codec, compile, compile_prefill, page_count) as runner:
             runner.start(model, rows, kind, stop_ids, prefix_cache)
@@ -335,11 +333,6 @@ def stream_completions(
             stats.decode_seconds += now(device) - started - prefill_seconds
             stats.steps += scheduler.steps
             stats.bytes_read += scheduler.steps * model.weight_bytes
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            f"out of {device.type} memory with {rows} rows of {length} tokens; "
-            "lower --batch_size, --max_new_tokens or the length of the prompts"
-        ) from None
 
 
 def _room(
@@ -359,17 +352,15 @@ def _room(
     fewer rows, too, if those may be. Raises ValueError if there is no room for the largest request, or for the rows.
     """
     config, held, count_of_all = model.config, held_bytes(model), pages.total()
-    tokens = max(longest, CHUNK) * (1 if model.ops.packs else PADDED)
-    tokens = min(tokens, CHUNK if model.ops.packs else PADDED * CHUNK, count_of_all * longest)
-    activations = tokens * (4 * config.intermediate_size + 6 * config.hidden_size) * model.dtype.itemsize
+    tokens = min(CHUNK if model.ops.packs else PADDED * CHUNK, count_of_all * longest)
+    activations = activation_bytes(model, tokens)
     # Bytes a logit that a draw takes: sorting, float64, and what a penalty makes of them
     of_logits = 56 if kind.in_order else 32 if kind.in_any_order or kind.penalize else 12
     a_page = cache_bytes(config, 0, length, codec, 1) - cache_bytes(config, 0, length, codec, 0)
     room = SHARE * (free_memory(model.device) + held) - activations
 
     def needed(rows: int, count: int) -> float:
-        state = rows * (config.vocab_size * of_logits + 24 * length)  # noise and log
-        return cache_bytes(config, rows + snapshots_of(config, rows, length), length, codec, count) + state
+        return runner_bytes(config, rows, length, codec, count) + rows * config.vocab_size * of_logits
 
     def largest(rows: int) -> int:
         total = 0
@@ -388,9 +379,8 @@ def _room(
         if rows == 1 or not fewer or (busy and needed(rows, count) <= room):
             break
         rows = (rows - 1) // 64 * 64 or rows - max(1, rows // 8)
-    advice = "lower --batch_size, --max_new_tokens or the length of the prompts"
     what = f"a batch of {rows} rows of {length} tokens"
-    check_memory(int(needed(rows, count) + activations - held), model.device, what, advice)
+    check_memory(int(needed(rows, count) + activations - held), model.device, what, ADVICE)
     return rows, count
 
 

@@ -55,7 +55,7 @@ class Pages:
         if like:
             return -(-tokens // PAGE) - len(prompt) // PAGE
         shared = self._hit(prompt)
-        return -(-tokens // PAGE) - len(shared) + sum(page in self.idle for page in shared)
+        return -(-tokens // PAGE) - len(shared) + self._idle(shared)
 
     def take(self, prompt: Sequence[int], tokens: int, like: Held | None = None) -> Held | None:
         """Room for `tokens` tokens that begin with the prompt; None, and nothing changes, if there is not enough.
@@ -77,7 +77,7 @@ class Pages:
             shared = like.pages[: len(prompt) // PAGE]
             cached, snapshot = like.cached, like.snapshot
         fresh = -(-tokens // PAGE) - len(shared)
-        if fresh > self.free - sum(page in self.idle for page in shared):
+        if fresh + self._idle(shared) > self.free:
             return None
         for page in shared:
             self._hold(page)
@@ -179,6 +179,9 @@ class Pages:
         while self.needs_snapshot and path and path[-1] not in self.snapshots:
             path.pop()
         return path
+
+    def _idle(self, pages: list[int]) -> int:
+        return sum(page in self.idle for page in pages)
 
     def _hold(self, page: int):
         while page:

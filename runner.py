@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -77,6 +77,12 @@ class State:
 ROW_FIELDS = tuple(field.name for field in fields(State) if field.name not in ("stop_ids", "log", "step"))
 
 
+NOT_FINITE = (
+    "the model computes values that are not finite (NaN or infinity): its weights are damaged, "
+    "or need another precision"
+)
+
+
 def decode_step(model: Transformer, cache: KVCache, state: State, kind: DrawKind, shared: Shared | None = None):
     """Computes, draws and appends one token for each row, and writes the log."""
     logits = model.logits(state.token[:, None], cache, state.position, shared=shared)
@@ -141,11 +147,13 @@ class Runner:
         self.pages = Pages(page_count, snapshots=rings > batch_size, on_evict=self.free_rings.append)
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
             self.whole_state = State.empty(batch_size, length, self.device)
+            shapes = (batch_size,), (batch_size,), (power_of_2(batch_size), 2)
+            self.whole_shared = Shared(*(torch.zeros(x, dtype=torch.int32, device=self.device) for x in shapes), rows=0)
             self.log = torch.zeros_like(self.whole_state.log, device="cpu", pin_memory=self.device.type == "cuda")
         self.cache, self.state = self.whole_cache, self.whole_state  # of the rows that are in use
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
         self.steps, self.prefills, self.pool = {}, {}, None
-        self.shared, self.whole_shared = None, None  # of the rows in use; memory for it
+        self.shared = None  # of the rows in use, in the memory of whole_shared
         self.tile_of = model.config.n_heads // model.config.n_kv_heads, model.config.head_dim, model.dtype
         # Functions, not methods of self: without a cycle, memory is free as soon as the runner is.
         self._step, self._run_prefill = decode_step, Transformer.logits
@@ -209,7 +217,7 @@ class Runner:
 
     def _made_step(self, model: Transformer) -> "torch.cuda.CUDAGraph | None":
         """The graph of a step of the rows in use; compiles the step, and on CUDA records it, if that is still to do."""
-        shared = self.shared if self.shared and self.shared.rows else None
+        shared = self.shared
         key = len(self.state.token), self.kind, shared and (shared.rows, len(shared.tiles))
         if self.compile and key not in self.steps:
             if self.events and self.device.type == "cuda":
@@ -233,15 +241,15 @@ class Runner:
         state.done.fill_(True)
         try:
             if self.device.type == "cuda":
-                return self._record(lambda: self._step(model, self.cache, state, self.kind, shared))
+                return self.record(lambda: self._step(model, self.cache, state, self.kind, shared))
             # Inductor then knows the weights and packs them: 1.5 times as fast on 2 cores with AVX512-BF16.
             with torch._inductor.config.patch(freezing=True):
-                self._step(model, self.cache, state, self.kind)
+                self._step(model, self.cache, state, self.kind, shared)
         finally:
             for x, value in kept:
                 x.copy_(value)
 
-    def _record(self, run: Callable):
+    def record(self, run: Callable):
         """One CUDA graph of what `run` launches. It runs twice before: kernels are compiled, libraries take memory."""
         with _recording:
             stream = self.streams[0]
@@ -269,10 +277,10 @@ class Runner:
 
         def run():
             self._retire(retired)
-            logits, cache = self._prefill_pieces(model, pieces)
+            logits, cache = self.prefill_pieces(model, pieces)
             ending = [i for i, piece in enumerate(pieces) if piece.ends]
             if len(ending) < len(pieces):
-                logits, cache = logits[self._sent(ending)], cache.rows(self._sent(ending))
+                logits, cache = logits[self.sent(ending)], cache.rows(self.sent(ending))
             if ending:
                 self._start_rows([pieces[i].running for i in ending], logits, cache)
             log_step(self.state)
@@ -282,12 +290,12 @@ class Runner:
 
     def _start_rows(self, started: list, logits: Tensor, cache: KVCache):
         """Starts rows [N] whose prompts' last tokens have these logits [N, V], and whose tables `cache` has."""
-        index, state = self._sent([each.row for each in started]), self._state_of([each.request for each in started])
+        index, state = self.sent([each.row for each in started]), self._state_of([each.request for each in started])
         prompts = [each.request.prompt for each in started]
-        state.position.copy_(self._sent(list(map(len, prompts))))
+        state.position.copy_(self.sent(list(map(len, prompts))))
         if self.kind.penalize:
             longest = max(map(len, prompts))  # padded by a token of its own: none that would count as seen besides
-            tokens = self._sent([[*prompt, *prompt[:1] * (longest - len(prompt))] for prompt in prompts])
+            tokens = self.sent([[*prompt, *prompt[:1] * (longest - len(prompt))] for prompt in prompts])
             state.seen = torch.zeros_like(self.state.seen[: len(prompts)]).scatter_(1, tokens, True)
         next_token(state, logits.float(), self.kind)
         for name in ROW_FIELDS:
@@ -298,10 +306,10 @@ class Runner:
         for ring, table in self.cache.tables.items():
             table.index_copy_(0, index, cache.tables[ring])
 
-    def _prefill_pieces(self, model: Transformer, pieces: list) -> tuple[Tensor, KVCache]:
+    def prefill_pieces(self, model: Transformer, pieces: list) -> tuple[Tensor, KVCache]:
         """Fills the caches of pieces [N], but for followers only with what they don't share. Returns logits [N, V] of
         their last tokens, and the cache as their rows see it."""
-        cache = self.whole_cache.with_tables(self._tables([piece.running for piece in pieces]))
+        cache = self.whole_cache.with_tables(self.tables([piece.running for piece in pieces]))
         self._copy_rings([(piece.snapshot, piece.running.ring) for piece in pieces if piece.snapshot is not None])
         logits = self._computed(model, pieces, cache)
         self._copy_rings([(piece.running.ring, piece.keep) for piece in pieces if piece.keep is not None])
@@ -311,30 +319,30 @@ class Runner:
         """Copies local layers' rings, (from, to) each."""
         if pairs:
             width = self.whole_cache.tables[True].shape[1]
-            pages = self._sent([[[1 + ring * width + i for i in range(width)] for ring in pair] for pair in pairs])
+            pages = self.sent([[[1 + ring * width + i for i in range(width)] for ring in pair] for pair in pairs])
             self.whole_cache.copy_pages(True, pages[:, 0].flatten(), pages[:, 1].flatten())
 
     def _computed(self, model: Transformer, pieces: list, cache: KVCache) -> Tensor:
-        """Fills the caches of pieces, as `_prefill_pieces` does, and returns its logits."""
+        """Fills the caches of pieces, as `prefill_pieces` does, and returns its logits."""
         computed = [i for i, piece in enumerate(pieces) if piece.leader is None]
         if len(computed) == len(pieces):
             return self._prefill(model, pieces, cache)
-        logits = self._prefill(model, [pieces[i] for i in computed], cache.rows(self._sent(computed)))
+        logits = self._prefill(model, [pieces[i] for i in computed], cache.rows(self.sent(computed)))
         place = {i: n for n, i in enumerate(computed)}
         logits = logits[
-            self._sent([place[i if piece.leader is None else piece.leader] for i, piece in enumerate(pieces)])
+            self.sent([place[i if piece.leader is None else piece.leader] for i, piece in enumerate(pieces)])
         ]
         copies = [(piece.leader, i, piece.end // PAGE) for i, piece in enumerate(pieces) if piece.leader is not None]
-        source, to, _ = self._sent(copies).unbind(1)
+        source, to, _ = self.sent(copies).unbind(1)
         if True in cache.tables:
             cache.copy_pages(True, *(cache.tables[True][rows].flatten() for rows in (source, to)))
         copies = [each for each in copies if pieces[each[1]].end % PAGE]  # the page that a prompt ends in
         if copies and False in cache.tables:
-            source, to, block = self._sent(copies).unbind(1)
+            source, to, block = self.sent(copies).unbind(1)
             cache.copy_pages(False, cache.tables[False][source, block], cache.tables[False][to, block])
         return logits
 
-    def _tables(self, rows: list) -> dict[bool, Tensor]:
+    def tables(self, rows: list) -> dict[bool, Tensor]:
         """The tables of what runs in these rows."""
         tables = {}
         for ring, table in self.whole_cache.tables.items():
@@ -343,18 +351,18 @@ class Runner:
                 range(1 + each.ring * width, 1 + each.ring * width + width) if ring else each.held.pages
                 for each in rows
             ]
-            tables[ring] = self._sent([[*each, *[0] * (width - len(each))] for each in pages], torch.int32)
+            tables[ring] = self.sent([[*each, *[0] * (width - len(each))] for each in pages], torch.int32)
         return tables
 
     def _prefill(self, model: Transformer, pieces: list, cache: KVCache) -> Tensor:
         """Logits [N, V] of the last tokens of pieces [N], whose rows `cache` has: packed, or padded on the right."""
         texts = [piece.prompt[piece.begin : piece.end] for piece in pieces]
-        lengths, longest, total = self._sent([len(text) for text in texts]), max(map(len, texts)), sum(map(len, texts))
-        position = self._sent([piece.begin for piece in pieces]) if any(piece.begin for piece in pieces) else None
+        lengths, longest, total = self.sent([len(text) for text in texts]), max(map(len, texts)), sum(map(len, texts))
+        position = self.sent([piece.begin for piece in pieces]) if any(piece.begin for piece in pieces) else None
         if self.packs:
             record = self.compile_prefill and self.device.type == "cuda" and not self.events
             width = power_of_2(max(64, total)) if record else -(-total // 64) * 64  # few shapes for libraries to meet
-            tokens = self._sent([token for text in texts for token in text] + [0] * (width - total))
+            tokens = self.sent([token for text in texts for token in text] + [0] * (width - total))
             if record:
                 return self._recorded_prefill(model, tokens, cache, position, lengths, max(16, power_of_2(longest)))
             return self._logits(model, tokens, cache, position, lengths, False, longest)
@@ -362,7 +370,7 @@ class Runner:
             longest = max(longest, 2)  # a length of 1 would be compiled apart
         elif self.device.type == "cpu":
             longest = _few_widths(longest)
-        tokens = self._sent([text + [0] * (longest - len(text)) for text in texts])
+        tokens = self.sent([text + [0] * (longest - len(text)) for text in texts])
         if not self.compile_prefill:  # the definition reads all pages that there are
             cache = cache.shortened(max(piece.begin for piece in pieces) + longest)
         return self._logits(model, tokens, cache, position, lengths)
@@ -372,15 +380,15 @@ class Runner:
         state = State.empty(len(requests), 0, self.device)
         state.done.zero_()
         state.stop_ids = self.state.stop_ids
-        state.max_new_tokens = self._sent([request.max_new_tokens for request in requests])
+        state.max_new_tokens = self.sent([request.max_new_tokens for request in requests])
         values = [[getattr(request.sampling, name) for name in SETTINGS] for request in requests]
-        state.settings = self._sent(values, torch.float64)
+        state.settings = self.sent(values, torch.float64)
         noise = [request.noise for request in requests]
         longest = max(1, *map(len, noise))
-        state.noise = self._sent([each + [0.0] * (longest - len(each)) for each in noise], torch.float64)
+        state.noise = self.sent([each + [0.0] * (longest - len(each)) for each in noise], torch.float64)
         return state
 
-    def _sent(self, values: list, dtype: torch.dtype = torch.long) -> Tensor:
+    def sent(self, values: list, dtype: torch.dtype = torch.long) -> Tensor:
         """On the device; the host goes on meanwhile."""
         values = torch.tensor(values, dtype=dtype)
         return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
@@ -402,7 +410,7 @@ class Runner:
                 arguments = held[0], view, None if position is None else held[-1], held[1], False, longest
                 result[:] = [self._run_prefill(model, *arguments)]
 
-            self.prefills[key] = self._record(run), held, result[0]
+            self.prefills[key] = self.record(run), held, result[0]
         graph, held, logits = self.prefills[key]
         for mine, value in zip(held, inputs):
             mine.copy_(value)
@@ -433,10 +441,10 @@ class Runner:
             if graph is not None:
                 graph.replay()
             else:
-                shared, cache = (self.shared,) if self.shared and self.shared.rows else (), self.cache
+                cache = self.cache
                 if self.device.type == "cpu" and not self.compile:  # whose definition reads all pages that there are
                     cache = cache.shortened(int(self.state.position.max()) + 1)
-                self._step(model, cache, self.state, self.kind, *shared)
+                self._step(model, cache, self.state, self.kind, self.shared)
 
         with _range("decode step", self.device):
             self._event(run)
@@ -448,7 +456,7 @@ class Runner:
         return rows
 
     def _move(self, order: list[int]):
-        index = self._sent(order)
+        index = self.sent(order)
         for name in ROW_FIELDS:
             if (value := getattr(self.state, name)) is not None:
                 value[: len(order)] = value[index]
@@ -459,7 +467,7 @@ class Runner:
     def _set_shared(self, groups: list[tuple[int, list[int]]]):
         """Tells attention which rows share a prefix."""
         if not groups:
-            self.shared = self.shared and self.shared._replace(rows=0)
+            self.shared = None
             return
         rows = len(self.state.token)
         largest = max(len(members) for _, members in groups)
@@ -470,21 +478,16 @@ class Runner:
             order += members
             for row in members:
                 prefix[row] = tokens
-        if self.whole_shared is None:
-            with torch.inference_mode(False):
-                zeros = partial(torch.zeros, dtype=torch.int32, device=self.device)
-                b = self.batch_size
-                self.whole_shared = Shared(zeros(b), zeros(b), zeros(power_of_2(b), 2), rows=0)
         whole = self.whole_shared
         self.shared = Shared(whole.prefix[:rows], whole.order[:rows], whole.tiles[: power_of_2(len(tiles))], tile)
         tiles += [(0, 0)] * (len(self.shared.tiles) - len(tiles))
         order += [0] * (rows - len(order))
         for mine, values in ((self.shared.prefix, prefix), (self.shared.order, order), (self.shared.tiles, tiles)):
-            mine.copy_(self._sent(values, torch.int32))
+            mine.copy_(self.sent(values, torch.int32))
 
     def _retire(self, rows: list[int]):
         if rows:
-            index = self._sent(rows)
+            index = self.sent(rows)
             self.state.done.index_fill_(0, index, True)
             self.state.position.index_fill_(0, index, 0)
             for table in self.cache.tables.values():
@@ -527,10 +530,7 @@ class Runner:
         entry = self.log[self.entries % len(self.log), : len(self.state.token)].tolist()
         self.entries += 1
         if not all(finite for *_, finite in entry):
-            raise ValueError(
-                "the model computes values that are not finite (NaN or infinity): its weights are damaged, or need "
-                "another precision"
-            )
+            raise ValueError(NOT_FINITE)
         return entry
 
     def finish(self) -> float:
@@ -549,6 +549,16 @@ def snapshots_of(config, batch_size: int, length: int) -> int:
     return min(8, 1 + batch_size // 8) if any(pages_of(config, i, length)[1] for i in range(config.n_layers)) else 0
 
 
+def runner_bytes(config, rows: int, length: int, codec: Codec, pages: int) -> int:
+    """Bytes of the KV cache, noise and log of a runner with these rows and pages."""
+    return cache_bytes(config, rows + snapshots_of(config, rows, length), length, codec, pages) + 24 * rows * length
+
+
+def activation_bytes(model: Transformer, tokens: float) -> float:
+    """Bytes that a prefill of so many tokens takes: mostly activations of the feed-forward layer, some at once."""
+    return tokens * (4 * model.config.intermediate_size + 6 * model.config.hidden_size) * model.dtype.itemsize
+
+
 @cache
 def _streams(device: torch.device) -> list:
     """Two, for all runners: libraries keep a workspace for each stream that they ever ran on."""
@@ -562,7 +572,7 @@ def _range(name: str, device: torch.device):
 
 def _padded_rows(rows: int) -> int:
     """How many rows a graph is recorded for: a power of two, or a multiple of 64."""
-    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
+    return power_of_2(rows) if rows <= 64 else -(-rows // 64) * 64
 
 
 def _few_widths(width: int) -> int:
@@ -617,7 +627,7 @@ def lease(
             held = None  # freed before the next one is made
     if held is None:
         if roomy:
-            more = _padded_rows(rows), min(max(512, 1 << (length - 1).bit_length()), model.config.context_length)
+            more = _padded_rows(rows), min(max(512, power_of_2(length)), model.config.context_length)
             if cache_bytes(model.config, *more, codec, pages) < free_memory(model.device) // 2:
                 rows, length = more
         held = Runner(model, rows, length, codec, compile, compile_prefill, pages)

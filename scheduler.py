@@ -146,14 +146,16 @@ class Scheduler:
 
     def _due(self) -> int:
         """How many requests start now: as many as rows and pages are free for, if those are enough."""
+        enough = max(1, min(len(self.waiting), self.rows // SHARE))
+        idle = all(each.last < inf for each in self.running)
+        if len(self.free) < enough and not idle:
+            return 0
         count, pages, prompt = 0, self.pages.free, None
         for request in islice(self.waiting, len(self.free)):
             pages -= self.pages.needed(request.prompt, request.tokens, request.prompt is prompt)
             if pages < 0:
                 break
             count, prompt = count + 1, request.prompt
-        enough = max(1, min(len(self.waiting), self.rows // SHARE))
-        idle = all(each.last < inf for each in self.running)
         return max(count, 1) if count >= enough or (idle and self.waiting) else 0
 
     def _prefills(self, cached: int) -> Iterator[list[Piece]]:
@@ -181,14 +183,12 @@ class Scheduler:
                 end = min(shared or len(request.prompt), begin + CHUNK)
                 total, longest = tokens + end - begin, max(longest, end - begin)
                 page = tuple(request.prompt[: begin + PAGE]) if self.pages.caching else None
-                if pieces and (page in filling or not self._fits(total, len(leaders) + 1, longest)):
+                if pieces and (page in filling or not fits(total, len(leaders) + 1, longest, self.runner.packs)):
                     break
                 running = cut.running if cut is not None else self._take(request, None)
-                piece = Piece(running, begin, end)
-                if cut is None:
-                    piece = piece._replace(snapshot=running.held.snapshot)
-                if end == shared:
-                    piece = piece._replace(keep=self._ring_to_keep())
+                snapshot = running.held.snapshot if cut is None else None
+                keep = self._ring_to_keep() if end == shared else None
+                piece = Piece(running, begin, end, None, snapshot, keep)
                 leaders.append(len(pieces))
                 pieces.append(piece)
                 tokens = total
@@ -214,12 +214,6 @@ class Scheduler:
         """A ring for a snapshot: one that is free, or that of the snapshot that was not used for longest."""
         free = self.runner.free_rings
         return free.pop() if free else self.pages.evict_snapshot()
-
-    def _fits(self, tokens: int, prompts: int, longest: int) -> bool:
-        """Whether one prefill takes so many prompts of so many tokens in all, and at most `longest` a prompt."""
-        if self.runner.packs:
-            return tokens <= CHUNK
-        return prompts * longest <= min(CHUNK, max(PADDING * tokens, SMALL))
 
     def _take(self, request: Request, like: Held | None) -> Running:
         """A row, a ring and pages for a request, of which some may be those of one that is alike."""
@@ -332,6 +326,14 @@ class Scheduler:
                     if each.last == inf:
                         self._leave(each)
                     yield each.request, each.tokens
+
+
+def fits(tokens: int, prompts: int, longest: int, packs: bool) -> bool:
+    """Whether one prefill takes so many prompts of so many tokens in all, and at most `longest` a prompt: packed, or
+    padded to that."""
+    if packs:
+        return tokens <= CHUNK
+    return prompts * longest <= min(CHUNK, max(PADDING * tokens, SMALL))
 
 
 def _shared(group: list[Running]) -> tuple[int, list[int]]:

@@ -12,7 +12,7 @@ TransformerEngine's modules. model.py is written over `Ops` and knows none of th
 | matmul         | a product by a weight of any format                        | matmul.py, integer.py            |
 | matmul_geglu   | gate and up products and GeGLU, rounded to FP8 or not      | matmul.py, integer.py            |
 | mask           | which keys a query sees                                    | attention.py                     |
-| attend         | norms, rotation, cache write and attention                 | attention.py, {decode,prefill}_attention.py |
+| attend         | norms, rotation, cache write and attention                 | attention.py, *_attention.py      |
 | greedy         | the most probable token, appended to each row              | next_token.py                    |
 """
 

@@ -85,7 +85,7 @@ def attend_triton(
     return prefill_attention(q, k, v, layer, context, positions, dtype, output_scale)
 
 
-def attention_mask(cache, window: int | None, query: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor | None:
+def attention_mask(cache, window: int | None, query: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
     """Which keys queries at positions query [N, T] see behind `position` [N] cached tokens.
 
     The mask [N, 1, T, keys] in `dtype` is 0 where a query sees a key, else -inf. One query a row sees the cache, its

@@ -41,6 +41,7 @@ except ImportError:  # on a CPU no kernel runs; the definitions beside them stil
 
 E4M3 = torch.float8_e4m3fn
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1.0e30)  # a running maximum's start; -inf would make NaN of -inf - -inf
 SMS = 132  # streaming multiprocessors of an H100 or H200: how many programs run side by side
 USE_PDL = True  # early starts, where the GPU has them; a switch for tests, which changes no result
 
@@ -173,6 +174,16 @@ def store_rounded(ptrs, y, scale, mask, dtype: tl.constexpr):
 def tanh(x):
     """Computes tanh(x) to 1e-7, as close to -1 as PyTorch's gets, whose GELU of -10 is 0."""
     return 2.0 / (1.0 + tl.exp2(x * (-2.0 * LOG2E))) - 1.0  # of large negative x: 2 / inf - 1
+
+
+@jit
+def log2_scores(products, scale, softcap):
+    """Computes attention's scores of products q · k, and multiplies them by log2(e), since exp2 follows."""
+    if softcap is None:
+        scores = products * (scale * LOG2E)
+    else:
+        scores = tanh(products * (scale / softcap)) * (softcap * LOG2E)
+    return scores
 
 
 @jit

@@ -14,12 +14,14 @@ from torch import Tensor
 from config import PAGE
 from ops.common import (
     E4M3,
+    LOWEST,
     SMS,
     jit,
     launch,
     launch_dependents,
     load_scalar,
     load_sum,
+    log2_scores,
     power_of_2,
     prefetch_l2,
     row_warps,
@@ -29,7 +31,7 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.prefix_attention import LOWEST, _log2_scores, prefix_attention, prefix_config
+from ops.prefix_attention import prefix_attention, prefix_config
 from ops.rope import AttentionLayer, Positions, _normed_rotated, _write
 
 
@@ -206,7 +208,7 @@ def _write_new(k, v, k_ptr, v_ptr, own, inverse_k_scale, inverse_v_scale, d, D: 
 @jit
 def _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap):
     """Adds a block of slots to each lane's running softmax: its maximum m, its sum l and its unscaled result acc."""
-    scores = _log2_scores(tl.sum(q[None, :] * k.to(tl.float32), axis=1), scale, softcap)
+    scores = log2_scores(tl.sum(q[None, :] * k.to(tl.float32), axis=1), scale, softcap)
     scores = tl.where(used, scores, float("-inf"))
     m_new = tl.maximum(m, scores)
     alpha = tl.exp2(m - m_new)
@@ -287,7 +289,7 @@ def _attention_by_sums_kernel(
         mask = d < tl.where(tl.program_id(2) == 0, D, 0)
         tl.store(q_ptr + (row * KV_HEADS + head) * D + d, q.to(dtype), mask=mask)
     own = (lane == 0) & (tl.program_id(2) == 0)
-    m = tl.where(own, _log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
+    m = tl.where(own, log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
     l = tl.where(own, 1.0, 0.0)
     acc = tl.where(own[:, None], own_v[None, :], 0.0)
     m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
@@ -402,14 +404,14 @@ def _attention_kernel(
     if q_ptr is not None:
         mask = (g < tl.where(first, GROUP, 0))[:, None] & in_head[None, :]
         tl.store(q_ptr + heads + row * GROUP * KV_HEADS * D + d[None, :], q.to(dtype), mask=mask)
-    m = tl.where(first, _log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
+    m = tl.where(first, log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
     l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.where(first, own_v[None, :], 0.0) + tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
     query = q.to(factor)
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
         k, v, used = _block(k_ptr, v_ptr, slots_ptr, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
-        scores = _log2_scores(tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee"), scale, softcap)
+        scores = log2_scores(tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee"), scale, softcap)
         scores = tl.where(used[None, :], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1))
         alpha = tl.exp2(m - m_new)

@@ -16,18 +16,19 @@ from config import PAGE
 from ops.common import (
     E4M3,
     LOG2E,
+    LOWEST,
     SMS,
     jit,
     launch,
     launch_dependents,
     load_scalar,
+    log2_scores,
     power_of_2,
     store_rounded,
     tl,
     triton_dtype,
     wait_for_previous,
 )
-from ops.decode_attention import LOWEST, _log2_scores
 from ops.rope import AttentionLayer, Positions
 
 
@@ -91,7 +92,7 @@ def _load_block(ptrs, used, in_head, dtype: tl.constexpr, MASKED: tl.constexpr, 
 
 @jit
 def _log2_weights(products, m, scale, softcap):
-    """Computes `_log2_scores` less m, in as few instructions as can be: one for each, without softcap."""
+    """Computes `log2_scores` less m, in as few instructions as can be: one for each, without softcap."""
     if softcap is None:
         weights = products * (scale * LOG2E) - m
     else:  # tanh(x) = 1 - 2 / (1 + exp(2x)), where a root's reciprocal, squared, is faster than a division
@@ -153,7 +154,7 @@ def _attend_blocks(
             if window is not None:
                 visible = visible & (behind < window)
             products = tl.where(visible, products, float("-inf"))
-        m_new = tl.maximum(m, _log2_scores(tl.max(products, axis=1), scale, softcap))
+        m_new = tl.maximum(m, log2_scores(tl.max(products, axis=1), scale, softcap))
         p = tl.exp2(_log2_weights(products, m_new[:, None], scale, softcap))
         if MASKED and softcap is not None:
             p = tl.where(visible, p, 0.0)  # -inf has become -softcap

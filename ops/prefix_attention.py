@@ -13,21 +13,19 @@ from torch import Tensor
 
 from config import PAGE
 from ops.common import (
-    LOG2E,
+    LOWEST,
     SMS,
     jit,
     launch,
     launch_dependents,
+    log2_scores,
     power_of_2,
     prefetch_l2,
-    tanh,
     tl,
     triton_dtype,
     wait_for_previous,
 )
 from ops.rope import AttentionLayer, Shared
-
-LOWEST = tl.constexpr(-1.0e30)  # a running maximum's start; -inf would make NaN of -inf - -inf
 
 
 class PrefixConfig(NamedTuple):
@@ -86,16 +84,6 @@ def prefix_config(
     if head_dim > 256:
         return PrefixConfig(block_n=32, num_warps=8, num_stages=2, splits=splits, ahead=1)
     return PrefixConfig(block_n=64, num_warps=4 if queries <= 64 else 8, num_stages=2, splits=splits, ahead=1)
-
-
-@jit
-def _log2_scores(products, scale, softcap):
-    """Computes scores of products q · k, and multiplies them by log2(e), since exp2 follows."""
-    if softcap is None:
-        scores = products * (scale * LOG2E)
-    else:
-        scores = tanh(products * (scale / softcap)) * (softcap * LOG2E)
-    return scores
 
 
 @jit
@@ -180,8 +168,8 @@ def _prefix_attention_kernel(
             k = tl.load(k_ptr + base + at).to(factor)
             v = tl.load(v_ptr + base + at).to(factor)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        m_new = tl.maximum(m, _log2_scores(tl.max(products, axis=1), scale, softcap))
-        p = tl.exp2(_log2_scores(products, scale, softcap) - m_new[:, None])
+        m_new = tl.maximum(m, log2_scores(tl.max(products, axis=1), scale, softcap))
+        p = tl.exp2(log2_scores(products, scale, softcap) - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         l = l * alpha + tl.sum(p, axis=1)
         acc = tl.dot(p.to(factor), v, acc * alpha[:, None], input_precision="ieee")
