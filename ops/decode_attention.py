@@ -56,6 +56,8 @@ def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtyp
     is_fp8 = cache_dtype.itemsize == 1
     if pairs >= SMS:
         if slots > 512:  # rows are of unlike lengths, and the longest must not be the last
+            if is_fp8:
+                return AttentionConfig(block_s=16, num_warps=4, num_stages=3, by_sums=True)
             return AttentionConfig(block_s=32, num_warps=4, num_stages=4, by_sums=True)
         if is_fp8:
             return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=True)
