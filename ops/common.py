@@ -134,10 +134,14 @@ def inverse_rms_of(x, N, eps):
 
 
 @jit
-def normed(x, inverse_rms, weight, dtype: tl.constexpr):
-    """Computes x * inverse_rms * (1 + weight), rounded to `dtype`."""
+def normed(x, inverse_rms, weight, dtype: tl.constexpr, OFFSET: tl.constexpr = 1.0):
+    """Computes x * inverse_rms * (OFFSET + weight), or x * inverse_rms if weight is None, rounded to `dtype`."""
     x = x * inverse_rms
-    x = x + x * weight.to(tl.float32)
+    if weight is not None:
+        if OFFSET == 0.0:
+            x = x * weight.to(tl.float32)
+        else:
+            x = OFFSET * x + x * weight.to(tl.float32)
     return x.to(dtype).to(tl.float32)
 
 

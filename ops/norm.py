@@ -90,11 +90,16 @@ def embed_triton(
 # Residual and norm
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * (1 + weight) of rows x [..., N], in float32, rounded once at the end (arXiv:1910.07467)."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 1.0) -> Tensor:
+    """x / rms(x) * (offset + weight) of rows x [..., N], in float32, rounded once at the end (arXiv:1910.07467).
+
+    Without weight [N] it is x / rms(x).
+    """
     y = x.float()
     y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return torch.addcmul(y, y, weight).to(x.dtype)
+    if weight is not None:
+        y = torch.addcmul(y if offset == 1 else offset * y, y, weight)
+    return y.to(x.dtype)
 
 
 def add_norm(
@@ -104,19 +109,23 @@ def add_norm(
     weight: Tensor | None,
     eps: float,
     input_scale: Tensor | None = None,
+    offset: float = 1.0,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Adds a layer's output to the residual stream and norms the sum: (x + y, RMSNorm(x + y) * (1 + weight)).
+    """Adds a layer's output to the residual stream and norms the sum: (x + y, RMSNorm(x + y) * (offset + weight)).
 
     x [M, N] is the residual stream. y is [M, N] in x's dtype, float32 partial sums [split_k, M, N], or None for no
-    output yet. With post_weight [N], y gets a norm of its own before the sum. Without weight [N] the second result is
-    None. The second result is in x's dtype or, with input_scale, in E4M3.
+    output yet. With post_weight [N], y gets a norm of its own before the sum. With factor [1] the sum, rounded, is
+    multiplied by it; there is a y then. Without weight [N] the second result is None. The second result is in x's dtype
+    or, with input_scale, in E4M3.
     """
     if y is not None:
         y = summed(y, x.dtype)
-        x = x + (y if post_weight is None else rms_norm(y, post_weight, eps))
+        x = x + (y if post_weight is None else rms_norm(y, post_weight, eps, offset))
+        x = x if factor is None else (x * factor).to(x.dtype)
     if weight is None:
         return x, None
-    h = rms_norm(x, weight, eps)
+    h = rms_norm(x, weight, eps, offset)
     return x, h if input_scale is None else round_fp8(h, input_scale)
 
 
@@ -127,11 +136,13 @@ def _add_norm_kernel(
     post_ptr,
     weight_ptr,
     scale_ptr,
+    factor_ptr,
     x_new_ptr,
     h_ptr,
     eps,
     rows,
     N: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -142,6 +153,7 @@ def _add_norm_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < N
     scale = load_scalar(scale_ptr)
+    factor = load_scalar(factor_ptr)
     if post_ptr is not None:
         post = tl.load(post_ptr + columns, mask=mask, other=0.0)
     if weight_ptr is not None:
@@ -151,11 +163,13 @@ def _add_norm_kernel(
     if y_ptr is not None:
         y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
         if post_ptr is not None:
-            y = normed(y, inverse_rms_of(y, N, eps), post, dtype)
+            y = normed(y, inverse_rms_of(y, N, eps), post, dtype, OFFSET)
         x = (x + y).to(dtype).to(tl.float32)
+        if factor is not None:
+            x = (x * factor.to(tl.float32)).to(dtype).to(tl.float32)
         tl.store(x_new_ptr + row * N + columns, x.to(dtype), mask=mask)
     if weight_ptr is not None:
-        h = normed(x, inverse_rms_of(x, N, eps), weight, dtype)
+        h = normed(x, inverse_rms_of(x, N, eps), weight, dtype, OFFSET)
         store_rounded(h_ptr + row * N + columns, h, scale, mask, dtype)
 
 
@@ -166,6 +180,8 @@ def add_norm_triton(
     weight: Tensor | None,
     eps: float,
     input_scale: Tensor | None = None,
+    offset: float = 1.0,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Does what `add_norm` does, with one kernel."""
     m, n = x.shape
@@ -174,8 +190,9 @@ def add_norm_triton(
     launch(
         _add_norm_kernel,
         (m,),
-        *(x, y, post_weight, weight, input_scale, None if y is None else x_new, h, eps, m),
+        *(x, y, post_weight, weight, input_scale, factor, None if y is None else x_new, h, eps, m),
         N=n,
+        OFFSET=offset,
         BLOCK=power_of_2(n),
         SPLIT_K=split_k_of(y),
         num_warps=row_warps(n),

@@ -24,7 +24,12 @@ class AttentionLayer(NamedTuple):
     """What distinguishes the attention of one layer.
 
     `scale` multiplies the scores, `softcap` c turns scores s into c * tanh(s / c), `window` counts the keys that a
-    query sees, its own included (None: all), q_norm and k_norm [D] are weights of RMSNorm with `eps` (None: no norm).
+    query sees, its own included (None: all), q_norm and k_norm [D] are weights of RMSNorm with `eps` (None: no norm),
+    which multiplies by norm_offset + weight. With v_norm values get one without weight.
+
+    Behind the queries there are `kv_products` products in what wqkv makes: 2, keys and then values; 1, of which both
+    are made, values before the norm and rotation of keys; 0, none: keys and values are an earlier layer's, whose cache
+    this layer is given, and it writes nothing there.
     """
 
     n_heads: int
@@ -36,6 +41,9 @@ class AttentionLayer(NamedTuple):
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     eps: float = 1e-6
+    v_norm: bool = False
+    kv_products: int = 2
+    norm_offset: float = 1.0
 
 
 class Shared(NamedTuple):
@@ -60,7 +68,8 @@ class Positions(NamedTuple):
     None: all T). position [N] counts the tokens that each sequence has in the cache already (None: none anywhere). rope
     [2, M, D] holds cosines and sines. mask [N, 1, T, keys] is 0 where a query sees a key, else -inf; None means causal
     over the new tokens. slot [M] says where tokens go in the cache, as `cache.LayerCache.slots_for` counts it. What a
-    kernel finds out by itself is None. Decode steps may have `shared` prefixes.
+    kernel finds out by itself is None. Decode steps may have `shared` prefixes. In other forwards layers leave their
+    keys and values in `kept` for those that have none (None: there are no such layers).
     """
 
     batch: int
@@ -72,6 +81,7 @@ class Positions(NamedTuple):
     slot: Tensor | None = None
     first: Tensor | None = None
     shared: Shared | None = None
+    kept: dict | None = None
 
     @property
     def decoding(self) -> bool:
@@ -88,46 +98,59 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
-def rope(position: Tensor, *frequencies: Tensor) -> Tensor:
-    """Cosines and sines of angles: [kinds, 2, M, D] in float32.
+def rope(position: Tensor, *frequencies: Tensor) -> list[Tensor]:
+    """Cosines and sines of angles: [2, M, D] in float32 for each of one or two frequencies, whose D may differ.
 
-    The angles are position [M] (int64) * frequency [D], in radians, for each of one or two frequencies. The first half
-    of a frequency is negative, so that its sines carry the sign that `rotate` wants.
+    The angles are position [M] (int64) * frequency [D], in radians. The first half of a frequency is negative, so that
+    its sines carry the sign that `rotate` wants.
     """
     angles = [position.float()[:, None] * frequency for frequency in frequencies]
-    return torch.stack([torch.stack((angle.cos(), angle.sin())) for angle in angles])
+    return [torch.stack((angle.cos(), angle.sin())) for angle in angles]
+
+
+@jit
+def _rope_row(position_ptr, frequency_ptr, out_ptr, rows, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Computes the cosines and sines of row program_id(0)."""
+    row, d = tl.program_id(0), tl.arange(0, BLOCK)
+    frequency = tl.load(frequency_ptr + d, mask=d < D, other=0.0)
+    wait_for_previous(PDL)
+    angle = tl.load(position_ptr + row).to(tl.float32) * frequency
+    tl.store(out_ptr + row * D + d, tl.cos(angle), mask=d < D)
+    tl.store(out_ptr + (rows + row) * D + d, tl.sin(angle), mask=d < D)
 
 
 @jit
 def _rope_kernel(
-    position_ptr, frequency_ptr, local_ptr, out_ptr, rows, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    position_ptr,
+    frequency_ptr,
+    local_ptr,
+    out_ptr,
+    local_out_ptr,
+    rows,
+    D: tl.constexpr,
+    LOCAL_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Computes a row's cosines and sines, of the first frequencies or, in programs (row, 1), of the second ones."""
+    """Programs (row, 0) have the first frequencies, programs (row, 1) the second ones."""
     launch_dependents(PDL)
-    row, kind = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, BLOCK)
-    if kind == 0:
-        frequency = tl.load(frequency_ptr + d, mask=d < D, other=0.0)
+    if tl.program_id(1) == 0:
+        _rope_row(position_ptr, frequency_ptr, out_ptr, rows, D, BLOCK, PDL)
     else:
-        frequency = tl.load(local_ptr + d, mask=d < D, other=0.0)
-    wait_for_previous(PDL)
-    angle = tl.load(position_ptr + row).to(tl.float32) * frequency
-    offsets = (2 * kind * rows + row) * D + d
-    tl.store(out_ptr + offsets, tl.cos(angle), mask=d < D)
-    tl.store(out_ptr + offsets + rows * D, tl.sin(angle), mask=d < D)
+        _rope_row(position_ptr, local_ptr, local_out_ptr, rows, LOCAL_D, BLOCK, PDL)
 
 
-def rope_triton(position: Tensor, *frequencies: Tensor) -> Tensor:
+def rope_triton(position: Tensor, *frequencies: Tensor) -> list[Tensor]:
     """Does what `rope` does, with one kernel."""
-    m, d = len(position), len(frequencies[0])
-    out = torch.empty(len(frequencies), 2, m, d, device=position.device)
-    grid = (m, len(frequencies))
+    m, sizes = len(position), [len(frequency) for frequency in frequencies]
+    out = [torch.empty(2, m, d, device=position.device) for d in sizes]
     launch(
         _rope_kernel,
-        grid,
-        *(position, frequencies[0], frequencies[-1], out, m),
-        D=d,
-        BLOCK=power_of_2(d),
+        (m, len(frequencies)),
+        *(position, frequencies[0], frequencies[-1], out[0], out[-1], m),
+        D=sizes[0],
+        LOCAL_D=sizes[-1],
+        BLOCK=power_of_2(max(sizes)),
         num_warps=4,
         early=False,
     )

@@ -34,8 +34,8 @@ def operations(kernels, device: torch.device):
         kernels,
         name="te",
         # TransformerEngine rounds the inputs of its products itself, so that nothing else may.
-        add_norm=lambda x, y, post, weight, eps, scale=None: add_norm_triton(
-            x, y, post, weight, eps, scale if x.dtype != torch.bfloat16 else None
+        add_norm=lambda x, y, post, weight, eps, scale=None, *more, **options: add_norm_triton(
+            x, y, post, weight, eps, scale if x.dtype != torch.bfloat16 else None, *more, **options
         ),
         matmul=partial(modules.matmul, kernels),
         matmul_geglu=partial(modules.matmul_geglu, kernels),

@@ -156,6 +156,25 @@ def test_add_norm(dtype, split_k, post, rounded):
     assert_same(h, expected_h)
 
 
+@DTYPES
+def test_add_norm_with_an_offset_and_a_factor(dtype):
+    m, n = 3, 75
+    x, y, weight, post_weight = (normal(*shape, dtype=dtype) for shape in ((m, n), (m, n), (n,), (n,)))
+
+    def normed(x, weight, offset):
+        return F.rms_norm(x.float(), (n,), offset + weight.float(), 1e-6).to(dtype)
+
+    for offset in (0.0, 1.0, 0.5):
+        for factor in (None, normal(1, dtype=dtype)):
+            arguments = (x, y, post_weight, weight, 1e-6, None, offset, factor)
+            expected = x + normed(y, post_weight, offset)
+            expected = expected if factor is None else expected * factor
+            for add_norm in (norm.add_norm, norm.add_norm_triton):
+                x_new, h = add_norm(*arguments)
+                assert_same(x_new, expected)
+                assert_same(h, normed(x_new, weight, offset))
+
+
 @pytest.mark.parametrize("add_norm", [norm.add_norm, norm.add_norm_triton])
 def test_add_norm_of_x_alone_and_without_a_norm(add_norm):
     x, y, weight = normal(2, 64, dtype=BF16), normal(2, 64, dtype=BF16), normal(64, dtype=BF16)
@@ -214,7 +233,7 @@ def test_embed_int8():
 
 
 def test_rope():
-    position, frequencies = torch.tensor([0, 7, 131_071], device=DEVICE), [normal(24), normal(24, scale=0.01)]
+    position, frequencies = torch.tensor([0, 7, 131_071], device=DEVICE), [normal(24), normal(10, scale=0.01)]
     for kinds in (1, 2):
         arguments = position, *frequencies[:kinds]
         torch.testing.assert_close(rope.rope_triton(*arguments), rope.rope(*arguments), rtol=0, atol=1e-6)
