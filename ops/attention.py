@@ -23,36 +23,55 @@ def attend(
 ) -> Tensor:
     """Makes wo's input [M, H * D] of wqkv's output: norms, rotation, cache write and attention.
 
-    qkv is [M, (H + 2 * K) * D] in `dtype`, or float32 partial sums of it. cache is the layer's `LayerCache`, or None
-    for attention among the new tokens alone. With a cache, queries see keys and values as it stores them, in prefill as
-    in decoding, and however a prompt is cut into pieces. The result is in `dtype` or, with output_scale, in E4M3. This
-    definition takes sequences of T tokens, M = N * T, padding included.
+    qkv is [M, (H + kv_products * K) * D] in `dtype`, or float32 partial sums of it. cache is the layer's `LayerCache`,
+    or None for attention among the new tokens alone. With a cache, queries see keys and values as it stores them, in
+    prefill as in decoding, and however a prompt is cut into pieces. A layer without products of K and V is given the
+    cache that they are in, and finds those of prompts in `positions.kept`. The result is in `dtype` or, with
+    output_scale, in E4M3. This definition takes sequences of T tokens, M = N * T, padding included.
     """
-    batch, tokens, position, head_dim = positions.batch, positions.tokens, positions.position, layer.head_dim
+    batch, tokens, head_dim, decoding = positions.batch, positions.tokens, layer.head_dim, positions.decoding
     heads = summed(qkv, dtype).view(batch, tokens, -1, head_dim)
-    qk, v = heads.split_with_sizes([layer.n_heads + layer.n_kv_heads, layer.n_kv_heads], dim=2)
+    n_keys = layer.n_kv_heads if layer.kv_products else 0
+    qk, v = heads.split_with_sizes([layer.n_heads + n_keys, heads.shape[2] - layer.n_heads - n_keys], dim=2)
+    if layer.kv_products == 1:
+        v = qk[:, :, layer.n_heads :]
+    if layer.v_norm:
+        v = rms_norm(v, None, layer.eps)
     if layer.q_norm is not None:
-        q, k = qk.split_with_sizes([layer.n_heads, layer.n_kv_heads], dim=2)
-        qk = torch.cat((rms_norm(q, layer.q_norm, layer.eps), rms_norm(k, layer.k_norm, layer.eps)), dim=2)
+        q, k = qk.split_with_sizes([layer.n_heads, n_keys], dim=2)
+        norms = ((q, layer.q_norm), (k, layer.k_norm))
+        qk = torch.cat([rms_norm(x, weight, layer.eps, layer.norm_offset) for x, weight in norms], dim=2)
     cos, sin = positions.rope.view(2, batch, tokens, 1, head_dim).unbind()
     qk = rotate(qk, cos, sin)
-    q, k = qk.split_with_sizes([layer.n_heads, layer.n_kv_heads], dim=2)
+    q, k = qk.split_with_sizes([layer.n_heads, n_keys], dim=2)
 
-    keys, values, scale, v_scale = k.transpose(1, 2), v.transpose(1, 2), layer.scale, 1.0  # [B, heads, T, D]
-    if cache is not None:
-        scale, v_scale = scale * cache.k_scale, cache.v_scale
-        k_stored, v_stored = cache.encode(k, v)
-        if positions.decoding:
-            cache.write(k_stored[:, 0], v_stored[:, 0], positions.slot)
-            keys, values = cache.held(position + 1, dtype)
-        else:
-            keys, values = (x.to(dtype).transpose(1, 2) for x in (k_stored, v_stored))
-            if position is not None:  # behind cached tokens; the ring may drop some that are seen here
-                held = cache.held(position, dtype)
-                keys, values = (torch.cat(pair, dim=2) for pair in zip(held, (keys, values)))
-            cache.write(k_stored.flatten(0, 1), v_stored.flatten(0, 1), positions.slot)
+    if layer.kv_products:
+        keys, values = _seen(k, v, cache, positions, dtype)
+        if positions.kept is not None and not decoding:
+            positions.kept["kv"] = keys, values
+    else:
+        keys, values = cache.held(positions.position + 1, dtype) if decoding else positions.kept["kv"]
+    k_scale, v_scale = (1.0, 1.0) if cache is None else (cache.k_scale, cache.v_scale)
+    scale = layer.scale * k_scale
     y = softmax_attention(q.transpose(1, 2), keys, values, scale, positions.mask, layer.window, layer.softcap)
     return rescale(y.transpose(1, 2).reshape(batch * tokens, -1), v_scale, output_scale)
+
+
+def _seen(k: Tensor, v: Tensor, cache, positions: Positions, dtype: torch.dtype):
+    """Writes new k and v [B, T, K, D] to the cache, if there is one, and returns the keys and values [B, K, S, D] that
+    there are for queries: those held before, and the new ones as the cache stores them."""
+    if cache is None:
+        return k.transpose(1, 2), v.transpose(1, 2)
+    k_stored, v_stored = cache.encode(k, v)
+    if positions.decoding:
+        cache.write(k_stored[:, 0], v_stored[:, 0], positions.slot)
+        return cache.held(positions.position + 1, dtype)
+    seen = [x.to(dtype).transpose(1, 2) for x in (k_stored, v_stored)]
+    if positions.position is not None:  # behind cached tokens; the ring may drop some that are seen here
+        held = cache.held(positions.position, dtype)
+        seen = [torch.cat(pair, dim=2) for pair in zip(held, seen)]
+    cache.write(k_stored.flatten(0, 1), v_stored.flatten(0, 1), positions.slot)
+    return seen
 
 
 def attend_triton(
@@ -73,10 +92,15 @@ def attend_triton(
     if positions.decoding and cache is not None:
         return decode_attention(qkv, layer, cache, positions, dtype, output_scale)
     context = cache
-    if cache is not None and cache.ring and positions.position is not None:
+    if layer.kv_products and cache is not None and cache.ring and positions.position is not None:
         context = cache.copied()  # new tokens replace some that are seen here
     q, k, v = prefill_rope(qkv, layer, cache, positions, dtype)
+    if layer.kv_products == 0:
+        k, v, context = positions.kept["kv"]
+    elif positions.kept is not None:
+        positions.kept["kv"] = k, v, context
     alike = positions.position is None and (positions.first is None or positions.batch == 1)
+    alike &= layer.head_dim <= 256  # of larger heads PyTorch keeps all scores in memory
     if alike and layer.softcap is None and (layer.window is None or positions.tokens <= layer.window):
         k_scale, v_scale = (1.0, 1.0) if cache is None else (cache.k_scale, cache.v_scale)
         q, k, v = (x.unflatten(0, (positions.batch, -1)).transpose(1, 2) for x in (q, k, v))

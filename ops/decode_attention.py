@@ -20,7 +20,6 @@ from ops.common import (
     launch,
     launch_dependents,
     load_scalar,
-    load_sum,
     log2_scores,
     power_of_2,
     prefetch_l2,
@@ -32,7 +31,7 @@ from ops.common import (
     wait_for_previous,
 )
 from ops.prefix_attention import prefix_attention, prefix_config
-from ops.rope import AttentionLayer, Positions, _normed_rotated, _write
+from ops.rope import AttentionLayer, Positions, _normed_rotated, _values, _write
 
 
 class AttentionConfig(NamedTuple):
@@ -112,13 +111,16 @@ def _block(
     BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
+    KV_PRODUCTS: tl.constexpr,
 ):
     """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them are seen.
 
-    They are in `page` or, with slots_ptr, wherever it says of each. The new token's slot is not seen, since its key and
-    value never come from memory.
+    They are in `page` or, with slots_ptr, wherever it says of each. The new token's slot is not seen where its key and
+    value come from registers.
     """
-    used = (s + lane < end) & (s + lane != slot)
+    used = s + lane < end
+    if KV_PRODUCTS > 0:
+        used = used & (s + lane != slot)
     if WINDOW > 0:  # what is in a slot is so many tokens older than the new one
         used = used & ((slot - s - lane + S) % S < WINDOW)
     mask = used[:, None] & (d < D)[None, :] if D < BLOCK_D else used[:, None]
@@ -180,17 +182,25 @@ def _new_kv(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    KV_PRODUCTS: tl.constexpr,
+    V_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Loads the rotation at the row's position, and makes the row's new key and value."""
-    WIDTH: tl.constexpr = (GROUP + 2) * KV_HEADS * D
+    """Loads the rotation at the row's position, and makes the row's new key and value, if the layer has any."""
+    WIDTH: tl.constexpr = (GROUP + KV_PRODUCTS) * KV_HEADS * D
     row = tl.program_id(0).to(tl.int64)
     in_head = d < D
     cos = tl.load(rope_ptr + row * D + d, mask=in_head, other=0.0)
     sin = tl.load(rope_ptr + (rows + row) * D + d, mask=in_head, other=0.0)
     head = (GROUP * KV_HEADS + tl.program_id(1)) * D
-    k = _normed_rotated(qkv_ptr, row, rows, head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, dtype)
-    v = load_sum(qkv_ptr, row, rows, head + KV_HEADS * D + d, in_head, WIDTH, SPLIT_K, dtype)
+    k, v = None, None
+    if KV_PRODUCTS > 0:
+        k = _normed_rotated(
+            qkv_ptr, row, rows, head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, OFFSET, dtype
+        )
+        columns = head + (KV_PRODUCTS - 1) * KV_HEADS * D + d
+        v = _values(qkv_ptr, row, rows, columns, in_head, eps, WIDTH, D, 0, SPLIT_K, V_NORM, dtype)
     return cos, sin, k, v
 
 
@@ -252,6 +262,9 @@ def _attention_by_sums_kernel(
     KV_SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    KV_PRODUCTS: tl.constexpr,
+    V_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     LIMIT: tl.constexpr,
     AHEAD: tl.constexpr,
     PAGE: tl.constexpr,
@@ -262,11 +275,11 @@ def _attention_by_sums_kernel(
     """Attends where each key head has one query; program (row, key head, split).
 
     Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the loop exchanges nothing
-    between warps; the lanes are joined at the end. The first block is loaded before the wait. Queries are left in q_ptr
-    for whoever attends to the prefixes, if there are any.
+    between warps; the lanes are joined at the end. The first block is loaded before the wait, unless an earlier kernel
+    of this step has written to it. Queries are left in q_ptr for whoever attends to the prefixes, if there are any.
     """
     launch_dependents(PDL)
-    WIDTH: tl.constexpr = 3 * KV_HEADS * D
+    WIDTH: tl.constexpr = (1 + KV_PRODUCTS) * KV_HEADS * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
@@ -275,29 +288,43 @@ def _attention_by_sums_kernel(
     if slots_ptr is not None:
         slots_ptr += row * S
     own_page = _page(table_ptr, slot, PAGE)
-    page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
-    k, v, used = _block(k_ptr, v_ptr, slots_ptr, page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
+    first_page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
+    memory = (k_ptr, v_ptr, slots_ptr)
+    if KV_PRODUCTS > 0:
+        k, v, used = _block(
+            *memory, first_page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS
+        )
     s = start + BLOCK_S
     page = _page(table_ptr, tl.minimum(s, S - 1), PAGE)
     _prefetch_slots(k_ptr, v_ptr, page, s, end, KV_HEADS, D, PAGE, AHEAD, PDL)
     wait_for_previous(PDL)
-    cos, sin, own_k, own_v = _new_kv(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, KV_HEADS, GROUP, D, SPLIT_K, dtype)
+    if KV_PRODUCTS == 0:
+        k, v, used = _block(
+            *memory, first_page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS
+        )
+    inputs = (qkv_ptr, rope_ptr, k_norm_ptr, eps, rows)
+    cos, sin, own_k, own_v = _new_kv(*inputs, d, KV_HEADS, GROUP, D, SPLIT_K, KV_PRODUCTS, V_NORM, OFFSET, dtype)
     q = _normed_rotated(
-        qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, dtype
+        qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, OFFSET, dtype
     )
-    own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
-    own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
     if q_ptr is not None:
         mask = d < tl.where(tl.program_id(2) == 0, D, 0)
         tl.store(q_ptr + (row * KV_HEADS + head) * D + d, q.to(dtype), mask=mask)
-    own = (lane == 0) & (tl.program_id(2) == 0)
-    m = tl.where(own, log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
-    l = tl.where(own, 1.0, 0.0)
-    acc = tl.where(own[:, None], own_v[None, :], 0.0)
+    if KV_PRODUCTS > 0:
+        own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
+        own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
+        own = (lane == 0) & (tl.program_id(2) == 0)
+        m = tl.where(own, log2_scores(tl.sum(q * own_k, axis=0), scale, softcap), LOWEST)
+        l = tl.where(own, 1.0, 0.0)
+        acc = tl.where(own[:, None], own_v[None, :], 0.0)
+    else:
+        m = tl.full([BLOCK_S], LOWEST, tl.float32)
+        l = tl.zeros([BLOCK_S], tl.float32)
+        acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     for s in tl.range(start + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
-        k, v, used = _block(k_ptr, v_ptr, slots_ptr, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
+        k, v, used = _block(*memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS)
         m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     m_all = tl.max(m, axis=0)
     weight = tl.exp2(m - m_all)
@@ -353,6 +380,9 @@ def _attention_kernel(
     KV_SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    KV_PRODUCTS: tl.constexpr,
+    V_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     LIMIT: tl.constexpr,
     AHEAD: tl.constexpr,
     PAGE: tl.constexpr,
@@ -368,7 +398,7 @@ def _attention_kernel(
     # FP8 is exact in float16, and converted faster than to bfloat16
     is_fp8: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 8
     factor: tl.constexpr = tl.float16 if is_fp8 and dtype == tl.bfloat16 else dtype
-    WIDTH: tl.constexpr = (GROUP + 2) * KV_HEADS * D
+    WIDTH: tl.constexpr = (GROUP + KV_PRODUCTS) * KV_HEADS * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane, d = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
@@ -381,7 +411,8 @@ def _attention_kernel(
     page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
     _prefetch_slots(k_ptr, v_ptr, page, start, end, KV_HEADS, D, PAGE, AHEAD, PDL)
     wait_for_previous(PDL)
-    cos, sin, own_k, own_v = _new_kv(qkv_ptr, rope_ptr, k_norm_ptr, eps, rows, d, KV_HEADS, GROUP, D, SPLIT_K, dtype)
+    inputs = (qkv_ptr, rope_ptr, k_norm_ptr, eps, rows)
+    cos, sin, own_k, own_v = _new_kv(*inputs, d, KV_HEADS, GROUP, D, SPLIT_K, KV_PRODUCTS, V_NORM, OFFSET, dtype)
     heads = (head * GROUP + g)[:, None] * D
     q = _normed_rotated(
         qkv_ptr,
@@ -398,21 +429,28 @@ def _attention_kernel(
         D,
         1,
         SPLIT_K,
+        OFFSET,
         dtype,
     )
-    own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
-    own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
     first = tl.program_id(2) == 0
     if q_ptr is not None:
         mask = (g < tl.where(first, GROUP, 0))[:, None] & in_head[None, :]
         tl.store(q_ptr + heads + row * GROUP * KV_HEADS * D + d[None, :], q.to(dtype), mask=mask)
-    m = tl.where(first, log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
-    l = tl.where(first, 1.0, 0.0) + tl.zeros([BLOCK_GROUP], tl.float32)
-    acc = tl.where(first, own_v[None, :], 0.0) + tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+    l = tl.zeros([BLOCK_GROUP], tl.float32)
+    acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+    if KV_PRODUCTS > 0:
+        own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
+        own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
+        m = tl.where(first, log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
+        l += tl.where(first, 1.0, 0.0)
+        acc += tl.where(first, own_v[None, :], 0.0)
+    else:
+        m = tl.full([BLOCK_GROUP], LOWEST, tl.float32)
     query = q.to(factor)
+    memory = (k_ptr, v_ptr, slots_ptr)
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
-        k, v, used = _block(k_ptr, v_ptr, slots_ptr, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW)
+        k, v, used = _block(*memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS)
         scores = log2_scores(tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee"), scale, softcap)
         scores = tl.where(used[None, :], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1))
@@ -487,10 +525,10 @@ def decode_attention(
 ) -> Tensor:
     """Does what `ops.attention.attend` does for one new token a row, with one kernel or two, three for shared prefixes.
 
-    qkv [B, (HEADS + 2 * KV_HEADS) * D] is in `dtype` or in float32 partial sums. The result is [B, HEADS * D] in
-    `dtype` or, with output_scale, in E4M3. Queries and keys are normed and rotated, keys and values are written to slot
-    position % S, and of the caches only slots 0 to min(position, S - 1) are read. kv_splits programs, a power of 2,
-    share a row's slots.
+    qkv [B, (HEADS + kv_products * KV_HEADS) * D] is in `dtype` or in float32 partial sums. The result is [B, HEADS * D]
+    in `dtype` or, with output_scale, in E4M3. Queries and keys are normed and rotated, keys and values are written to
+    slot position % S, where those of a layer without products are already, and of the caches only slots 0 to
+    min(position, S - 1) are read. kv_splits programs, a power of 2, share a row's slots.
 
     A cache may have a `slot_table` [B, S] in int32: the key of slot s of row b is then read at place slot_table[b, s] %
     PAGE of page slot_table[b, s] // PAGE, whosever that is, and the new one is written through `table` all the same.
@@ -533,6 +571,9 @@ def decode_attention(
         KV_SPLITS=kv_splits,
         STAGES=config.num_stages,
         SPLIT_K=split_k_of(qkv),
+        KV_PRODUCTS=layer.kv_products,
+        V_NORM=layer.v_norm,
+        OFFSET=layer.norm_offset,
         LIMIT=cache.codec.limit,
         AHEAD=config.ahead if d * cache.k.dtype.itemsize % 16 == 0 and slot_table is None else 0,
         PAGE=PAGE,

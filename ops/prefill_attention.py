@@ -226,6 +226,7 @@ def _prefill_attention_kernel(
     softcap,
     window,
     stride,
+    kv_stride,
     slots,
     N,
     T,
@@ -246,7 +247,7 @@ def _prefill_attention_kernel(
     """Program (head, block of queries): neighbours share keys, and the late blocks of all heads start first.
 
     BLOCK_C keys of the cache or BLOCK_N new ones go at a time. T is how far apart sequences are without `first`, and
-    how long without lengths.
+    how long without lengths. Tokens are `stride` apart in q and, unless kv_stride says otherwise, in k and v.
     """
     launch_dependents(PDL)
     head = tl.program_id(0)
@@ -276,8 +277,9 @@ def _prefill_attention_kernel(
         held = (position + token, q, k_base, v_base, table_ptr + sequence.to(tl.int64) * (slots // PAGE))
         held_range = (position + start, position, position, position, KV_HEADS * PAGE * D)
         m, l, acc = _attend(m, l, acc, *held, *held_range, *rest, D, PAGE, BLOCK_C, STAGES)
-    new = (token, q, k_ptr + first * stride + kv_head * D, v_ptr + first * stride + kv_head * D, None)
-    new_range = (start, start, tl.minimum(start + BLOCK_M, length), length, stride)
+    step = stride if kv_stride is None else kv_stride
+    new = (token, q, k_ptr + first * step + kv_head * D, v_ptr + first * step + kv_head * D, None)
+    new_range = (start, start, tl.minimum(start + BLOCK_M, length), length, step)
     m, l, acc = _attend(m, l, acc, *new, *new_range, *rest, D, PAGE, BLOCK_N, STAGES)
 
     l = tl.where(l > 0, l, 1.0)  # padding may see nothing
@@ -299,10 +301,10 @@ def prefill_attention(
 ) -> Tensor:
     """Attends from new tokens to each other and to what the cache holds of their sequences, causally.
 
-    q [M, HEADS, D], k and v [M, KV_HEADS, D] are what `ops.rope.prefill_rope` makes: views into one buffer. cache is
-    the layer's `LayerCache` as it was before these tokens came, or None; it is read if there is a position, page by
-    page, and a ring may hold more tokens than the window has. The result is [M, HEADS * D] in `dtype` or, with
-    output_scale, in E4M3; that of padding is 0.
+    q [M, HEADS, D], k and v [M, KV_HEADS, D] are what `ops.rope.prefill_rope` makes: views into one buffer, or those of
+    k and v into another layer's. cache is the layer's `LayerCache` as it was before these tokens came, or None; it is
+    read if there is a position, page by page, and a ring may hold more tokens than the window has. The result is [M,
+    HEADS * D] in `dtype` or, with output_scale, in E4M3; that of padding is 0.
     """
     (tokens, n_heads, d), kv_heads, lengths = q.shape, k.shape[1], positions.lengths
     n = positions.batch if lengths is None else len(lengths)
@@ -320,7 +322,8 @@ def prefill_attention(
         *(q, k, v, *((cache.k, cache.v, cache.table) if context else (None, None, None))),
         *(positions.first, lengths, positions.position if context else None, output_scale, out),
         *(layer.scale * k_scale, v_scale, layer.softcap, layer.window),
-        *(q.stride(0), cache.slots if context else PAGE, n, spacing),
+        *(q.stride(0), None if k.stride(0) == q.stride(0) else k.stride(0)),
+        *(cache.slots if context else PAGE, n, spacing),
         HEADS=n_heads,
         KV_HEADS=kv_heads,
         D=d,

@@ -173,6 +173,7 @@ def _normed_rotated(
     D: tl.constexpr,
     AXIS: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    OFFSET: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """Loads elements d of the heads that begin at column `first` of a row of qkv, norms them, if they have a norm, and
@@ -182,9 +183,31 @@ def _normed_rotated(
     y = load_sum(qkv_ptr, row, rows, first + partner, mask, WIDTH, SPLIT_K, dtype)
     if norm_ptr is not None:
         inverse_rms = tl.rsqrt(tl.sum(x * x, axis=AXIS, keep_dims=True) / D + eps)
-        x = normed(x, inverse_rms, tl.load(norm_ptr + d, mask=d < D, other=0.0), dtype)
-        y = normed(y, inverse_rms, tl.load(norm_ptr + partner, mask=d < D, other=0.0), dtype)
+        x = normed(x, inverse_rms, tl.load(norm_ptr + d, mask=d < D, other=0.0), dtype, OFFSET)
+        y = normed(y, inverse_rms, tl.load(norm_ptr + partner, mask=d < D, other=0.0), dtype, OFFSET)
     return (x * cos + y * sin).to(dtype).to(tl.float32)
+
+
+@jit
+def _values(
+    qkv_ptr,
+    row,
+    rows,
+    columns,
+    mask,
+    eps,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    AXIS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    V_NORM: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Loads values from `columns` of a row of qkv, and norms them with V_NORM."""
+    v = load_sum(qkv_ptr, row, rows, columns, mask, WIDTH, SPLIT_K, dtype)
+    if V_NORM:
+        v = normed(v, tl.rsqrt(tl.sum(v * v, axis=AXIS, keep_dims=True) / D + eps), None, dtype)
+    return v
 
 
 @jit
@@ -219,13 +242,17 @@ def _prefill_rope_kernel(
     BLOCK_KV_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    KV_PRODUCTS: tl.constexpr,
+    V_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     LIMIT: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Programs (token, 0) make the queries of a token, programs (token, 1) its keys and values."""
     launch_dependents(PDL)
-    WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    WIDTH: tl.constexpr = (HEADS + KV_PRODUCTS * KV_HEADS) * D
+    OUT: tl.constexpr = (HEADS + 2 * KV_HEADS) * D if KV_PRODUCTS > 0 else HEADS * D
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)[None, :]
     wait_for_previous(PDL)
@@ -235,24 +262,25 @@ def _prefill_rope_kernel(
         query = tl.arange(0, BLOCK_HEADS)[:, None]
         is_query = (query < HEADS) & (d < D)
         q = _normed_rotated(
-            qkv_ptr, token, rows, query * D, d, is_query, cos, sin, q_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, dtype
+            qkv_ptr, token, rows, query * D, d, is_query, cos, sin, q_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, OFFSET, dtype
         )
-        tl.store(out_ptr + token * WIDTH + query * D + d, q.to(dtype), mask=is_query)
+        tl.store(out_ptr + token * OUT + query * D + d, q.to(dtype), mask=is_query)
     else:
         head = tl.arange(0, BLOCK_KV_HEADS)[:, None]
         mask = (head < KV_HEADS) & (d < D)
         first = (HEADS + head) * D
         k = _normed_rotated(
-            qkv_ptr, token, rows, first, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, dtype
+            qkv_ptr, token, rows, first, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, OFFSET, dtype
         )
-        v = load_sum(qkv_ptr, token, rows, first + KV_HEADS * D + d, mask, WIDTH, SPLIT_K, dtype)
+        columns = first + (KV_PRODUCTS - 1) * KV_HEADS * D + d
+        v = _values(qkv_ptr, token, rows, columns, mask, eps, WIDTH, D, 1, SPLIT_K, V_NORM, dtype)
         if k_ptr is not None:
             slot = tl.load(slot_ptr + token)
             offsets = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D + d
             k = _write(k, k_ptr, offsets, inverse_k_scale, mask, LIMIT)
             v = _write(v, v_ptr, offsets, inverse_v_scale, mask, LIMIT)
-        tl.store(out_ptr + token * WIDTH + first + d, k.to(dtype), mask=mask)
-        tl.store(out_ptr + token * WIDTH + first + KV_HEADS * D + d, v.to(dtype), mask=mask)
+        tl.store(out_ptr + token * OUT + first + d, k.to(dtype), mask=mask)
+        tl.store(out_ptr + token * OUT + first + KV_HEADS * D + d, v.to(dtype), mask=mask)
 
 
 def prefill_rope(
@@ -261,18 +289,19 @@ def prefill_rope(
     """Norms and rotates queries and keys of prompts, rounds keys and values as the cache stores them, and writes them
     to `positions.slot`.
 
-    qkv is [M, (HEADS + 2 * KV_HEADS) * D] in `dtype` or partial sums of it. Returns q [M, HEADS, D], and k and v [M,
-    KV_HEADS, D] as the cache stores them, divided by their scales. Without a cache (None) nothing is rounded to one,
-    nor written.
+    qkv is [M, (HEADS + kv_products * KV_HEADS) * D] in `dtype` or partial sums of it. Returns q [M, HEADS, D], and k
+    and v [M, KV_HEADS, D] as the cache stores them, divided by their scales; without products of them they have no
+    heads. Without a cache (None) nothing is rounded to one, nor written.
     """
-    (m, width), d, kv_heads = qkv.shape[-2:], layer.head_dim, layer.n_kv_heads
-    out = torch.empty(m, width, dtype=dtype, device=qkv.device)
+    m, d, kv_heads = qkv.shape[-2], layer.head_dim, layer.n_kv_heads
+    heads = [layer.n_heads, kv_heads, kv_heads] if layer.kv_products else [layer.n_heads, 0, 0]
+    out = torch.empty(m, sum(heads), d, dtype=dtype, device=qkv.device)
     pools, scales, limit = (None, None), (1.0, 1.0), 0.0
     if cache is not None:
         pools, scales, limit = (cache.k, cache.v), (1 / cache.k_scale, 1 / cache.v_scale), cache.codec.limit
     launch(
         _prefill_rope_kernel,
-        (m, 2),
+        (m, 2 if layer.kv_products else 1),
         *(qkv, positions.rope, layer.q_norm, layer.k_norm, positions.slot, *pools, out),
         *(*scales, layer.eps, m),
         HEADS=layer.n_heads,
@@ -283,8 +312,11 @@ def prefill_rope(
         BLOCK_KV_HEADS=power_of_2(kv_heads),
         BLOCK_D=power_of_2(d),
         SPLIT_K=split_k_of(qkv),
+        KV_PRODUCTS=layer.kv_products,
+        V_NORM=layer.v_norm,
+        OFFSET=layer.norm_offset,
         LIMIT=limit,
         dtype=triton_dtype(dtype),
         num_warps=4,
     )
-    return out.view(m, -1, d).split_with_sizes([layer.n_heads, kv_heads, kv_heads], dim=1)
+    return out.split_with_sizes(heads, dim=1)
