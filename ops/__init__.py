@@ -4,16 +4,21 @@ Each operation has one name and a PyTorch definition, which runs on any device, 
 differentiated where its inputs are not FP8 or integers. Most have Triton kernels beside it, and some
 TransformerEngine's modules. model.py is written over `Ops` and knows none of them.
 
-| operation      | what it makes                                             | definition and kernels in        |
-| -------------- | --------------------------------------------------------- | -------------------------------- |
-| rope           | cosines and sines of the tokens' positions                 | rope.py                          |
-| embed          | the residual stream, of tokens                             | norm.py                          |
-| add_norm       | residual sum and the norm of it, rounded to FP8 or not     | norm.py                          |
-| matmul         | a product by a weight of any format                        | matmul.py, integer.py            |
-| matmul_geglu   | gate and up products and GeGLU, rounded to FP8 or not      | matmul.py, integer.py            |
-| mask           | which keys a query sees                                    | attention.py                     |
-| attend         | norms, rotation, cache write and attention                 | attention.py, *_attention.py      |
-| greedy         | the most probable token, appended to each row              | next_token.py                    |
+| operation        | what it makes                                          | definition and kernels in    |
+| ---------------- | ------------------------------------------------------ | ---------------------------- |
+| rope             | cosines and sines of the tokens' positions             | rope.py                      |
+| embed            | the residual stream, of tokens                         | norm.py                      |
+| add_norm         | residual sum and the norm of it, rounded to FP8 or not | norm.py                      |
+| matmul           | a product by a weight of any format                    | matmul.py, integer.py        |
+| matmul_geglu     | gate and up products and GeGLU, rounded to FP8 or not  | matmul.py, integer.py        |
+| gelu_gate        | a product, its GELU, and that times another factor     | matmul.py                    |
+| normed_sum       | the sum of two outputs, each with its norm             | norm.py                      |
+| per_layer_inputs | what each layer is given of the tokens                 | norm.py                      |
+| route            | which experts a token goes to, and their weights       | experts.py                   |
+| experts          | the weighted sum of what a token's experts make        | experts.py                   |
+| mask             | which keys a query sees                                | attention.py                 |
+| attend           | norms, rotation, cache write and attention             | attention.py, *_attention.py |
+| greedy           | the most probable token, appended to each row          | next_token.py                |
 """
 
 from collections.abc import Callable
@@ -38,6 +43,11 @@ class Ops:
     add_norm: Callable
     matmul: Callable
     matmul_geglu: Callable
+    gelu_gate: Callable
+    normed_sum: Callable
+    per_layer_inputs: Callable
+    route: Callable
+    experts: Callable
     mask: Callable
     attend: Callable
     greedy: Callable
@@ -51,6 +61,11 @@ TORCH = Ops(
     add_norm=norm.add_norm,
     matmul=matmul.matmul,
     matmul_geglu=matmul.matmul_geglu,
+    gelu_gate=matmul.gelu_gate,
+    normed_sum=norm.normed_sum,
+    per_layer_inputs=norm.per_layer_inputs,
+    route=None,
+    experts=None,
     mask=attention.attention_mask,
     attend=attention.attend,
     greedy=next_token.greedy_next_token,
@@ -63,6 +78,11 @@ KERNELS = Ops(
     add_norm=norm.add_norm_triton,
     matmul=matmul.matmul_triton,
     matmul_geglu=matmul.matmul_geglu_triton,
+    gelu_gate=matmul.gelu_gate_triton,
+    normed_sum=norm.normed_sum_triton,
+    per_layer_inputs=norm.per_layer_inputs_triton,
+    route=None,
+    experts=None,
     mask=attention.no_mask,
     attend=attention.attend_triton,
     greedy=next_token.greedy_next_token_triton,

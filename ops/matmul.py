@@ -25,7 +25,7 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.norm import geglu, geglu_triton
+from ops.norm import geglu, geglu_triton, gelu_product, gelu_product_triton
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -56,6 +56,25 @@ def matmul_geglu(x: Tensor, weight, dtype: torch.dtype, next_scale: Tensor | Non
 def matmul_geglu_triton(x: Tensor, weight, dtype: torch.dtype, next_scale: Tensor | None = None) -> Tensor:
     """Does what `matmul_geglu` does, with one kernel where there are few rows."""
     return weight.format.kernel(x, weight, dtype, geglu=True, next_scale=next_scale)
+
+
+def gelu_gate(x: Tensor, weight, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Computes gelu(x @ weight.T) * other [M, P] in `dtype`, of a weight [P, K] in the dtype of activations.
+
+    other [M, P] may be a view of which rows lie apart.
+    """
+    return gelu_product(matmul(x, weight, dtype), other)
+
+
+def gelu_gate_triton(x: Tensor, weight, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Does what `gelu_gate` does, with one kernel where there are few rows."""
+    config = linear_config(len(x), *weight.shape, weight.data.dtype)
+    if isinstance(config, GemvConfig):
+        return gemv(x, weight, dtype, other=other, config=config._replace(block_n=2))
+    if config is None:
+        return gelu_product_triton(matmul_triton(x, weight, dtype), other)
+    config = config._replace(block_n=16)  # few outputs, which many programs shall share
+    return gemm(x, weight, dtype, other=other, config=config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,6 +215,7 @@ def _gemv_kernel(
     input_scale_ptr,
     weight_scale_ptr,
     next_scale_ptr,
+    other_ptr,
     out_ptr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
@@ -207,7 +227,10 @@ def _gemv_kernel(
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiplies one row of x by BLOCK_N rows of the weight or, with GEGLU, by as many of gate and of up."""
+    """Multiplies one row of x by BLOCK_N rows of the weight or, with GEGLU, by as many of gate and of up.
+
+    With other_ptr the result is a gate, too, whose other factor is there.
+    """
     launch_dependents(PDL)
     first = tl.program_id(0) * BLOCK_N
     if GEGLU:  # gate and up in turn: rows n and n + OUT; what is read twice is not stored
@@ -243,6 +266,8 @@ def _gemv_kernel(
         gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
         y = gelu_times(gate, up, dtype)
     n = first + tl.arange(0, BLOCK_N)
+    if other_ptr is not None:
+        y = gelu_times(y, tl.load(other_ptr + n, mask=n < OUT, other=0.0).to(tl.float32), dtype)
     store_rounded(out_ptr + n, y, next_scale, n < OUT, dtype)
 
 
@@ -253,8 +278,10 @@ def gemv(
     geglu: bool = False,
     next_scale: Tensor | None = None,
     config: GemvConfig | None = None,
+    other: Tensor | None = None,
 ) -> Tensor:
-    """`matmul`, or with `geglu` `matmul_geglu`, of one row x [1, K] by a weight in bf16, float32 or E4M3."""
+    """`matmul`, with `geglu` `matmul_geglu`, or with `other` `gelu_gate`, of one row x [1, K] by a weight in bf16,
+    float32 or E4M3."""
     (m, k), data = x.shape, weight.data
     if m > 1:
         raise ValueError(f"gemv takes one row, not {m}")
@@ -264,7 +291,7 @@ def gemv(
     launch(
         _gemv_kernel,
         (-(-n // config.block_n),),
-        *(x, data, weight.input_scale, weight.scale, next_scale, out),
+        *(x, data, weight.input_scale, weight.scale, next_scale, other, out),
         OUT=n,
         IN=k,
         GEGLU=geglu,
@@ -293,6 +320,8 @@ def _gemm_kernel(
     input_scale_ptr,
     weight_scale_ptr,
     next_scale_ptr,
+    other_ptr,
+    other_stride,
     rows,
     tiles,
     OUT: tl.constexpr,
@@ -308,7 +337,7 @@ def _gemm_kernel(
     """Multiplies up to BLOCK_M rows of x by BLOCK_N rows of the weight; program (block of outputs, split).
 
     The weight's rows are the wide side of the product, x's few rows the narrow one. What tiles hold outside of their
-    matrix is zero.
+    matrix is zero. With other_ptr the result is a gate, whose other factor is there, in rows other_stride apart.
     """
     launch_dependents(PDL)
     first_row = tl.program_id(0) * BLOCK_N
@@ -346,6 +375,10 @@ def _gemm_kernel(
             up *= tl.load(weight_scale_ptr + n + OUT, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
     if GEGLU:
         acc = gelu_times(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
+    if other_ptr is not None:
+        mask = (n < OUT)[:, None] & (m < rows)[None, :]
+        other = tl.load(other_ptr + m.to(tl.int64)[None, :] * other_stride + n[:, None], mask=mask, other=0.0)
+        acc = gelu_times(acc.to(dtype).to(tl.float32), other.to(tl.float32), dtype)
     store_partial(out_ptr, acc, next_scale, n, m, rows, OUT)
 
 
@@ -370,15 +403,16 @@ def gemm(
     geglu: bool = False,
     next_scale: Tensor | None = None,
     config: GemmConfig | None = None,
+    other: Tensor | None = None,
 ) -> Tensor:
-    """`matmul`, or with `geglu` `matmul_geglu`, of up to 64 rows, by a weight in int8, too.
+    """`matmul`, with `geglu` `matmul_geglu`, or with `other` `gelu_gate`, of up to 64 rows, by a weight in int8, too.
 
-    With config.split_k > 1, and without `geglu`, the result is float32 partial sums [split_k, M, N].
+    With config.split_k > 1, and without `geglu` or `other`, the result is float32 partial sums [split_k, M, N].
     """
     (m, k), data = x.shape, weight.data
     n = data.shape[0] // (2 if geglu else 1)
     config = config or linear_config(m, data.shape[0], k, data.dtype)
-    split_k = 1 if geglu else config.split_k
+    split_k = 1 if geglu or other is not None else config.split_k
     tiles, split_k, out = split_k_output(x, n, config.block_k, split_k, dtype if next_scale is None else E4M3)
     launch(
         _gemm_kernel,
@@ -386,7 +420,7 @@ def gemm(
         out,
         TensorDescriptor.from_tensor(data, [config.block_n, config.block_k]),
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
-        *(weight.input_scale, weight.scale, next_scale, m, tiles),
+        *(weight.input_scale, weight.scale, next_scale, other, None if other is None else other.stride(0), m, tiles),
         OUT=n,
         GEGLU=geglu,
         BLOCK_M=config.block_m,

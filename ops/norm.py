@@ -26,6 +26,7 @@ from ops.common import (
 )
 
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
+LAYERS_BLOCK = 4  # layers whose inputs a program makes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Embedding
@@ -200,6 +201,150 @@ def add_norm_triton(
     return x_new, h
 
 
+def normed_sum(
+    y: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    other_weight: Tensor,
+    eps: float,
+    offset: float = 1.0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Norms two layers' outputs and adds them up: RMSNorm(y) * (offset + weight) + RMSNorm(z) * (offset + other_weight).
+
+    y and z are [M, N] in `dtype` or float32 partial sums [split_k, M, N]. Each norm and their sum [M, N] are rounded to
+    `dtype`.
+    """
+    return rms_norm(summed(y, dtype), weight, eps, offset) + rms_norm(summed(z, dtype), other_weight, eps, offset)
+
+
+@jit
+def _normed_sum_kernel(
+    y_ptr,
+    weight_ptr,
+    z_ptr,
+    other_ptr,
+    out_ptr,
+    eps,
+    rows,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    OTHER_SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < N
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    other = tl.load(other_ptr + columns, mask=mask, other=0.0)
+    wait_for_previous(PDL)
+    y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
+    z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, dtype)
+    y = normed(y, inverse_rms_of(y, N, eps), weight, dtype, OFFSET)
+    z = normed(z, inverse_rms_of(z, N, eps), other, dtype, OFFSET)
+    tl.store(out_ptr + row * N + columns, (y + z).to(dtype), mask=mask)
+
+
+def normed_sum_triton(
+    y: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    other_weight: Tensor,
+    eps: float,
+    offset: float = 1.0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Does what `normed_sum` does, with one kernel."""
+    m, n = y.shape[-2:]
+    out = torch.empty(m, n, dtype=dtype, device=y.device)
+    launch(
+        _normed_sum_kernel,
+        (m,),
+        *(y, weight, z, other_weight, out, eps, m),
+        N=n,
+        OFFSET=offset,
+        BLOCK=power_of_2(n),
+        SPLIT_K=split_k_of(y),
+        OTHER_SPLIT_K=split_k_of(z),
+        num_warps=row_warps(n),
+    )
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs of each layer
+
+
+def per_layer_inputs(
+    tokens_part: Tensor, product: Tensor, weight: Tensor, factor: float, eps: float, offset: float = 1.0
+) -> Tensor:
+    """What each of L layers is given of the tokens, beside the residual stream: [M, L, P] (Gemma 3n and 4).
+
+    tokens_part [M, L * P] are scaled rows of the embedding per layer, `product` [M, L * P] a product of the embedding
+    of the model, which is multiplied by `factor` and normed with weight [P] in each layer's part. The sum of both is
+    multiplied by 2**-0.5. Each step is rounded.
+    """
+    p = len(weight)
+    normed = rms_norm((product * factor).unflatten(-1, (-1, p)), weight, eps, offset)
+    return (normed + tokens_part.unflatten(-1, (-1, p))) * 2**-0.5
+
+
+@jit
+def _per_layer_inputs_kernel(
+    tokens_ptr,
+    product_ptr,
+    weight_ptr,
+    out_ptr,
+    factor,
+    eps,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (token, block of layers)."""
+    launch_dependents(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    layer = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
+    p = tl.arange(0, BLOCK_P)[None, :]
+    mask = (layer < L) & (p < P)
+    offsets = (tl.program_id(0).to(tl.int64) * L + layer) * P + p
+    weight = tl.load(weight_ptr + p, mask=p < P, other=0.0)
+    wait_for_previous(PDL)
+    x = tl.load(product_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tokens = tl.load(tokens_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = (x * factor).to(dtype).to(tl.float32)
+    x = normed(x, tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / P + eps), weight, dtype, OFFSET)
+    x = (x + tokens).to(dtype).to(tl.float32)
+    tl.store(out_ptr + offsets, (x * 0.7071067811865476).to(dtype), mask=mask)
+
+
+def per_layer_inputs_triton(
+    tokens_part: Tensor, product: Tensor, weight: Tensor, factor: float, eps: float, offset: float = 1.0
+) -> Tensor:
+    """Does what `per_layer_inputs` does, with one kernel."""
+    (m, width), p = product.shape, len(weight)
+    out = torch.empty(m, width // p, p, dtype=product.dtype, device=product.device)
+    launch(
+        _per_layer_inputs_kernel,
+        (m, -(-width // (p * LAYERS_BLOCK))),
+        *(tokens_part, product, weight, out, factor, eps),
+        L=width // p,
+        P=p,
+        OFFSET=offset,
+        BLOCK_L=LAYERS_BLOCK,
+        BLOCK_P=power_of_2(p),
+        num_warps=4,
+    )
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # GeGLU
 
@@ -253,6 +398,32 @@ def geglu_triton(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = Non
         num_warps=GEGLU_WARPS,
     )
     return h
+
+
+def gelu_product(gate: Tensor, other: Tensor) -> Tensor:
+    """gelu(gate) * other of gate [M, P] and other [M, P], whose rows may lie apart; GELU approximated by tanh."""
+    return F.gelu(gate, approximate="tanh") * other
+
+
+@jit
+def _gelu_product_kernel(gate_ptr, other_ptr, out_ptr, stride, P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    launch_dependents(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < P
+    wait_for_previous(PDL)
+    gate = tl.load(gate_ptr + row * P + columns, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(other_ptr + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * P + columns, gelu_times(gate, other, dtype).to(dtype), mask=mask)
+
+
+def gelu_product_triton(gate: Tensor, other: Tensor) -> Tensor:
+    """Does what `gelu_product` does, with one kernel."""
+    (m, p), out = gate.shape, torch.empty_like(gate)
+    options = dict(P=p, BLOCK=power_of_2(p), num_warps=row_warps(p))
+    launch(_gelu_product_kernel, (m,), gate, other, out, other.stride(0), **options)
+    return out
 
 
 def rescale(x: Tensor, factor: float, input_scale: Tensor | None = None) -> Tensor:

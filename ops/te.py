@@ -3,8 +3,8 @@
 They share weights, cache and state with the other implementations, and results agree within rounding. The linear
 modules run in prefill and inside the decode step's graph. The attention module runs in prefill; a decode step's
 attention stays the kernel's, since the module has no FP8 cache, no ring of a local layer, and reads lengths on the
-host. Gemma 2's softcap, which turns the module's fused attention off, is PyTorch's, and integer weights and float32 are
-the kernels'.
+host. Gemma 2's softcap, which turns the module's fused attention off, and Gemma 4's attention are as without
+TransformerEngine, and so are integer weights, float32 and the operations that are not named above.
 """
 
 import importlib
@@ -79,7 +79,8 @@ class Modules:
     def attend(self, qkv, layer, cache, positions, dtype, output_scale=None) -> Tensor:
         if dtype != torch.bfloat16:
             return attend_triton(qkv, layer, cache, positions, dtype, output_scale)
-        fused = softmax_attention if layer.softcap is not None else self.fused
+        takes = layer.softcap is None and layer.kv_products == 2 and not layer.v_norm
+        fused = self.fused if takes else softmax_attention
         return attend_triton(qkv, layer, cache, positions, dtype, None, fused)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask, window: int | None, softcap) -> Tensor:

@@ -187,6 +187,35 @@ def test_add_norm_of_x_alone_and_without_a_norm(add_norm):
 
 
 @DTYPES
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_normed_sum(dtype, offset):
+    m, n = 3, 75
+    y, z, weight, other = (normal(*shape, dtype=dtype) for shape in ((m, n), (m, n), (n,), (n,)))
+    rounded = [F.rms_norm(x.float(), (n,), offset + w.float(), 1e-6).to(dtype) for x, w in ((y, weight), (z, other))]
+    for split_k, other_split_k in ((0, 0), (2, 0), (0, 3)):
+        parts = partial_sums(y, split_k), weight, partial_sums(z, other_split_k), other
+        for normed_sum in (norm.normed_sum, norm.normed_sum_triton):
+            assert_same(normed_sum(*parts, 1e-6, offset, dtype), sum(rounded))
+
+
+@DTYPES
+@pytest.mark.parametrize(("layers", "p"), [(3, 24), (5, 64)])
+def test_per_layer_inputs(dtype, layers, p):
+    m, offset = 4, 0.0
+    tokens_part, product, weight = (normal(*shape, dtype=dtype) for shape in ((m, layers * p), (m, layers * p), (p,)))
+    actual = [
+        each(tokens_part, product, weight, 0.3, 1e-6, offset)
+        for each in (norm.per_layer_inputs, norm.per_layer_inputs_triton)
+    ]
+    for i in range(layers):
+        part = slice(p * i, p * i + p)
+        y = F.rms_norm((product[:, part] * 0.3).float(), (p,), weight.float(), 1e-6).to(dtype)
+        expected = ((y + tokens_part[:, part]).float() / 2**0.5).to(dtype)
+        for each in actual:
+            assert_same(each[:, i], expected)
+
+
+@DTYPES
 @pytest.mark.parametrize("split_k", [0, 2])
 def test_geglu(dtype, split_k, monkeypatch):
     monkeypatch.setattr(norm, "GEGLU_BLOCK", 32)
@@ -516,6 +545,17 @@ def test_matmul_geglu(dtype, m):
     else:
         config = GemmConfig(16, block_n=32, block_k=32, split_k=2, num_warps=4, num_stages=2)
         assert_same(matmul.gemm(x, weight, out, True, next_scale, config), expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 3, 17, 65])
+@pytest.mark.parametrize("p", [24, 40])
+def test_gelu_gate(dtype, m, p):
+    x, weight, _ = dense_inputs(m, p, 128, dtype)
+    other = normal(m, 3, p, dtype=dtype)[:, 1]
+    expected = norm.geglu(torch.cat((product(x, weight, dtype), other), 1), dtype)
+    for gelu_gate in (matmul.gelu_gate, matmul.gelu_gate_triton):
+        assert_same(gelu_gate(x, weight, other, dtype), expected)
 
 
 @PRODUCTS
