@@ -243,9 +243,8 @@ class HarnessModel(TemplateLM):
         return self.text.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        bos = self.text.sp.id_to_piece(self.text.bos_id)
-        if string.startswith(bos):  # chat templates write it
-            return self.text.encode(string.removeprefix(bos))
+        if string.startswith(self.text.bos):  # chat templates write it
+            return self.text.encode(string.removeprefix(self.text.bos))
         return self.text.encode(string, bos=add_special_tokens is not False)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:

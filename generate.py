@@ -72,8 +72,17 @@ from pages import Held
 from runner import Runner, activation_bytes, held_bytes, lease, runner_bytes
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import CHUNK, LAGS, Request, Scheduler
-from text import Output, before_stop, check_prompt, completed, read_prompts, stops_within
-from tokenizer import Tokenizer, check_text
+from text import (
+    Output,
+    before_stop,
+    check_prompt,
+    completed,
+    read_prompts,
+    sampling_settings,
+    stops_within,
+    thoughts_of,
+)
+from tokenizer import Tokenizer, check_text, open_tokenizer
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 PADDED = 1.25  # times its tokens that a prefill has at most, once a runner has rounded its width up
@@ -98,7 +107,7 @@ def load_model(
     directory's FP8 file, or quantized while loading with the factors of fp8_scales.safetensors; so does an FP8 file
     that is named. A file with int8 or int4 weights is run as it is. Factors for K and V are taken along where there are
     any: of integer weights their own, else those of the directory. `ops`, one of `ops.NAMES`, says what runs the
-    layers. The tokenizer's <end_of_turn> joins config.stop_ids. Raises FileNotFoundError or ValueError with a line that
+    layers. What ends a turn to the tokenizer joins config.stop_ids. Raises FileNotFoundError or ValueError with a line that
     says what is wrong; warns about shards that are converted in memory.
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
@@ -115,8 +124,8 @@ def load_model(
     fp8 = fp8 or checkpoint.weight_format == "fp8"
     if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no FP8 hardware: leave out --fp8")
-    tokenizer = Tokenizer(checkpoint.directory / "tokenizer.model")
     config = checkpoint.config
+    tokenizer = open_tokenizer(checkpoint.directory, config)
     if tokenizer.end_of_turn is not None and tokenizer.end_of_turn not in config.stop_ids:
         config = replace(config, stop_ids=(*config.stop_ids, tokenizer.end_of_turn))
     if differences := config.differences_from_published():
@@ -400,21 +409,25 @@ def program_parser() -> argparse.ArgumentParser:
         "--prompts_file",
         type=path,
         metavar="FILE",
-        help="a prompt a line, or JSON lines with 'prompt' and settings of its own; - is stdin (default: none)",
+        help="a prompt a line, or JSON lines with 'prompt', or 'messages', and settings of its own; - is stdin "
+        "(default: none)",
     )
     source.add_argument("--interactive", action="store_true", help="chat; the cache is kept between turns")
     add("--chat", action="store_true", help="put prompts into the chat format (instruction-tuned checkpoints)")
+    add("--system", metavar="TEXT", help="what a chat begins with, before the user's first turn (default: nothing)")
+    add("--thinking", action="store_true", help="ask the model to think first; its thoughts go to stderr")
+    add("--no_thoughts", action="store_true", help="leave thoughts out of what is shown and written")
     count = number(int, 1)
     add("--max_new_tokens", type=count, default=200, metavar="N", help="of a completion (default: %(default)s)")
     add("--batch_size", type=count, metavar="N", help=f"rows that run at once (default: all, at most {MAX_BATCH})")
     add("--num_samples", type=count, default=1, metavar="N", help="completions of each prompt (default: %(default)s)")
     share = number(float, 0, 1)
-    add("--temperature", type=number(float, 0), help=f"0 is greedy (default: {default.temperature})")
-    add("--top_k", type=number(int, 0, MOST), help=f"0 is no limit (default: {default.top_k})")
-    add("--top_p", type=share, help=f"1 is no limit (default: {default.top_p})")
-    add("--min_p", type=share, help=f"0 is no limit (default: {default.min_p})")
-    penalty = "1 is none (default: %(default)s)"
-    add("--repetition_penalty", type=number(float, 0), default=default.repetition_penalty, help=penalty)
+    kinds = dict(temperature=number(float, 0), top_k=number(int, 0, MOST), top_p=share, min_p=share)
+    off = dict(temperature="greedy", top_k="no limit", top_p="no limit", min_p="no limit", repetition_penalty="none")
+    for name in SETTINGS:
+        value = 1 if name in ("top_p", "repetition_penalty") else 0
+        text = f"{value} is {off[name]} (default: the checkpoint's, else {getattr(default, name)})"
+        add(f"--{name}", type=kinds.get(name, number(float, 0)), help=text)
     add("--stop", nargs="+", action="extend", metavar="TEXT", help="text ends before any of these (default: none)")
     beams = (
         "search for the most probable text with N beams, --batch_size prompts at once (default: %(default)s, no search)"
@@ -444,7 +457,7 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sam
     if sys.stdin is None:
         raise ValueError("--interactive reads stdin, which is closed")
     length = min(model.config.context_length, CHAT_LENGTH)
-    room = length - len(tokenizer.encode_turn(""))
+    room = length - len(tokenizer.encode_chat([*_system(args), {"role": "user", "content": ""}], args.thinking))
     if args.max_new_tokens > room:
         raise ValueError(f"--max_new_tokens can be at most {room} in a conversation of {length} tokens")
     codec = codec_of(args.kv_cache_dtype, model.dtype)
@@ -471,7 +484,8 @@ def _converse(
     length, max_new_tokens, stops = min(runner.length, CHAT_LENGTH), args.max_new_tokens, args.stop or []
     kind = DrawKind.of(model.config.vocab_size, sampling)
     check = "every" if model.device.type == "cpu" else "ping-pong"
-    history, cached, turn = [], 0, 0  # `cached` of the history's tokens are in the pages that are held
+    messages, history, turn = _system(args), [], 0  # the history's tokens, but for the last, ...
+    kept = []  # tokens whose keys and values are in the pages that are held
     while True:
         runner.start(model, 1, kind, model.config.stop_ids)  # compiled, the first time, before anybody has to wait
         try:
@@ -485,45 +499,95 @@ def _converse(
         except ValueError as error:
             print_error(error)
             continue
-        tokens = history + tokenizer.encode_turn(text, first=not history)
+        user = {"role": "user", "content": text}
+        tokens = _next_turn(tokenizer, [*messages, user], history, args.thinking)
         if history and len(tokens) + max_new_tokens > length:
             print(f"note: the conversation has filled its {length} tokens and starts anew", file=sys.stderr)
-            cached, tokens = 0, tokenizer.encode_turn(text)
+            messages, history = _system(args), []
+            tokens = _next_turn(tokenizer, [*messages, user], history, args.thinking)
         if len(tokens) + max_new_tokens > length:
             print(f"error: {len(tokens)} tokens and {max_new_tokens} new ones exceed {length}", file=sys.stderr)
-            history = []
+            messages, history = _system(args), []
             continue
-        printer = _Printer(tokenizer, model.config.stop_ids, stops)
+        printer = _Printer(tokenizer, model.config.stop_ids, stops, not args.no_thoughts)
         request = Request((turn, 0), tokens, max_new_tokens, sampling, (seed, turn), stops_within(tokenizer, stops))
         scheduler = Scheduler(runner, model, [request], 1, check)
+        cached = _reusable(model, kept, tokens)
         try:
             ((_, answer),) = scheduler.run(on_token=printer, cached=cached, held=held)
         finally:
             runner.finish()
         printer.end()
-        history, cached, turn = tokens + answer, len(tokens) + len(answer) - 1, turn + 1
-        if answer[-1] in model.config.stop_ids:  # the model's last token is not in the cache yet
+        said, _ = completed(tokenizer, answer, model.config.stop_ids, stops)
+        messages += [user, {"role": "assistant", "content": said}]
+        history, kept, turn = tokens + answer, tokens + answer[:-1], turn + 1  # the last one is not in the cache yet
+        if answer[-1] in model.config.stop_ids:
             history.pop()
         history.append(tokenizer.end_of_turn)
 
 
-class _Printer:
-    """Prints a text as its tokens come, but for what may be the beginning of a stop string, and none of what
-    follows."""
+def _system(args: argparse.Namespace) -> list[dict]:
+    """The messages that a chat begins with."""
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...], stops: list[str]):
+
+def _next_turn(tokenizer: Tokenizer, messages: list[dict], history: list[int], thinking: bool) -> list[int]:
+    """Tokens of a conversation up to the answer to its last message. Its template may write earlier turns differently
+    once there is a later one; Gemma's own format goes on from the history's tokens."""
+    if history and tokenizer.template is None:
+        return history + tokenizer.encode_turn(messages[-1]["content"], first=False)
+    return tokenizer.encode_chat(messages, thinking)
+
+
+def _reusable(model: Transformer, kept: list[int], tokens: list[int]) -> int:
+    """How many tokens of a prompt need not be computed, since the cache has those that are `kept`."""
+    count = next((i for i, (a, b) in enumerate(zip(kept, tokens)) if a != b), min(len(kept), len(tokens) - 1))
+    config = model.config
+    if count < len(kept) and any(config.local_layers) and len(kept) + 2 > config.window:
+        return 0  # rings have the newest tokens (a step may be under way that makes one more), not those before them
+    return count
+
+
+class _Printer:
+    """Prints an answer as its tokens come, but for what may be the beginning of a stop string, and none of what
+    follows. Thoughts go to stderr, if `thoughts` is true."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...], stops: list[str], thoughts: bool = True):
         self.stream, self.stop_ids, self.stops = tokenizer.stream(), stop_ids, stops
         self.held, self.stopped = "", False
+        self.around, self.thoughts = tokenizer.thought or (), thoughts
+        self.thinking, self.named, self.shown = False, False, False  # of the thought that goes on
 
     def __call__(self, token: int):
-        if token not in self.stop_ids:
+        if token in self.stop_ids:
+            return
+        if token in self.around:
+            self._end_thought()
+            self.thinking = token == self.around[0]
+        elif self.thinking:
+            self._think(self.stream.put(token))
+        else:
             self.held += self.stream.put(token)
             self._print(len(self.held) - max((len(stop) - 1 for stop in self.stops), default=0))
 
     def end(self):
+        self._end_thought()
         self.held += self.stream.end()
         self._print(len(self.held))
         print(flush=True)
+
+    def _think(self, text: str):
+        if not self.named:  # the first line says what it is
+            _, newline, text = text.partition("\n")
+            self.named = bool(newline)
+        if text and self.thoughts:
+            print(text, end="", file=sys.stderr, flush=True)
+            self.shown = True
+
+    def _end_thought(self):
+        if self.shown:
+            print(file=sys.stderr, flush=True)
+        self.named = self.shown = False
 
     def _print(self, count: int):
         text = before_stop(self.held, self.stops)
@@ -570,8 +634,17 @@ def run(args: argparse.Namespace):
         raise ValueError("--interactive takes no --json, --output, --profile, --num_samples or --batch_size")
     if args.profile is not None:
         check_writable(args.profile)
-    sampling = Sampling(**{name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None})
+    path = args.checkpoint_path
+    defaults = sampling_settings(path if path.is_dir() else path.parent)
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    sampling = Sampling(**defaults | given)
     asked = _asked(args, sampling)
+    if args.system is not None:
+        check_text(args.system, "--system")
+    if not args.interactive and all(each.messages is None for each in asked):
+        for name in ("system", "thinking"):
+            if getattr(args, name) not in (None, False):
+                raise ValueError(f"--{name} needs --chat or --interactive, or 'messages' in a prompts file")
     beams = _beam_settings(args, asked)
     output = None if args.output is None else _output(args, asked, beams)
     seed = args.seed if output is None else output.seed
@@ -579,14 +652,16 @@ def run(args: argparse.Namespace):
     start = time.perf_counter()
     model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision, args.fp8, args.ops)
     load_seconds = now(model.device) - start
+    if args.interactive or any(each.messages for each in asked):
+        tokenizer.check_chat(args.thinking)
     if args.interactive:
         with torch.no_grad():
             return chat(model, tokenizer, args, sampling, seed)
 
     stop_ids, stats, fitting = model.config.stop_ids, Stats(), []
     for i, each in enumerate(asked):
-        each.tokens = tokenizer.encode_turn(each.prompt) if args.chat else tokenizer.encode(each.prompt)
         try:
+            each.tokens = _tokens(each, tokenizer, args.thinking)
             check_context(model, len(each.tokens), each.max_new_tokens, each.where or "the prompt")
             fitting.append(i)
         except ValueError as error:
@@ -600,15 +675,15 @@ def run(args: argparse.Namespace):
     place = {i: n for n, i in enumerate(fitting)}  # in `prompts`, of one in `asked`
     skip = {(place[i], j) for i, j in output.done if i in place} if output else ()
     streaming = sys.stdout.isatty() and not args.json and output is None and total == 1 and not beams
-    printer = _Printer(tokenizer, stop_ids, asked[0].stop) if streaming else None
+    printer = _Printer(tokenizer, stop_ids, asked[0].stop, not args.no_thoughts) if streaming else None
     trace = _Trace() if args.profile else None
-    if streaming and not args.chat:
+    if streaming and asked[0].messages is None:
         print(asked[0].prompt, end="", flush=True)
     begin = time.perf_counter()
     with tqdm(total=total, initial=len(skip), unit="text", disable=None if output else True, leave=False) as bar:
 
         def on_completion(n: int, j: int, tokens: list[int]):
-            output.add(fitting[n], j, _completion(prompts[n], tokens, tokenizer, stop_ids))
+            output.add(fitting[n], j, _completion(prompts[n], tokens, tokenizer, stop_ids, args.no_thoughts))
             bar.update()
             rate = stats.new_tokens / (time.perf_counter() - begin)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s, {stats.running} rows in use")
@@ -647,14 +722,16 @@ def run(args: argparse.Namespace):
     else:
         rows = [(n, each, j) for n, each in enumerate(prompts, start=1) for j in range(each.num_samples)]
         for (n, each, j), tokens in zip(rows, results):
-            completion = _completion(each, tokens, tokenizer, stop_ids)
+            completion = _completion(each, tokens, tokenizer, stop_ids, args.no_thoughts)
             if args.json:  # on another stdout what stands for a character that it lacks is no JSON
                 print(json.dumps(completion, ensure_ascii=sys.stdout.encoding not in ("utf-8", "UTF-8")))
                 continue
-            if total > 1:
-                print(f"--- prompt {n}" + (f", sample {j + 1}" if each.num_samples > 1 else ""))
-            print(completion["text"] if args.chat else each.prompt + completion["text"])
+            head = f"--- prompt {n}{f', sample {j + 1}' if each.num_samples > 1 else ''}\n" if total > 1 else ""
+            if "thoughts" in completion:
+                print(head + completion["thoughts"], file=sys.stderr)
+            print(head + (each.prompt if each.messages is None else "") + completion["text"])
         sys.stdout.flush()
+    print(_used(sampling, [name for name in defaults if name not in given], beams, model), file=sys.stderr)
     print_figures(stats, load_seconds, model, None if beams else seed)
     if trace:
         trace.write(args.profile)
@@ -673,7 +750,12 @@ def _asked(args: argparse.Namespace, sampling: Sampling) -> list[argparse.Namesp
     asked = []
     for entry in entries:
         each = argparse.Namespace(**options | entry)
-        each.named, each.own = {key: entry[key] for key in ("id", "prompt") if key in entry}, entry.keys()
+        each.named = {key: entry[key] for key in ("id", "prompt", "messages") if key in entry}
+        each.own, each.messages = entry.keys(), entry.get("messages")
+        if args.chat and each.messages is None:
+            each.messages = [{"role": "user", "content": each.prompt}]
+        if each.messages and each.messages[0]["role"] not in ("system", "developer"):
+            each.messages = [*_system(args), *each.messages]
         try:
             each.sampling = replace(sampling, **{name: entry[name] for name in SETTINGS if name in entry})
             for name in ("max_new_tokens", "num_samples"):
@@ -690,6 +772,16 @@ def _asked(args: argparse.Namespace, sampling: Sampling) -> list[argparse.Namesp
             raise ValueError(f"{each.where}: {error}" if each.where else str(error)) from None
         asked.append(each)
     return asked
+
+
+def _tokens(asked: argparse.Namespace, tokenizer: Tokenizer, thinking: bool) -> list[int]:
+    """Those of a prompt. Raises ValueError, naming its line, for messages that the template refuses."""
+    if asked.messages is None:
+        return tokenizer.encode(asked.prompt)
+    try:
+        return tokenizer.encode_chat(asked.messages, thinking)
+    except ValueError as error:
+        raise ValueError(f"{asked.where}: {error}" if asked.where else str(error)) from None
 
 
 def _beam_settings(args: argparse.Namespace, asked: list[argparse.Namespace]) -> dict:
@@ -722,20 +814,41 @@ def _output(args: argparse.Namespace, asked: list[argparse.Namespace], beams: di
     run = {name: getattr(args, name) for name in ("chat", "fp8", "kv_cache_dtype", "precision")}
     run["checkpoint"] = str(args.checkpoint_path.resolve())
     run |= {"beams": beams} if beams else {}
+    run |= {name: getattr(args, name) for name in ("system", "thinking", "no_thoughts") if getattr(args, name)}
     of_each = ("named", "max_new_tokens", "num_samples", "seed", "stop")
     run["prompts"] = [[*(getattr(each, name) for name in of_each), vars(each.sampling)] for each in asked]
     return Output(args.output, run, args.seed)
 
 
-def _completion(asked: argparse.Namespace, tokens: list[int], tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> dict:
+def _completion(
+    asked: argparse.Namespace, tokens: list[int], tokenizer: Tokenizer, stop_ids: tuple[int, ...], no_thoughts: bool
+) -> dict:
     """What --json and --output give of new tokens."""
     text, stopped = completed(tokenizer, tokens, stop_ids, asked.stop)
+    thoughts = "" if no_thoughts else thoughts_of(tokenizer, tokens)
     return asked.named | {
         "text": text,
+        **({"thoughts": thoughts} if thoughts else {}),
         "tokens": tokens,
         "finish_reason": "stop" if stopped else "length",
         "prompt_tokens": len(asked.tokens),
     }
+
+
+def _used(sampling: Sampling, from_checkpoint: list[str], beams: dict, model: Transformer) -> str:
+    """What tokens were drawn by: settings, those of generation_config.json among them, and ids of its own."""
+    off = dict(top_k=0, top_p=1, min_p=0, repetition_penalty=1)
+    settings = {name: value for name, value in vars(sampling).items() if value != off.get(name)}
+    if beams or not sampling.temperature:
+        settings = {name: value for name, value in settings.items() if name == "repetition_penalty"}
+    parts = [f"{beams['num_beams']} beams"] if beams else [] if sampling.temperature else ["greedy"]
+    parts += [f"{name} {value}" for name, value in settings.items()]
+    line = ", ".join(parts)
+    if names := ", ".join(name for name in from_checkpoint if name in settings):
+        line += f" ({names}: generation_config.json's)"
+    for name, ids in (("stop", model.config.stop_ids), ("suppressed", getattr(model.config, "suppress_tokens", ()))):
+        line += f"; {name} ids {', '.join(map(str, ids))}" if ids else ""
+    return line
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
-from files import write_atomically
-from tokenizer import check_text
+from files import read_json, write_atomically
+from sampling import SETTINGS, Sampling
+from tokenizer import check_messages, check_text
 
 BOM = b"\xef\xbb\xbf"
 JSON_LINES = (".jsonl", ".json")  # suffixes
@@ -23,15 +24,17 @@ def check_prompt(prompt: str):
 
 
 def read_prompts(file: Path, settings: Iterable[str] = ()) -> list[dict]:
-    """Prompts of a text file, one a line, or of JSON lines: {"prompt": text} and what else an object has of `settings`.
+    """Prompts of a text file, one a line, or of JSON lines: {"prompt": text}, or {"messages": [{"role": ..., "content":
+    text}, ...]} for a chat, and what else an object has of `settings`.
 
     A file, or for "-" stdin, is JSON lines if its name ends in .jsonl or .json, or if any line is an object with a
-    `prompt`; then blank lines are skipped. Raises ValueError with the number of a line that holds no prompt or a key
-    that is unknown: a setting whose name has a slip would be without effect. FileNotFoundError without the file.
+    `prompt` or `messages`; then blank lines are skipped. Raises ValueError with the number of a line that holds no
+    prompt or a key that is unknown: a setting whose name has a slip would be without effect. FileNotFoundError without
+    the file.
     """
     name, content = _read(file, "prompts file")
-    lines, known = _lines(content, name), ("prompt", *settings)
-    is_json = file.suffix in JSON_LINES or any("prompt" in _object(line) for line in lines)
+    lines, known = _lines(content, name), ("prompt", *settings, "messages")
+    is_json = file.suffix in JSON_LINES or any(_object(line).keys() & {"prompt", "messages"} for line in lines)
     entries = []
     for number, line in enumerate(lines, start=1):
         entry, where = {"prompt": line}, f"{name}, line {number}"
@@ -39,12 +42,17 @@ def read_prompts(file: Path, settings: Iterable[str] = ()) -> list[dict]:
             if not line.strip():
                 continue
             entry = _object(line)
-            if not isinstance(entry.get("prompt"), str):
-                raise ValueError(f"{where}: not a JSON object with a string 'prompt'")
+            if "messages" not in entry and not isinstance(entry.get("prompt"), str):
+                raise ValueError(f"{where}: not a JSON object with a string 'prompt', or with 'messages'")
+            if "messages" in entry and "prompt" in entry:
+                raise ValueError(f"{where}: 'prompt' and 'messages' are both there")
             if unknown := ", ".join(repr(key) for key in entry if key not in known):
                 raise ValueError(f"{where}: unknown {unknown}; known are {', '.join(known)}")
         try:
-            check_prompt(entry["prompt"])
+            if "messages" in entry:
+                check_messages(entry["messages"])
+            else:
+                check_prompt(entry["prompt"])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         entries.append(entry | {"where": where})
@@ -53,10 +61,63 @@ def read_prompts(file: Path, settings: Iterable[str] = ()) -> list[dict]:
     return entries
 
 
+def sampling_settings(directory: Path) -> dict:
+    """Those of `Sampling` that generation_config.json of a checkpoint has, unless it says do_sample: false. Raises
+    ValueError for a value that is out of its range."""
+    file = directory / "generation_config.json"
+    content = read_json(file) if file.is_file() else {}
+    if content.get("do_sample") is False:
+        return {}
+    settings = {name: content[name] for name in SETTINGS if content.get(name) is not None}
+    try:
+        Sampling(**settings)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return settings
+
+
+def split_thoughts(tokenizer, tokens: list[int]) -> tuple[list[list[int]], list[int]]:
+    """A model's new tokens as its thoughts and its answer. A thought is what <|channel> and <channel|> enclose; if it is
+    the last, it may go on to the end."""
+    if tokenizer.thought is None:
+        return [], tokens
+    begin, end = tokenizer.thought
+    thoughts, answer, thinking = [], [], False
+    for token in tokens:
+        if token == begin:
+            thinking = True
+            thoughts.append([])
+        elif token == end:
+            thinking = False
+        else:
+            (thoughts[-1] if thinking else answer).append(token)
+    return thoughts, answer
+
+
+def thoughts_of(tokenizer, tokens: list[int]) -> str:
+    """The text of the thoughts in new tokens, without the word in the first line of each, which says what it is."""
+    thoughts, _ = split_thoughts(tokenizer, tokens)
+    texts = [tokenizer.decode(thought).partition("\n")[2].strip() for thought in thoughts]
+    return "\n\n".join(filter(None, texts))
+
+
 def stops_within(tokenizer, stops: list[str]) -> Callable[[list[int]], bool] | None:
-    """What says, after each of a row's new tokens, whether one of `stops` is in their text now; None without stops."""
+    """What says, after each of a row's new tokens, whether one of `stops` is in the text of the answer now; None
+    without stops."""
     tail = max((len(stop.encode()) for stop in stops), default=0)  # tokens; each has at least a byte
-    return (lambda tokens: any(stop in tokenizer.decode(tokens[-tail:]) for stop in stops)) if stops else None
+
+    def is_there(tokens: list[int]) -> bool:
+        last = tokens[-tail:]
+        if tokenizer.thought is not None:
+            begin, end = tokenizer.thought
+            if tokens.count(begin) > tokens.count(end):  # a thought goes on
+                return False
+            after = next((i for i in range(len(last), 0, -1) if last[i - 1] == end), 0)
+            last = last[after:]
+        text = tokenizer.decode(last)
+        return any(stop in text for stop in stops)
+
+    return is_there if stops else None
 
 
 def before_stop(text: str, stops: list[str]) -> str:
@@ -65,9 +126,10 @@ def before_stop(text: str, stops: list[str]) -> str:
 
 
 def completed(tokenizer, tokens: list[int], stop_ids: Container[int], stops: list[str]) -> tuple[str, bool]:
-    """The text of new tokens up to a stop id or the first of `stops`, and whether there is one."""
+    """The answer in new tokens, up to a stop id or the first of `stops`, and whether there is one."""
     ended = tokens[-1] in stop_ids
-    whole = tokenizer.decode(tokens[:-1] if ended else tokens)
+    _, answer = split_thoughts(tokenizer, tokens[:-1] if ended else tokens)
+    whole = tokenizer.decode(answer)
     text = before_stop(whole, stops)
     return text, ended or text != whole
 

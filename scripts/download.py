@@ -27,6 +27,9 @@ FILES = [
     "config.json",
     "generation_config.json",
     "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
     "model*.safetensors",
     "model.safetensors.index.json",
 ]
@@ -61,9 +64,10 @@ def download(repo_id: str, directory: Path, token: str | None = None, revision: 
         if not type(error).__module__.startswith("httpx"):  # the Hub's client leaves connection errors to its library
             raise
         raise ValueError(f"the Hugging Face Hub can't be reached ({_first_line(error)}); run it again") from None
-    for file in ("config.json", "tokenizer.model"):
-        if not (directory / file).exists():
-            raise ValueError(f"{repo_id} has no {file}: not a Gemma checkpoint that this program can run")
+    for files in (("config.json",), ("tokenizer.model", "tokenizer.json")):
+        if not any((directory / file).exists() for file in files):
+            missing = " and no ".join(files)
+            raise ValueError(f"{repo_id} has no {missing}: not a Gemma checkpoint that this program can run")
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if ! python -c "
 import sys
 from importlib.util import find_spec
-sys.exit(not all(map(find_spec, ('torch', 'sentencepiece', 'safetensors', 'huggingface_hub', 'tqdm'))))" 2>/dev/null; then
+sys.exit(not all(map(find_spec, ('torch', 'sentencepiece', 'tokenizers', 'jinja2', 'safetensors', 'huggingface_hub', 'tqdm'))))" 2>/dev/null; then
   echo "error: this needs Python with the packages of requirements.txt: python -m pip install -r $root/requirements.txt" >&2
   exit 2
 fi

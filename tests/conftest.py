@@ -1,5 +1,6 @@
 """Tiny random models made by transformers, the reference, and saved as Hugging Face publishes them."""
 
+import json
 import os
 import shutil
 import sys
@@ -102,6 +103,62 @@ def copy_tiny_gemma(directory: Path) -> Path:
     return shutil.copytree(
         TINY_GEMMA, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("gemma*.safetensors")
     )
+
+
+CHAT_TEMPLATE = """\
+{%- macro answer(text) -%}
+    {%- set found = namespace(text='') -%}
+    {%- for part in text.split('<channel|>') -%}
+        {%- set found.text = found.text + part.split('<|channel>')[0] -%}
+    {%- endfor -%}
+    {{- found.text | trim -}}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- set system = messages[0].role in ('system', 'developer') -%}
+{%- if system or enable_thinking -%}
+    {{- '<|turn>system\\n' + ('<|think|>\\n' if enable_thinking else '') -}}
+    {{- messages[0].content | trim if system else '' -}}
+    {{- '<turn|>\\n' -}}
+{%- endif -%}
+{%- for message in (messages[1:] if system else messages) -%}
+    {%- if message.role not in ('user', 'assistant') -%}
+        {{- raise_exception('a ' + message.role + ' message in the middle') -}}
+    {%- endif -%}
+    {{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' -}}
+    {{- answer(message.content) if message.role == 'assistant' else message.content | trim -}}
+    {{- '<turn|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|turn>model\\n' -}}
+{%- endif -%}
+"""  # a text's own; of the form that Gemma 4's chats have
+GEMMA4_SPECIAL = (
+    *("<pad>", "<eos>", "<bos>", "<unk>", "<|tool_response>", "<|think|>", "<|channel>", "<channel|>"),
+    *("<|turn>", "<turn|>", "<|image>"),
+)
+
+
+def save_json_tokenizer(directory: Path, vocab_size: int = 640) -> Path:
+    """tokenizer.json as Gemma 4's, but small, with its settings and a chat template beside it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokens = [*GEMMA4_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=tokens, show_progress=False)
+    tokenizer.train_from_iterator([CODE, "user model system\n\n\n\n <end_of_turn> é" * 20], trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][: len(GEMMA4_SPECIAL)]  # bytes are pieces like others
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.add_tokens([AddedToken("<table>", normalized=False)])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}, "tokenizer_class": "GemmaTokenizer"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return directory
 
 
 def save_checkpoint(model, directory: Path, **options) -> Path:
