@@ -301,6 +301,7 @@ def search(
     batch_size: int | None = None,
     kv_cache_dtype: str | torch.dtype | None = None,
     compile: bool = False,
+    prefix_cache: bool = True,
     on_step: Callable[[int, Runner], None] | None = None,
     on_completion: Callable[[int, int, list[int]], None] | None = None,
     skip: Container[tuple[int, int]] = (),
@@ -314,7 +315,8 @@ def search(
     prompt. At most batch_size prompts, with all their beams, run at once (default: as many as make MAX_BATCH rows, and
     have room in memory), those with the most new tokens first; a batch ends before the next one starts.
 
-    `compile` records a step as one CUDA graph; on a CPU steps are as without. on_step(i, runner) is called before each
+    `compile` records a step as one CUDA graph; on a CPU steps are as without. With prefix_cache, what earlier calls have
+    computed of prompts that begin alike is used. on_step(i, runner) is called before each
     prefill (i is 0) and before step i, on_completion with a prompt's number, 0 and its tokens when its batch has ended.
     No search is made for prompts i with (i, 0) in `skip`: they have no tokens, and a score of -inf. `stats` is added
     to. Raises ValueError as `generate.generate` does.
@@ -353,6 +355,7 @@ def search(
         with lease(model, size * num_beams, length, codec, compile, pages=pages) as runner:
             if device.type == "cpu" and 2 * model.weight_bytes < free_memory(device):
                 model.pack()
+            runner.pages.keep(prefix_cache)
             runs = _Search(model, runner, requests, size, settings, on_step)
             stats.compile_seconds += now(device) - begun
             for batch in batches:

@@ -387,7 +387,7 @@ def _room(
         busy = count - 1 >= mean * rows  # or rows wait for pages
         if rows == 1 or not fewer or (busy and needed(rows, count) <= room):
             break
-        rows = (rows - 1) // 64 * 64 or rows - max(1, rows // 8)
+        rows = (rows - 1) // 32 * 32 or rows - max(1, rows // 8)
     what = f"a batch of {rows} rows of {length} tokens"
     check_memory(int(needed(rows, count) + activations - held), model.device, what, ADVICE)
     return rows, count

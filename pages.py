@@ -124,6 +124,12 @@ class Pages:
         for page in held.pages:
             self._drop(page)
 
+    def keep(self, caching: bool):
+        """Says whether prompts are known to later ones from now on; without, those that were known are forgotten."""
+        self.caching = caching
+        if not caching:
+            self.forget()
+
     def forget(self):
         """Drops all that nobody holds from the tree, say because the cache's scales change."""
         while self.idle:

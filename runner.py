@@ -180,9 +180,7 @@ class Runner:
         if len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"{len(stop_ids)} stop ids are given; at most {MAX_STOP_IDS} can be")
         self.kind = kind
-        self.pages.caching = prefix_cache
-        if not prefix_cache:
-            self.pages.forget()
+        self.pages.keep(prefix_cache)
         if kind.penalize and self.whole_state.seen is None:
             with torch.inference_mode(False):
                 shape = (self.batch_size, model.config.vocab_size)

@@ -291,6 +291,8 @@ def _of_each(case: dict) -> list[int]:
 
 
 def main(directory: Path):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the benchmark, whatever ends that
+
     from vllm import LLM, SamplingParams, __version__
 
     job = json.loads((directory / "job.json").read_text())
