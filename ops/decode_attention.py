@@ -48,11 +48,26 @@ class AttentionConfig(NamedTuple):
     ahead: int = 0
 
 
-def attention_config(pairs: int, group: int, slots: int, cache_dtype: torch.dtype) -> AttentionConfig:
-    """Picks how `group` query heads on each of `pairs` rows' key heads attend: what was fastest on an H100 or H200."""
+def attention_config(
+    pairs: int,
+    group: int,
+    slots: int,
+    cache_dtype: torch.dtype,
+    head_dim: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+) -> AttentionConfig:
+    """Picks how `group` query heads on each of `pairs` rows' key heads attend: what was fastest on an H100 or H200.
+
+    For heads of more than 256, which were not measured, it is the largest block whose operands stay in registers.
+    """
+    is_fp8 = cache_dtype.itemsize == 1
+    if head_dim > 256:
+        if group == 1:
+            return AttentionConfig(block_s=8, num_warps=4, num_stages=2, by_sums=True, ahead=64)
+        block_s = 16 if dtype == torch.float32 else 64 // cache_dtype.itemsize
+        return AttentionConfig(block_s, num_warps=8, num_stages=2, by_sums=False, ahead=64)
     if group > 1:
         return AttentionConfig(block_s=64, num_warps=4, num_stages=2, by_sums=False, ahead=64)
-    is_fp8 = cache_dtype.itemsize == 1
     if pairs >= SMS:
         if slots > 512:  # rows are of unlike lengths, and the longest must not be the last
             if is_fp8:
@@ -540,10 +555,11 @@ def decode_attention(
     windowed = layer.window is not None and layer.window < slots
     shared = None if windowed or getattr(cache, "ring", False) else positions.shared
     if config is None:
-        config = attention_config(m * kv_heads, group, slots, cache.k.dtype)
+        config = attention_config(m * kv_heads, group, slots, cache.k.dtype, d, dtype)
         if shared is not None and config.by_sums and m * kv_heads >= SMS:  # a row's own keys are few
             config = AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
-    kv_splits = kv_splits or pick_kv_splits(m * kv_heads, slots, config.block_s, config.num_warps)
+    warps = config.num_warps if d <= 256 else 4  # a program of larger heads has an SM, however many its warps
+    kv_splits = kv_splits or pick_kv_splits(m * kv_heads, slots, config.block_s, warps)
     splits, slot_table = kv_splits, getattr(cache, "slot_table", None)
     out = torch.empty(m, n_heads * d, dtype=dtype if output_scale is None else E4M3, device=qkv.device)
     q = prefix = acc = stats = None

@@ -317,6 +317,6 @@ def prefill_rope(
         OFFSET=layer.norm_offset,
         LIMIT=limit,
         dtype=triton_dtype(dtype),
-        num_warps=4,
+        num_warps=4 if layer.n_heads * d <= 8192 else 8,
     )
     return out.split_with_sizes(heads, dim=1)

@@ -12,6 +12,7 @@ from test_ops import (  # noqa: F401
     exact_interpreter,
     frequencies,
     normal,
+    normed_and_rotated,
     partial_sums,
     scalar,
     seeded,
@@ -22,7 +23,6 @@ from config import PAGE
 from ops import common, decode_attention, rope
 from ops.common import E4M3, SMS, round_fp8, summed
 from ops.decode_attention import AttentionConfig
-from ops.norm import rms_norm
 from ops.prefix_attention import PrefixConfig, prefix_config, tile_rows
 from ops.rope import AttentionLayer, Positions, Shared
 
@@ -92,7 +92,7 @@ class Step:
                 position[row], prefix[row] = p, tokens
                 used = min(p // PAGE + 1, per_row)
                 table[row, :used] = integers(common_pages + [free.pop() for _ in range(used - len(common_pages))])
-                newest = [t for t in range(max(tokens, p - slots + 1), p)]
+                newest = [t for t in range(max(tokens, p - slots + 1), p + (layer.kv_products == 0))]
                 filled += [(table[row, t % slots // PAGE].item(), t % PAGE) for t in newest]
             if tokens:
                 tiles += [(at + i, min(tile, len(members) - i)) for i in range(0, len(members), tile)]
@@ -108,17 +108,18 @@ class Step:
             k=k, v=v, table=table.to(DEVICE), slots=slots, codec=codec, k_scale=scales[0], v_scale=scales[1], ring=ring
         )
         self.slot_of = table.long().repeat_interleave(PAGE, dim=1) * PAGE + torch.arange(slots) % PAGE
-        if beams:  # the new token's slot has no source yet
+        if beams:  # the new token's slot has no source yet, unless its key has been written
             for row, p in enumerate(position):
                 for t in range(max(prefix[row], p - slots + 1), p):
                     page, place = filled[torch.randint(len(filled), ())]
                     self.slot_of[row, t % slots] = page * PAGE + place
-                self.slot_of[row, p % slots] = 2**30
+                if layer.kv_products:
+                    self.slot_of[row, p % slots] = 2**30
             self.cache.slot_table = self.slot_of.to(torch.int32).to(DEVICE)
         tiles += [(0, 0), (b + 5, 0)]
         self.shared = Shared(integers(prefix), integers(order), integers(tiles), tile)
         self.position = integers(position, torch.long)
-        self.qkv = partial_sums(normal(b, (layer.n_heads + 2 * kv_heads) * d, dtype=dtype), split_k)
+        self.qkv = partial_sums(normal(b, (layer.n_heads + layer.kv_products * kv_heads) * d, dtype=dtype), split_k)
         self.output_scale = None if unit is None else scalar(unit)
         self.angles = rope.rope(self.position, frequencies(d))[0]
 
@@ -141,31 +142,26 @@ class Step:
         """What `run` returns, a row at a time; and the keys and values that it writes."""
         layer, cache, d, kv_heads = self.layer, self.cache, self.layer.head_dim, self.layer.n_kv_heads
         heads = summed(self.qkv, self.dtype).view(self.rows, -1, d)
-        q, new_k, new_v = heads.split_with_sizes([layer.n_heads, kv_heads, kv_heads], dim=1)
-        if layer.q_norm is not None:
-            q, new_k = rms_norm(q, layer.q_norm, layer.eps), rms_norm(new_k, layer.k_norm, layer.eps)
-        q, new_k = (rope.rotate(x, *self.angles[:, :, None]).float() for x in (q, new_k))
+        q, *new_kv = normed_and_rotated(heads, layer, self.angles[:, :, None])
         results, written = [], []
         for row, p in enumerate(self.position.tolist()):
-            seen = [t % self.slots for t in range(max(0, p - min(self.slots, layer.window or p + 1) + 1), p)]
-            at = self.slot_of[row, seen].to(DEVICE)
-            new = [stored_as(x[row].float(), scale, cache.k.dtype) for x, scale in self.scaled(new_k, new_v)]
+            oldest, end = max(0, p - min(self.slots, layer.window or p + 1) + 1), p + (layer.kv_products == 0)
+            at = self.slot_of[row, [t % self.slots for t in range(oldest, end)]].to(DEVICE)
+            scales = cache.k_scale, cache.v_scale
+            new = [stored_as(x[row].float(), scale, cache.k.dtype) for x, scale in zip(new_kv, scales)]
             k, v = (
-                torch.cat((stored.float()[at // PAGE, :, at % PAGE], own.float()[None]))
+                torch.cat((stored.float()[at // PAGE, :, at % PAGE], *(x.float()[None] for x in own)))
                 .repeat_interleave(layer.n_heads // kv_heads, dim=1)
                 .transpose(0, 1)  # [H, tokens, D]
-                for stored, own in zip((cache.k, cache.v), new)
+                for stored, own in ((cache.k, new[:1]), (cache.v, new[1:]))
             )
-            scores = q[row][:, None] @ k.mT * (layer.scale * cache.k_scale)
+            scores = q[row].float()[:, None] @ k.mT * (layer.scale * cache.k_scale)
             if layer.softcap is not None:
                 scores = layer.softcap * torch.tanh(scores / layer.softcap)
             results.append((scores.softmax(-1) @ v * cache.v_scale).flatten())
             written.append(new)
         y = torch.stack(results).to(self.dtype)
         return y if self.output_scale is None else round_fp8(y, self.output_scale), written
-
-    def scaled(self, k, v):
-        return (k, self.cache.k_scale), (v, self.cache.v_scale)
 
     def check(self, rows=None, **options):
         """Checks the result, of some rows or all, and that nothing but the new keys and values is written."""
@@ -219,12 +215,16 @@ GROUPS = {  # prefix, positions
     "several": [(0, [63, 0]), (192, [192, 200, 193]), (64, [64, 191, 80, 65, 128])],
     "long": [(640, [640, 671, 700]), (0, [300]), (64, [70, 71])],
 }
-CASES = {  # heads, D, softcap, norms, config, groups, partial sums
+CASES = {  # heads, D, softcap, norms, config, groups, partial sums, products of K and V where they are normed
     "mha-sums": (MHA, 24, None, False, SUMS, "several", 0),
     "mha-sums-softcap": (MHA, 32, 2.0, False, SUMS, "long", 2),
     "mha": (MHA, 32, None, False, DOTS, "alone", 0),
     "gqa": (GQA, 24, None, True, DOTS, "several", 0),
     "mqa": (MQA, 24, 2.0, True, DOTS, "two", 3),
+    "k-is-v-sums": (MHA, 24, None, True, SUMS, "several", 2, 1),
+    "k-is-v": (MQA, 24, None, True, DOTS, "several", 0, 1),
+    "no-kv-sums": (MHA, 24, None, True, SUMS, "several", 0, 0),
+    "no-kv": (GQA, 24, None, True, DOTS, "long", 2, 0),
 }
 
 
@@ -232,8 +232,9 @@ CASES = {  # heads, D, softcap, norms, config, groups, partial sums
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, F32), (BF16, E4M3), (F32, E5M2)])
 def test_shared_prefix(case, dtypes):
-    heads, d, softcap, normed, config, groups, split_k = CASES[case]
-    layer = layer_of(heads, d, dtypes[0] if normed else None, softcap=softcap)
+    heads, d, softcap, normed, config, groups, split_k, *products = CASES[case]
+    options = dict(kv_products=products[0], v_norm=True, norm_offset=0.0) if products else {}
+    layer = layer_of(heads, d, dtypes[0] if normed else None, softcap=softcap, **options)
     scales = (0.02, 0.5) if dtypes[1].itemsize == 1 else (1.0, 1.0)
     slots = 768 if groups == "long" else 256
     step = Step(layer, *dtypes, GROUPS[groups], slots, split_k=split_k, scales=scales)
@@ -293,6 +294,24 @@ def test_slot_table_of_a_ring(config, window):
     step.check(shared=False, kv_splits=1, config=config)
 
 
+@pytest.mark.parametrize("config", [SUMS, DOTS], ids=["sums", "dots"])
+@pytest.mark.parametrize("window", [None, 50])
+def test_slot_table_of_another_layers_keys(config, window):
+    """The newest key is where the table of slots says."""
+    layer = layer_of(MHA, 24, window=window, kv_products=0)
+    positions = [200, 63, 64, 7] if window else [63, 0, 62, 7]
+    step = Step(layer, F32, F32, [(0, positions)], 64, beams=True, ring=window is not None)
+    step.check(shared=False, kv_splits=2, config=config)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, E4M3), (F32, E5M2)])
+@pytest.mark.parametrize(("heads", "products"), [((8, 1), 1), ((16, 2), 0), ((2, 2), 2)])
+def test_heads_of_512(heads, products, dtypes):
+    """By what is picked for them."""
+    layer = layer_of(heads, 512, dtypes[0], v_norm=True, norm_offset=0.0, kv_products=products)
+    Step(layer, *dtypes, [(0, [70, 3])], 128, split_k=2, scales=(0.02, 0.5)).check(shared=False, kv_splits=2)
+
+
 @pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize("config", [SUMS, DOTS], ids=["sums", "dots"])
 def test_slot_table_behind_a_shared_prefix(config):
@@ -342,7 +361,7 @@ def test_picks():
 @pytest.mark.parametrize("case", ["mha-sums", "gqa"])
 def test_prefixes_change_between_replays(case):
     """One graph serves whatever groups there are, in tiles of as many rows at most, and none."""
-    heads, _, softcap, normed, config, _, _ = CASES[case]
+    heads, _, softcap, normed, config, *_ = CASES[case]
     layer = layer_of(heads, 256, BF16 if normed else None, softcap=softcap)
     several = GROUPS["long"], [(0, [5, 9]), (640, [700] * 4)], [(0, [700, 3, 64, 0, 63, 255])], GROUPS["long"]
     steps = [Step(layer, BF16, BF16, groups, 768) for groups in several]

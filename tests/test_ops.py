@@ -294,17 +294,31 @@ def slots_in_order(stored, cache):
     return torch.cat(pages.unbind(1), dim=2)
 
 
+def normed_and_rotated(heads, layer, angles):
+    """Queries and, if the layer has them, keys and values of heads [M, HEADS + kv_products * KV_HEADS, D]."""
+
+    def normed(x, weight):
+        return F.rms_norm(x.float(), x.shape[-1:], weight, layer.eps).to(x.dtype)
+
+    kv = heads[:, layer.n_heads :]
+    parts = [heads[:, : layer.n_heads], kv[:, : layer.n_kv_heads], kv[:, -layer.n_kv_heads :]]
+    parts = parts if layer.kv_products else parts[:1]
+    for i, weight in enumerate((layer.q_norm, layer.k_norm)[: len(parts)]):
+        if weight is not None:
+            parts[i] = normed(parts[i], layer.norm_offset + weight.float())
+        parts[i] = rope.rotate(parts[i], *angles)
+    if layer.v_norm:
+        parts[2:] = [normed(x, None) for x in parts[2:]]
+    return parts
+
+
 def attention_in_float32(qkv, layer, cache, positions, dtype, output_scale=None):
     """What decode_attention and, for one new token a row, attend stand for: of a softmax that nothing is rounded in."""
     (_, kv_heads, _, d), position, slots = cache.k.shape, positions.position, cache.slots
     m = len(position)
-    y = common.summed(qkv, dtype).view(m, -1, d)
-    q, k, v = y.split_with_sizes([layer.n_heads, kv_heads, kv_heads], dim=1)
-    if layer.q_norm is not None:
-        q, k = norm.rms_norm(q, layer.q_norm, layer.eps), norm.rms_norm(k, layer.k_norm, layer.eps)
-    q, k = (rope.rotate(x, *positions.rope[:, :, None]) for x in (q, k))
+    q, *new = normed_and_rotated(common.summed(qkv, dtype).view(m, -1, d), layer, positions.rope[:, :, None])
     page = cache.table[torch.arange(m, device=qkv.device), position % slots // PAGE]
-    for stored, x, scale in ((cache.k, k, cache.k_scale), (cache.v, v, cache.v_scale)):
+    for stored, x, scale in zip((cache.k, cache.v), new, (cache.k_scale, cache.v_scale)):
         x = common.round_fp8(x, scale, stored.dtype) if stored.dtype.itemsize == 1 else x.to(stored.dtype)
         stored.view(torch.uint8)[page, :, position % PAGE] = x.view(torch.uint8)
     slot = torch.arange(slots, device=qkv.device)
@@ -319,19 +333,27 @@ def attention_in_float32(qkv, layer, cache, positions, dtype, output_scale=None)
     return y if output_scale is None else common.round_fp8(y, output_scale)
 
 
-ATTENTION = {  # by_sums, B, H, K, D, S, window
-    "mha-sums": (True, 3, 2, 2, 24, 64, 50),
-    "mha": (False, 3, 2, 2, 64, 128, None),
-    "gqa": (False, 3, 6, 2, 32, 64, 64),
-    "mqa": (False, 5, 4, 1, 24, 64, 9),
-    "mqa-20": (False, 1, 20, 1, 32, 64, None),
+ATTENTION = {  # by_sums, B, H, K, D, S, window, products of K and V, norm of V, norms' offset
+    "mha-sums": (True, 3, 2, 2, 24, 64, 50, 2, False, 1.0),
+    "mha": (False, 3, 2, 2, 64, 128, None, 2, False, 1.0),
+    "gqa": (False, 3, 6, 2, 32, 64, 64, 2, False, 1.0),
+    "mqa": (False, 5, 4, 1, 24, 64, 9, 2, False, 1.0),
+    "mqa-20": (False, 1, 20, 1, 32, 64, None, 2, False, 1.0),
+    "v-norm-sums": (True, 3, 2, 2, 24, 64, 50, 2, True, 0.0),
+    "k-is-v-sums": (True, 3, 2, 2, 24, 128, None, 1, True, 0.0),
+    "no-kv-sums": (True, 3, 2, 2, 24, 64, 50, 0, True, 0.0),
+    "no-kv-sums-global": (True, 3, 2, 2, 24, 128, None, 0, True, 0.0),
+    "v-norm": (False, 3, 4, 2, 24, 64, 50, 2, True, 0.0),
+    "k-is-v": (False, 3, 4, 1, 24, 128, None, 1, True, 0.0),
+    "no-kv": (False, 5, 4, 2, 24, 64, 9, 0, True, 0.0),
+    "no-kv-global": (False, 3, 4, 1, 24, 128, None, 0, True, 0.0),
 }
 
 
 @pytest.mark.parametrize("case", ATTENTION)
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, F32), (F32, BF16), (BF16, E4M3), (BF16, E5M2)])
 def test_decode_attention(case, dtypes):
-    by_sums, m, heads, kv_heads, d, slots, window = ATTENTION[case]
+    by_sums, m, heads, kv_heads, d, slots, window, products, v_norm, offset = ATTENTION[case]
     dtype, cache_dtype = dtypes
     # one key; a ring that is full, and has come round; between
     come_round = slots + 9 if window else slots - 2
@@ -339,16 +361,17 @@ def test_decode_attention(case, dtypes):
     angles = rope.rope(position, frequencies(d))[0]
     config = AttentionConfig(block_s=16, num_warps=4, num_stages=2, by_sums=by_sums)
     unit = 0.004
-    norms = dict(q_norm=normal(d, dtype=dtype), k_norm=normal(d, dtype=dtype))
+    norms = dict(q_norm=normal(d, dtype=dtype), k_norm=normal(d, dtype=dtype) if products else None)
+    options = dict(v_norm=v_norm, kv_products=products, norm_offset=offset)
     for kv_splits, split_k, scale, rounded, normed in (
         (1, 0, 0.3, False, True),
         (1, 0, 2.0, True, False),
         (2, 2, 2.0, True, True),
     ):
         softcap = 5.0 if rounded else None
-        layer = AttentionLayer(heads, kv_heads, d, scale, softcap, window, **(norms if normed else {}))
+        layer = AttentionLayer(heads, kv_heads, d, scale, softcap, window, **options, **(norms if normed else {}))
         output_scale = scalar(unit) if rounded else None
-        qkv = partial_sums(normal(m, (heads + 2 * kv_heads) * d, dtype=dtype), split_k)
+        qkv = partial_sums(normal(m, (heads + products * kv_heads) * d, dtype=dtype), split_k)
         cache = layer_cache(m, kv_heads, slots, d, cache_dtype, (0.02, 0.5) if rounded else (1.0, 1.0))
         mask = attention.attention_mask(cache, window, position[:, None], position, dtype)
         slot = cache.slots_for(torch.arange(m, device=DEVICE), position, position + 1)
@@ -356,7 +379,7 @@ def test_decode_attention(case, dtypes):
         cache.k[0], cache.v[0] = float("nan"), float("nan")  # nobody's
         for row, p in enumerate(position.tolist()):
             for stored in (cache.k, cache.v):  # what is not in use yet, and the slot that is about to be written
-                for slot in (*range(p + 1, slots), p % slots):
+                for slot in (*range(p + 1, slots), *[p % slots] * (products > 0)):
                     stored[cache.table[row, slot // PAGE], :, slot % PAGE] = float("nan")
         finite, expected_cache = copy_of(cache), copy_of(cache)
         y = decode_attention.decode_attention(
@@ -455,6 +478,48 @@ def test_attention_of_prompts(dtype, cache_dtype, split_k, window, ragged, cache
                 torch.testing.assert_close(mine.float(), expected.float(), rtol=2**-3, atol=0.02 / unit)
             else:
                 assert_same(mine, expected)
+
+
+@pytest.mark.parametrize("attend", [attention.attend, attention.attend_triton])
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(BF16, E4M3), (F32, F32)])
+@pytest.mark.parametrize(("window", "cached"), [(None, None), (None, (70, 3)), (50, (70, 3))])
+@pytest.mark.parametrize("products", [1, 2])
+def test_prompts_of_layers_that_share_keys(attend, dtype, cache_dtype, window, cached, products):
+    """A layer with norms, and one that has its keys and values, against layers without norms and with keys of their
+    own; a ring has lost tokens by the time that the second layer runs."""
+    rows, tokens, heads, kv_heads, d, slots = 2, 11, 4, 2, 24, 64 if window else 128
+    norms = dict(q_norm=normal(d, dtype=dtype), norm_offset=0.0, v_norm=True)
+    layers = (
+        AttentionLayer(heads, kv_heads, d, 0.3, None, window, k_norm=normal(d), kv_products=products, **norms),
+        AttentionLayer(heads, kv_heads, d, 0.3, None, window, kv_products=0, **norms),
+    )
+    plain = AttentionLayer(heads, kv_heads, d, 0.3, None, window)
+    row, query = torch.arange(rows, device=DEVICE).repeat_interleave(tokens), torch.arange(tokens).repeat(rows)
+    query, position = query.to(DEVICE), None if cached is None else torch.tensor(cached, device=DEVICE)
+    query = query if cached is None else query + position[row]
+    angles, still = rope.rope(query, frequencies(d))[0], torch.zeros(2, rows * tokens, d, device=DEVICE)
+    still[0] = 1
+    cache = layer_cache(rows, kv_heads, slots, d, cache_dtype, (0.02, 0.5), fill=cached is not None)
+    cache.ring = window is not None
+    before = copy_of(cache)
+    end, mask = tokens if cached is None else tokens + position[row], None
+    if cached is not None:
+        mask = attention.attention_mask(cache, window, query.view(rows, -1), position, dtype)
+    slot = cache.slots_for(row, query, end)
+    positions = Positions(rows, tokens, position, None, angles, mask, slot, kept={})
+    kv = []
+    for layer in layers:
+        qkv = partial_sums(normal(rows * tokens, (heads + layer.kv_products * kv_heads) * d, dtype=dtype), 2)
+        parts = normed_and_rotated(common.summed(qkv, dtype).view(rows * tokens, -1, d), layer, angles[:, :, None])
+        q, kv = parts[0], parts[1:] or kv
+        expected_cache = copy_of(before)
+        expected_cache.ring = cache.ring
+        expected = attend(
+            torch.cat((q, *kv), 1).flatten(1), plain, expected_cache, positions._replace(rope=still), dtype
+        )
+        assert_same(attend(qkv, layer, cache, positions, dtype), expected)
+        for stored, written in ((cache.k, expected_cache.k), (cache.v, expected_cache.v)):
+            assert_same(stored, written)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
