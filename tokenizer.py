@@ -230,15 +230,8 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, path: str | Path):
         """Loads tokenizer.json. Raises FileNotFoundError without the file, ValueError if it is cut or is not
         Gemma's."""
-        import tokenizers  # here, since Gemma 1 to 3 do without
-
         self.path = _file_of(path)
-        try:
-            self.library = tokenizers.Tokenizer.from_buffer(self.path.read_bytes())
-        except Exception as error:  # the library has no class of its own for it
-            raise ValueError(f"{path} is cut or is no tokenizer of the tokenizers library") from error
-        self.library.no_truncation()
-        self.library.no_padding()
+        self.library = self._load()
         self.bos_id, self.eos_id = self._id(self.bos), self._id("<eos>")
         if self.bos_id is None or self.eos_id is None:
             raise ValueError(f"{path} is not Gemma's tokenizer: it lacks <bos> or <eos>")
@@ -248,17 +241,30 @@ class JsonTokenizer(Tokenizer):
         self.library.add_special_tokens(controls)  # if they are not special already
         added = self.library.get_added_tokens_decoder()
         self.special = {token for token, each in added.items() if each.special} | set(map(self._id, controls))
-        sample = "a b\n  é 漢"
+        sample = "a b\n  é\U0010fffd"  # the last one is in no vocabulary, and comes in bytes
         if self.decode(self._encode(sample)) != sample:
             raise ValueError(f"{path} is not Gemma's tokenizer: it doesn't give a text back")
         self._name_tokens(turns, map(self.library.id_to_token, self.special))
 
+    def _load(self):
+        from tokenizers import Tokenizer  # here, since Gemma 1 to 3 do without
+
+        try:
+            content = self.path.read_text(encoding="utf-8")
+            # The library would end the process over other bytes, and over merges that lack such a prefix
+            if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', content):
+                raise ValueError("Gemma's pieces have no continuing_subword_prefix")
+            library = Tokenizer.from_str(content)
+        except Exception as error:  # the library has no class of its own for it
+            raise ValueError(f"{self.path} is cut or is no tokenizer of the tokenizers library") from error
+        library.no_truncation()
+        library.no_padding()
+        return library
+
     @cached_property
     def _plain(self):
         """The same, but that special tokens are text to it: a setting that one in use by others can't change."""
-        import tokenizers
-
-        plain = tokenizers.Tokenizer.from_str(self.library.to_str())
+        plain = self._load()
         plain.add_special_tokens(self._controls)  # the file may call some of them otherwise
         plain.encode_special_tokens = True
         return plain

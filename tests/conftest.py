@@ -131,7 +131,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
     {{- '<|turn>model\\n' -}}
 {%- endif -%}
-"""  # a text's own; of the form that Gemma 4's chats have
+"""  # of the form that Gemma 4's chats have
 GEMMA4_SPECIAL = (
     *("<pad>", "<eos>", "<bos>", "<unk>", "<|tool_response>", "<|think|>", "<|channel>", "<channel|>"),
     *("<|turn>", "<turn|>", "<|image>"),
@@ -148,7 +148,8 @@ def save_json_tokenizer(directory: Path, vocab_size: int = 640) -> Path:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokens = [*GEMMA4_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=tokens, show_progress=False)
-    tokenizer.train_from_iterator([CODE, "user model system\n\n\n\n <end_of_turn> é" * 20], trainer)
+    texts = [file.read_text() for file in (ROOT / "tokenizer.py", ROOT / "LICENSE")]
+    tokenizer.train_from_iterator([*texts, "user model system\n\n\n\n <end_of_turn> é" * 20], trainer)
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = content["added_tokens"][: len(GEMMA4_SPECIAL)]  # bytes are pieces like others
     tokenizer = Tokenizer.from_str(json.dumps(content))
@@ -234,6 +235,12 @@ def tiny():
     from generate import load_model
 
     return load_model(TINY_GEMMA, device="cpu", precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def json_tokenizer(tmp_path_factory):
+    """A directory with a small tokenizer.json, its settings and a chat template."""
+    return made_once(tmp_path_factory, "json_tokenizer", save_json_tokenizer)
 
 
 @pytest.fixture(scope="session")
