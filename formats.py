@@ -29,6 +29,7 @@ class Format:
     PyTorch definition of x @ weight.T, `kernel` its fast form, both as ops/matmul.py calls them. dequantize(weight,
     dtype) gives the numbers [N, K]. quantize(numbers [N, K], group) gives the parameters, in their order; None if that
     needs more than the numbers. random(name, parameter, generator) fills a parameter for models of random weights.
+    The last three take [E, N, K], too; what multiplies by experts is in ops/experts.py.
     """
 
     name: str
@@ -40,6 +41,21 @@ class Format:
     quantize: Callable | None = None
     grouped: bool = False  # whether neighbours in a row share a scale
     embedding: str | None = None  # the format of an embedding that is quantized along with it; None: the same
+
+    def parameters(
+        self, n: int, k: int, group: int = 0, experts: int = 0, own_inputs: bool = False
+    ) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+        """`stored` of one matrix [n, k] or of `experts` matrices, which each parameter then has along its first
+        dimension; input_scale only with own_inputs. Raises ValueError for a group that does not divide k."""
+        if self.grouped:
+            check_group(k, group)
+        stored = self.stored(n, k, group)
+        if not experts:
+            return stored
+        shared = () if own_inputs else ("input_scale",)
+        return {
+            name: (dtype, shape if name in shared else (experts, *shape)) for name, (dtype, shape) in stored.items()
+        }
 
     @property
     def of_embedding(self) -> "Format":
@@ -62,17 +78,23 @@ class Weight(nn.Module):
 
     scale is a float32 scalar in FP8, [N] in int8, [N, K / group, 2] in int4 (scale and zero), None else. input_scale, a
     float32 scalar, is that of the inputs of FP8 products, None else.
+
+    With `experts` E it is E matrices of `shape` [N, K], and each parameter has E of what one matrix has, along its
+    first dimension. input_scale stays one scalar for all of them, whose inputs are the same rows, but is [E] with
+    own_inputs.
     """
 
-    def __init__(self, n: int, k: int, format: Format | None = None, group: int = 0):
+    def __init__(
+        self, n: int, k: int, format: Format | None = None, group: int = 0, experts: int = 0, own_inputs: bool = False
+    ):
         super().__init__()
-        self.shape = (n, k)
+        self.shape, self.experts, self.own_inputs = (n, k), experts, own_inputs
         self.store(FORMATS["bf16"] if format is None else format, group)
 
     def store(self, format: Format, group: int = 0):
         """Makes this an empty weight in another format."""
         self.format, self.group, self.packed = format, group if format.grouped else 0, None
-        stored = format.stored(*self.shape, group)
+        stored = format.parameters(*self.shape, group, self.experts, self.own_inputs)
         for name in ("weight", "scale", "input_scale"):
             dtype, shape = stored.get(name, (None, None))
             parameter = None if shape is None else nn.Parameter(torch.empty(shape, dtype=dtype), dtype is None)
@@ -80,10 +102,11 @@ class Weight(nn.Module):
 
     @classmethod
     def of(cls, format: str, *parameters: Tensor, shape: tuple[int, int] | None = None, group: int = 0) -> "Weight":
-        """A weight of given parameters, in the order of the format's `stored`."""
-        n, k = shape or parameters[0].shape
+        """A weight of given parameters, in the order of the format's `stored`; with three dimensions, of experts."""
+        n, k = shape or parameters[0].shape[-2:]
+        experts = len(parameters[0]) if parameters[0].dim() == 3 else 0
         with torch.device("meta"):
-            weight = cls(n, k, FORMATS[format], group)
+            weight = cls(n, k, FORMATS[format], group, experts, experts > 0 and parameters[-1].dim() == 1)
         for name, parameter in zip(FORMATS[format].stored(n, k, group), parameters, strict=True):
             setattr(weight, name, nn.Parameter(parameter, False))
         return weight
@@ -99,7 +122,7 @@ class Weight(nn.Module):
 
     def pack(self):
         """Keeps a bf16 weight in oneDNN's layout, too, until it changes; the next products on a CPU take that."""
-        if self.weight.dtype == torch.bfloat16 and self.format.name == "bf16":
+        if self.weight.dtype == torch.bfloat16 and self.format.name == "bf16" and not self.experts:
             source = self.source
             if self.packed is None or self.packed.source != source:
                 layout = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
@@ -111,21 +134,33 @@ class Weight(nn.Module):
 
 
 def quantize_int8(weight: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] and scale [N] of each row of weight [N, K]: the nearest of 255 codes, the largest value being
-    127."""
-    scale = _scale(weight.float().abs().amax(1) / 127)
-    codes = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127)
+    """Codes [..., N, K] and scale [..., N] of each row of weight [..., N, K]: the nearest of 255 codes, the largest
+    value being 127."""
+    scale = _scale(weight.float().abs().amax(-1) / 127)
+    codes = (weight.float() / scale.float()[..., None]).round().clamp(-127, 127)
     return codes.to(torch.int8), scale
 
 
 def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Packed codes [N, K / 8] and scales [N, K / group, 2]: each group of neighbours in weight [N, K] to the nearest of
-    16 codes, from its least value to its largest."""
-    groups = weight.float().unflatten(1, (-1, group))
+    """Packed codes [..., N, K / 8] and scales [..., N, K / group, 2]: each group of neighbours in weight [..., N, K] to
+    the nearest of 16 codes, from its least value to its largest. Raises ValueError for a group that does not divide
+    K."""
+    check_group(weight.shape[-1], group)
+    groups = weight.float().unflatten(-1, (-1, group))
     parameters = group_parameters(groups)
     scale, zero = parameters.float()[..., None].unbind(-2)
     codes = (groups / scale + zero).round().clamp(0, 15)
-    return pack_int4(codes.flatten(1)), parameters
+    return pack_int4(codes.flatten(-2)), parameters
+
+
+def check_group(k: int, group: int):
+    """Raises ValueError for int4 groups of `group` neighbours that do not divide rows of k numbers."""
+    if not group or k % group:
+        fitting = [str(each) for each in GROUPS if k % each == 0]
+        raise ValueError(
+            f"int4 groups of {group} don't divide rows of {k} numbers"
+            + (f": groups of {' or '.join(fitting)} do" if fitting else "")
+        )
 
 
 def largest(name: str, values: Tensor) -> float:
@@ -161,7 +196,7 @@ def _random_numbers(name: str, parameter: Tensor, generator: torch.Generator):
 def _random_fp8(name: str, parameter: Tensor, generator: torch.Generator):
     weight_scale = 0.1 / E4M3_MAX
     if name == "weight":
-        for rows in parameter.split(4096):
+        for rows in parameter.flatten(0, -2).split(4096):
             values = torch.empty(rows.shape, device=parameter.device).normal_(0, 0.02, generator=generator)
             rows.copy_(round_fp8(values, weight_scale))
     else:
@@ -205,7 +240,7 @@ FORMATS = {
             },
             product=fp8_product,
             kernel=dense_triton,
-            dequantize=lambda weight, dtype: (weight.data.float() * weight.scale).to(dtype),
+            dequantize=lambda weight, dtype: (weight.data.float() * weight.scale[..., None, None]).to(dtype),
             random=_random_fp8,
         ),
         Format(

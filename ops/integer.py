@@ -180,7 +180,7 @@ def int_config(m: int, n: int, k: int, group: int) -> GemmConfig | IntGemvConfig
     return IntGemvConfig(block_n=16, block_k=256, num_warps=4, split_k=2, ahead=m == 1)
 
 
-def _words_per_chunk(k: int) -> int:
+def words_per_chunk(k: int) -> int:
     """Returns how many words W a chunk of int4 has, in rows of k columns, a multiple of 32: 16 if 128 divides k."""
     return min(16, (k & -k) // 8)
 
@@ -191,27 +191,27 @@ def _nibble_shifts(device: torch.device) -> Tensor:
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """Packs codes q [N, K], from 0 to 15, into int32 words [N, K / 8], as the head of this file shows.
+    """Packs codes q [..., K], from 0 to 15, into int32 words [..., K / 8], as the head of this file shows.
 
     K is a multiple of 32.
     """
-    q = q.unflatten(1, (-1, 4, _words_per_chunk(q.shape[1]), 2)).int()
-    return (q << _nibble_shifts(q.device)).sum((2, 4), dtype=torch.int32).flatten(1)
+    q = q.unflatten(-1, (-1, 4, words_per_chunk(q.shape[-1]), 2)).int()
+    return (q << _nibble_shifts(q.device)).sum((-3, -1), dtype=torch.int32).flatten(-2)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """Returns the codes [N, K] int32, from 0 to 15, of words [N, K / 8] that `pack_int4` made."""
-    words = packed.unflatten(1, (-1, 1, _words_per_chunk(8 * packed.shape[1]), 1))
-    return (words >> _nibble_shifts(packed.device) & 15).flatten(1)
+    """Returns the codes [..., K] int32, from 0 to 15, of words [..., K / 8] that `pack_int4` made."""
+    words = packed.unflatten(-1, (-1, 1, words_per_chunk(8 * packed.shape[-1]), 1))
+    return (words >> _nibble_shifts(packed.device) & 15).flatten(-4)
 
 
 def dequantize(weight, dtype: torch.dtype) -> Tensor:
-    """Computes the numbers [N, K] of a weight in int8 or int4, in `dtype`, rounded once."""
+    """Computes the numbers [N, K], or [E, N, K], of a weight in int8 or int4, in `dtype`, rounded once."""
     data, scale = weight.data, weight.scale
     if not weight.group:
-        return data.to(dtype) * scale.to(dtype)[:, None]
-    scale, zero = scale.to(dtype)[..., None].unbind(2)
-    return ((unpack_int4(data).to(dtype).unflatten(1, (-1, weight.group)) - zero) * scale).flatten(1)
+        return data.to(dtype) * scale.to(dtype)[..., None]
+    scale, zero = scale.to(dtype)[..., None].unbind(-2)
+    return ((unpack_int4(data).to(dtype).unflatten(-1, (-1, weight.group)) - zero) * scale).flatten(-2)
 
 
 def int_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
@@ -254,16 +254,16 @@ def _dequantize_kernel(
 
 def dequantize_triton(weight, dtype: torch.dtype) -> Tensor:
     """Does what `dequantize` does, with one kernel."""
-    (n, k), group = weight.shape, weight.group
-    out = torch.empty(n, k, dtype=dtype, device=weight.data.device)
+    k, group = weight.shape[-1], weight.group
+    out = torch.empty(*weight.data.shape[:-1], k, dtype=dtype, device=weight.data.device)
     block = min(DEQUANTIZE_BLOCK, max(32, power_of_2(k)))
     launch(
         _dequantize_kernel,
-        (n, -(-k // block)),
+        (out.numel() // k, -(-k // block)),
         *(weight.data, weight.scale.view(torch.int32) if group else weight.scale, out),
         IN=k,
         GROUP=group,
-        WORDS=_words_per_chunk(k),
+        WORDS=words_per_chunk(k),
         BLOCK=block,
         num_warps=DEQUANTIZE_WARPS,
     )
@@ -601,18 +601,20 @@ def _int4_gemm_kernel(
         for unit in tl.static_range(4):
             column = chunk * 128 + unit * 32
             x = tl.load(x_ptrs + column, mask=(m < rows)[None, :], other=0.0)
-            acc = tl.dot(_int4_weights(words, tl.load(pair_ptrs + column // GROUP), unit, BF16X2), x, acc)
+            acc = tl.dot(int4_numbers(words, tl.load(pair_ptrs + column // GROUP), unit, dtype, BF16X2), x, acc)
             if GEGLU:
                 pair = tl.load(pair_ptrs + OUT * (IN // GROUP) + column // GROUP)
-                up = tl.dot(_int4_weights(up_words, pair, unit, BF16X2), x, up)
+                up = tl.dot(int4_numbers(up_words, pair, unit, dtype, BF16X2), x, up)
     if GEGLU:
         acc = gelu_times(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
     store_partial(out_ptr, acc, None, n, m, rows, OUT)
 
 
 @jit
-def _int4_weights(words, pair, unit: tl.constexpr, BF16X2: tl.constexpr):
-    """Dequantizes a unit of words [R, 16], one chunk of R rows with a pair [R] each: [R, 32] in bf16, rounded once."""
+def int4_numbers(words, pair, unit: tl.constexpr, dtype: tl.constexpr, BF16X2: tl.constexpr):
+    """Dequantizes nibble `unit` of words [R, W], a chunk of R rows, with a pair [R] each: [R, 2 * W] in `dtype`, rounded
+    once. BF16X2 makes bf16 only."""
+    SHAPE: tl.constexpr = [words.shape[0], 2 * words.shape[1]]
     words = words >> (4 * unit)
     if BF16X2:  # the bits 0x4300 + q are the bf16 128 + q
         y = tl.inline_asm_elementwise(
@@ -632,11 +634,11 @@ def _int4_weights(words, pair, unit: tl.constexpr, BF16X2: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        y = tl.reshape(_bf16_pairs(y), [words.shape[0], 32])
+        y = tl.reshape(_bf16_pairs(y), SHAPE)
     else:
         scale, zero = _scale_and_zero(pair[:, None, None])
         y = tl.join(words & 15, (words >> 16) & 15).to(tl.float32)
-        y = tl.reshape((y - zero) * scale, [words.shape[0], 32]).to(tl.bfloat16)
+        y = tl.reshape((y - zero) * scale, SHAPE).to(dtype)
     return y
 
 

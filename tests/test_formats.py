@@ -146,3 +146,56 @@ def test_a_weight_has_what_its_format_stores(name):
     assert weight.group == (32 if format.grouped else 0)
     weight.store(FORMATS["bf16"])
     assert [key for key, _ in weight.named_parameters()] == ["weight"]
+
+
+# --- experts
+
+
+@pytest.mark.parametrize("own_inputs", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_weight_of_experts_has_what_its_format_stores_of_each(name, own_inputs):
+    format = FORMATS[name]
+    weight = Weight(24, 64, format, 32, experts=5, own_inputs=own_inputs)
+    stored = format.stored(24, 64, 32)
+    assert list(stored) == [key for key, _ in weight.named_parameters()]
+    assert (weight.shape, weight.experts) == ((24, 64), 5)
+    for key, (dtype, shape) in stored.items():
+        parameter, shared = getattr(weight, key), key == "input_scale" and not own_inputs
+        assert (parameter.dtype, tuple(parameter.shape)) == (dtype or torch.float32, shape if shared else (5, *shape))
+        assert format.parameters(24, 64, 32, 5, own_inputs)[key] == (dtype, tuple(parameter.shape))
+        format.random(key, parameter.detach(), torch.Generator().manual_seed(0))
+    numbers = format.dequantize(weight, torch.float32)
+    assert numbers.shape == (5, 24, 64)
+    assert abs(numbers.std().item() - 0.02) < 0.002
+    parameters = [parameter.detach() for _, parameter in weight.named_parameters()]
+    again = Weight.of(name, *parameters, shape=(24, 64), group=32)
+    assert (again.shape, again.experts, again.group) == (weight.shape, 5, weight.group)
+    assert again.own_inputs == (own_inputs and name == "fp8")
+    assert torch.equal(format.dequantize(again, torch.float32), numbers)
+    weight.store(FORMATS["bf16"])
+    assert weight.weight.shape == (5, 24, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_are_quantized_and_read_one_by_one(name, dtype):
+    numbers = torch.randn(3, 24, 64).to(dtype)
+    each = [weight_in(name, matrix, 32) for matrix in numbers]
+    if FORMATS[name].quantize is None:
+        parameters = [torch.stack([getattr(w, key) for w in each]) for key in FORMATS[name].stored(24, 64, 32)]
+    else:
+        parameters = FORMATS[name].quantize(numbers, 32)
+    weight = Weight.of(name, *parameters, shape=(24, 64), group=32)
+    expected = torch.stack([w.format.dequantize(w, dtype) for w in each])
+    assert torch.equal(weight.format.dequantize(weight, dtype), expected)
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_groups_divide_rows(experts):
+    """The experts of Gemma 4 26B-A4B have 704 = 11 * 64 numbers a row."""
+    assert Weight(8, 704, FORMATS["int4"], 64, experts).weight.shape[-1] == 88
+    for group in (128, 256):
+        with pytest.raises(ValueError, match=f"groups of {group} don't divide rows of 704 numbers: groups of 32 or 64"):
+            Weight(8, 704, FORMATS["int4"], group, experts)
+    with pytest.raises(ValueError, match="groups of 128 don't divide rows of 704"):
+        quantize_int4(torch.randn(2, 8, 704), 128)
