@@ -112,10 +112,36 @@ def test_which_tokenizer_a_checkpoint_has(json_tokenizer, tmp_path):
 
 
 def test_a_vocabulary_that_exceeds_the_embedding_is_refused(json_tokenizer, from_json):
-    with pytest.raises(ValueError, match="is of another model: it has a token 639, the embedding has 639 rows"):
+    with pytest.raises(ValueError, match="is of another model: it has 640 tokens, the embedding has 639 rows"):
         open_tokenizer(json_tokenizer, tiny_config(vocab_size=639))
     assert from_json.vocab_size == 640
     open_tokenizer(json_tokenizer, tiny_config(vocab_size=1000))  # padded
+
+
+def test_special_tokens_may_exceed_the_embedding(json_tokenizer, tmp_path):
+    """Gemma 3's for images does, in models without them."""
+    content = json.loads((json_tokenizer / "tokenizer.json").read_text())
+    content["added_tokens"][-1]["special"] = True  # number 639
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert open_tokenizer(tmp_path, tiny_config(vocab_size=639)).encode("<table>")[1:] == [639]
+
+
+def test_download_takes_either_tokenizer(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import download
+
+    files = {"config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"}
+
+    def snapshot(repo_id, local_dir, allow_patterns, **options):
+        assert files <= set(allow_patterns)
+        for name in files:
+            (local_dir / name).touch()
+
+    monkeypatch.setattr(download, "snapshot_download", snapshot)
+    with pytest.raises(ValueError, match="someone/other has no tokenizer.model and no tokenizer.json: not a Gemma"):
+        download.download("someone/other", tmp_path)
+    files.add("tokenizer.json")
+    download.download("google/gemma-4-E2B-it", tmp_path)
 
 
 def test_a_json_file_that_is_no_tokenizer(json_tokenizer, tmp_path):
