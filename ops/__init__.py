@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ops import attention, common, matmul, next_token, norm, rope
+from ops import attention, common, experts, matmul, next_token, norm, rope
 
 NAMES = ("auto", "kernels", "te", "torch")
 
@@ -64,8 +64,8 @@ TORCH = Ops(
     gelu_gate=matmul.gelu_gate,
     normed_sum=norm.normed_sum,
     per_layer_inputs=norm.per_layer_inputs,
-    route=None,
-    experts=None,
+    route=experts.route,
+    experts=experts.experts,
     mask=attention.attention_mask,
     attend=attention.attend,
     greedy=next_token.greedy_next_token,
@@ -81,8 +81,8 @@ KERNELS = Ops(
     gelu_gate=matmul.gelu_gate_triton,
     normed_sum=norm.normed_sum_triton,
     per_layer_inputs=norm.per_layer_inputs_triton,
-    route=None,
-    experts=None,
+    route=experts.route_triton,
+    experts=experts.experts_triton,
     mask=attention.no_mask,
     attend=attention.attend_triton,
     greedy=next_token.greedy_next_token_triton,
