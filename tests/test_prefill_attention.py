@@ -77,13 +77,17 @@ def packed(lengths, gaps, layer, dtype, cache_dtype, scales, position=None, slot
     return (q, k, v), cache, first, sequences
 
 
-def check(dtype, cache_dtype, layer, lengths, gaps, position=None, slots=None, output_scale=None, config=None):
+def check(
+    dtype, cache_dtype, layer, lengths, gaps, position=None, slots=None, output_scale=None, config=None, apart=False
+):
     scales = (0.5, 0.25) if cache_dtype.itemsize == 1 else (1.0, 1.0)
     qkv, cache, first, sequences = packed(lengths, gaps, layer, dtype, cache_dtype, scales, position, slots)
     positions = Positions(
         len(lengths), max(lengths), integers(position), integers(lengths), rope=None, first=integers(first)
     )
     config = config or PrefillConfig(block_m=32, block_n=32, num_warps=4, num_stages=2)
+    if apart:
+        qkv = qkv[0].contiguous(), *qkv[1:]
     actual = prefill_attention(*qkv, layer, cache, positions, dtype, output_scale, config)
     assert actual.shape == (len(qkv[0]), layer.n_heads * layer.head_dim)
     for at, expected in zip(first, attention_in_float32(sequences, layer, scales, dtype, output_scale)):
@@ -149,6 +153,13 @@ def test_own_configs(head_dim, dtype):
         config = prefill_config(head_dim, dtype, programs)
         length = config.block_m + 9
         check(dtype, dtype, layer, [length, 3], [0, 1], [0, 70], 128, config=config)
+
+
+@pytest.mark.parametrize("position", [None, [70, 1]])
+def test_keys_of_another_layer(position):
+    """They are in a buffer of their own."""
+    layer = AttentionLayer(*GQA, 24, 0.2)
+    check(BF16, E4M3, layer, [70, 5], [0, 3], position, 128, apart=True)
 
 
 def test_blocks_larger_than_pages():
