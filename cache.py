@@ -168,8 +168,8 @@ def _as_words(x: Tensor) -> Tensor:
 
 @dataclass
 class KVCache:
-    """The caches of all layers of a model. `tables` are those of layers without (False) and with rings (True), one row
-    of each for a sequence."""
+    """The caches of all layers of a model; a layer without keys and values of its own has that of another. `tables` are
+    those of layers without (False) and with rings (True), one row of each for a sequence."""
 
     layers: list[LayerCache]
     tables: dict[bool, Tensor]
@@ -194,12 +194,15 @@ class KVCache:
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
             tables, layers = {}, []
             for layer in range(config.n_layers):
+                if config.is_shared(layer):
+                    layers.append(layers[config.donor_of(layer)])
+                    continue
                 count, ring = pages_of(config, layer, length)
                 if ring not in tables:
                     own = 1 + torch.arange(batch_size * count, dtype=torch.int32, device=device).view(batch_size, count)
                     tables[ring] = own if ring or pages is None else torch.zeros_like(own)
                 all_pages = 1 + batch_size * count if ring or pages is None else pages
-                shape = all_pages, config.n_kv_heads, config.head_dim
+                shape = all_pages, config.kv_heads_of(layer), config.head_dim_of(layer)
                 layers.append(LayerCache(*shape, tables[ring], codec, scales.of(layer, codec), ring))
         return cls(layers, tables)
 
@@ -223,21 +226,26 @@ class KVCache:
 
         A slot of a smaller cache is the same in a larger one: rings are either full already or not yet closed.
         """
-        for mine, other in zip(self.layers, source.layers):
+        for mine, other in zip(self.own_layers, source.own_layers):
             to, pages = mine.table[:, : other.table.shape[1]].flatten(), other.table[rows].flatten()
             for stored, x in ((mine.k, other.k), (mine.v, other.v)):
                 _as_words(stored)[to] = _as_words(x)[pages]
 
     def copy_pages(self, ring: bool, source: Tensor, to: Tensor):
         """Copies pages of all layers with a ring, or of all others, by their numbers [N]."""
-        for layer in self.layers:
+        for layer in self.own_layers:
             if layer.ring == ring:
                 for x in map(_as_words, (layer.k, layer.v)):
                     x[to] = x[source]
 
     @property
+    def own_layers(self) -> list[LayerCache]:
+        """Each once."""
+        return list({layer.k.data_ptr(): layer for layer in self.layers}.values())
+
+    @property
     def bytes(self) -> int:
-        return sum(2 * layer.k.nbytes for layer in self.layers)
+        return sum(2 * layer.k.nbytes for layer in self.own_layers)
 
 
 def pages_of(config: ModelConfig, layer: int, length: int) -> tuple[int, bool]:
@@ -252,11 +260,21 @@ def cache_bytes(config: ModelConfig, batch_size: int, length: int, codec: Codec,
     total = 0
     for layer in range(config.n_layers):
         count, ring = pages_of(config, layer, length)
-        total += 1 + batch_size * count if ring or pages is None else pages
-    return total * PAGE * 2 * config.n_kv_heads * config.head_dim * codec.dtype.itemsize
+        count = 1 + batch_size * count if ring or pages is None else pages
+        total += count * PAGE * _token_bytes(config, layer, codec)
+    return total
 
 
 def context_bytes(config: ModelConfig, length: int, codec: Codec) -> int:
     """Bytes of the keys and values of `length` tokens, as far as the next one sees them."""
-    tokens = sum(min(config.window, length) if config.is_local(i) else length for i in range(config.n_layers))
-    return 2 * tokens * config.n_kv_heads * config.head_dim * codec.dtype.itemsize
+    return sum(
+        (min(config.window, length) if config.is_local(layer) else length) * _token_bytes(config, layer, codec)
+        for layer in range(config.n_layers)
+    )
+
+
+def _token_bytes(config: ModelConfig, layer: int, codec: Codec) -> int:
+    """Bytes that a token has in the cache of a layer."""
+    if config.is_shared(layer):
+        return 0
+    return 2 * config.kv_heads_of(layer) * config.head_dim_of(layer) * codec.dtype.itemsize

@@ -20,7 +20,7 @@ from reprlib import repr as shown  # cut, where it is long
 import torch
 from safetensors import safe_open
 
-from config import ModelConfig, object_of, stop_ids_of
+from config import ModelConfig, object_of, stop_ids_of, token_ids_of
 from files import (
     DTYPES,
     FORMAT,
@@ -47,6 +47,14 @@ INT_FORMATS = tuple(name for name, format in FORMATS.items() if format.quantize)
 LINEAR_WEIGHTS = tuple(f"{module}.weight" for module in LINEAR)  # ends of the names of what is quantized
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 PIECE, READERS = 1 << 24, 4  # bytes of a tensor that a thread copies at a time, and threads, on the way to a GPU
+NOT_TEXT = (  # parts of multimodal models
+    "vision_tower.",
+    "multi_modal_projector.",
+    "audio_tower.",
+    "embed_vision.",
+    "embed_audio.",
+    "vision_embedder.",
+)
 SCALES_NAME, SCALES_FORMAT = "fp8_scales.safetensors", "gemma-fast-fp8-scales"
 
 
@@ -66,13 +74,15 @@ class Checkpoint:
         return sum(prod(tensor.shape) for tensors in self.parts.values() for tensor in tensors)
 
 
-def sources(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """Our parameter names -> [(Hugging Face name, shape), ...], to be joined along the first dimension."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+def sources(config: ModelConfig, experts_apart: bool = False) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Our parameter names -> [(Hugging Face name, shape), ...], to be joined along the first dimension. With
+    experts_apart each expert has tensors of its own."""
+    hidden = config.hidden_size
     table = {"embedding.weight": [("model.embed_tokens.weight", (config.vocab_size, hidden))]}
     for i in range(config.n_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        ffn, head_dim, products = config.intermediate_size_of(i), config.head_dim_of(i), config.kv_products_of(i)
+        q, kv = config.n_heads * head_dim, config.kv_heads_of(i) * head_dim
         norms = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
         if config.post_norms:  # there, "post_attention_layernorm" is what its name says
             norms = {
@@ -81,24 +91,74 @@ def sources(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]
                 "feed_forward_norm": "pre_feedforward_layernorm",
                 "post_feed_forward_norm": "post_feedforward_layernorm",
             }
+        if config.n_experts:
+            norms |= {
+                "post_dense_norm": "post_feedforward_layernorm_1",
+                "experts.norm": "pre_feedforward_layernorm_2",
+                "post_experts_norm": "post_feedforward_layernorm_2",
+            }
+        if config.per_layer_size:
+            norms["post_per_layer_norm"] = "post_per_layer_input_norm"
         for our_norm, their_norm in norms.items():
             table[f"{ours}.{our_norm}.weight"] = [(f"{theirs}.{their_norm}.weight", (hidden,))]
         table[f"{ours}.attention.wqkv.weight"] = [
             (f"{theirs}.self_attn.q_proj.weight", (q, hidden)),
-            (f"{theirs}.self_attn.k_proj.weight", (kv, hidden)),
-            (f"{theirs}.self_attn.v_proj.weight", (kv, hidden)),
+            *[(f"{theirs}.self_attn.{name}_proj.weight", (kv, hidden)) for name in "kv"[:products]],
         ]
         table[f"{ours}.attention.wo.weight"] = [(f"{theirs}.self_attn.o_proj.weight", (hidden, q))]
-        if config.qk_norm:
-            for norm in ("q_norm", "k_norm"):
-                table[f"{ours}.attention.{norm}.weight"] = [(f"{theirs}.self_attn.{norm}.weight", (config.head_dim,))]
+        for norm in ("q_norm", "k_norm")[: 0 if not config.qk_norm else 2 if products else 1]:
+            table[f"{ours}.attention.{norm}.weight"] = [(f"{theirs}.self_attn.{norm}.weight", (head_dim,))]
         table[f"{ours}.feed_forward.w13.weight"] = [
             (f"{theirs}.mlp.gate_proj.weight", (ffn, hidden)),
             (f"{theirs}.mlp.up_proj.weight", (ffn, hidden)),
         ]
         table[f"{ours}.feed_forward.w2.weight"] = [(f"{theirs}.mlp.down_proj.weight", (hidden, ffn))]
+        if config.n_experts:
+            table |= _sources_of_experts(config, f"{ours}.experts", theirs, experts_apart)
+        if config.per_layer_size:
+            gate, proj = (f"{theirs}.per_layer_{name}.weight" for name in ("input_gate", "projection"))
+            table[f"{ours}.per_layer.gate.weight"] = [(gate, (config.per_layer_size, hidden))]
+            table[f"{ours}.per_layer.proj.weight"] = [(proj, (hidden, config.per_layer_size))]
+        if config.layer_scalar:
+            table[f"{ours}.scalar"] = [(f"{theirs}.layer_scalar", (1,))]
+    if config.per_layer_size:
+        width = config.n_layers * config.per_layer_size
+        for ours, theirs, shape in (
+            ("embedding", "embed_tokens_per_layer", (config.per_layer_vocab_size, width)),
+            ("proj", "per_layer_model_projection", (width, hidden)),
+            ("norm", "per_layer_projection_norm", (config.per_layer_size,)),
+        ):
+            table[f"per_layer_inputs.{ours}.weight"] = [(f"model.{theirs}.weight", shape)]
     table["norm.weight"] = [("model.norm.weight", (hidden,))]
     return table
+
+
+def _sources_of_experts(config: ModelConfig, ours: str, theirs: str, apart: bool) -> dict:
+    """Those of a layer's experts and of their router."""
+    count, hidden, ffn = config.n_experts, config.hidden_size, config.expert_size
+    if apart:
+        each = [f"{theirs}.experts.{i}" for i in range(count)]
+        w13 = [(f"{name}.{part}_proj.weight", (ffn, hidden)) for name in each for part in ("gate", "up")]
+        w2 = [(f"{name}.down_proj.weight", (hidden, ffn)) for name in each]
+    else:
+        w13 = [(f"{theirs}.experts.gate_up_proj", (count, 2 * ffn, hidden))]
+        w2 = [(f"{theirs}.experts.down_proj", (count, hidden, ffn))]
+    return {
+        f"{ours}.w13.weight": w13,
+        f"{ours}.w2.weight": w2,
+        f"{ours}.router.proj.weight": [(f"{theirs}.router.proj.weight", (count, hidden))],
+        f"{ours}.router.input_factor": [(f"{theirs}.router.scale", (hidden,))],
+        f"{ours}.router.expert_factor": [(f"{theirs}.router.per_expert_scale", (count,))],
+    }
+
+
+def joined_shape(name: str, shapes: list[tuple[int, ...]], config: ModelConfig) -> tuple[int, ...]:
+    """The shape of the parameter `name`, whose parts have these: joined along the first dimension, or stacked where
+    they are single experts'."""
+    rows, *rest = sum(shape[0] for shape in shapes), *shapes[0][1:]
+    if name.endswith((".experts.w13.weight", ".experts.w2.weight")) and len(rest) == 1:
+        return config.n_experts, rows // config.n_experts, *rest
+    return rows, *rest
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -111,7 +171,8 @@ def read_config(directory: Path) -> ModelConfig:
     try:
         config = ModelConfig.from_hf(content)
         file = generation_file  # that the next error is of
-        return replace(config, stop_ids=stop_ids_of(generation) or config.stop_ids)
+        suppressed = token_ids_of(generation, "suppress_tokens")
+        return replace(config, stop_ids=stop_ids_of(generation) or config.stop_ids, suppressed_ids=suppressed)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -149,10 +210,10 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
         key, file_name = next(iter(strict.items()))
         raise ValueError(f"{key} is missing from {directory / file_name}, where the index says it is")
 
-    table = sources(config)
+    table = sources(config, experts_apart="model.layers.0.experts.0.down_proj.weight" in stored)
     if weight_format:  # one stored tensor a parameter, of the joined shape
         _warn_if_older(file, weight_format)
-        table = {name: [(name, (sum(s[0] for _, s in parts), *parts[0][1][1:]))] for name, parts in table.items()}
+        table = {name: [(name, joined_shape(name, [s for _, s in parts], config))] for name, parts in table.items()}
     linear, head, dtypes = [name for name in table if name.endswith(LINEAR_WEIGHTS)], [], {}
     if weight_format in WEIGHT_FORMATS.values():
         dtypes = {name: dtype for dtype, each in WEIGHT_FORMATS.items() if each == weight_format for name in table}
@@ -176,10 +237,17 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
             _check(stored[name], shape, weight_format, dtypes.get(name))
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(f"{path} lacks {_some(missing)}")
-    if left_over := [tensor.key for name, tensor in stored.items() if name not in wanted]:
+    unused = _unused_names(config)
+    if left_over := [tensor.key for name, tensor in stored.items() if name not in wanted and name not in unused]:
         raise ValueError(f"{path} has tensors that config.json has no place for: {_some(left_over)}")
     parts = {name: [stored[part] for part, _ in sources_] for name, sources_ in table.items()}
     return Checkpoint(directory, config, parts, weight_format, group)
+
+
+def _unused_names(config: ModelConfig) -> set[str]:
+    """Hugging Face's names of the keys' and values' weights that files may have of layers that take those of others."""
+    layers = [f"model.layers.{i}.self_attn" for i in range(config.n_layers) if config.is_shared(i)]
+    return {f"{layer}.{name}.weight" for layer in layers for name in ("k_proj", "v_proj", "k_norm")}
 
 
 def _check(tensor: StoredTensor, shape: tuple[int, ...], weight_format: str | None = None, dtype: str | None = None):
@@ -358,8 +426,7 @@ def _canonical_name(key: str) -> str | None:
     for prefix in ("language_model.model.", "model.language_model."):
         if key.startswith(prefix):
             return "model." + key.removeprefix(prefix)
-    not_text = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-    if key.startswith(not_text) or key.endswith("rotary_emb.inv_freq"):
+    if key.removeprefix("model.").startswith(NOT_TEXT) or key.endswith("rotary_emb.inv_freq"):
         return None
     if key in ("lm_head.weight", "language_model.lm_head.weight"):
         return None  # a copy of the embedding: config.json says tied
@@ -424,6 +491,9 @@ def load_weights(
                 for start in range(0, tensor.shape[0], step):
                     pieces.append((tensor, start, target[start : start + step], convert))
         _copy_pieces(pieces, opened, device)
+    for name, tensors in checkpoint.parts.items():
+        if len(tensors) > 1 and name in weights and not name.endswith("_scale"):
+            weights[name] = weights[name].view(joined_shape(name, [x.shape for x in tensors], checkpoint.config))
     for name, values in largest.items():
         check_weight_scale(name, torch.stack(values).max().item(), scales[weight_scale_name(name)])
     if without := [name for name, tensors in checkpoint.parts.items() if not tensors]:
@@ -579,10 +649,15 @@ def write_scales(file: Path, config: ModelConfig, scales: dict[str, float], meta
 
 def fingerprint(config: ModelConfig) -> str:
     """What tells models apart in a scale file: generation and sizes."""
-    return (
+    text = (
         f"gemma-{config.generation}, {config.n_layers} layers, {config.hidden_size}, {config.intermediate_size}, "
         f"{config.n_heads}/{config.n_kv_heads} heads of {config.head_dim}, {config.vocab_size}"
     )
+    if config.generation > 3:
+        last = config.n_layers - 1  # a global layer
+        text += f", {config.kv_heads_of(last)} of {config.head_dim_of(last)}, {config.n_shared_layers} shared"
+        text += f", {config.n_experts} experts of {config.expert_size}, {config.per_layer_size} a layer"
+    return text
 
 
 def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] = lambda n: None, chunk: int = 1 << 24):
@@ -610,6 +685,6 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
 
     entries = {}
     for name, tensors in checkpoint.parts.items():
-        shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
+        shape = joined_shape(name, [tensor.shape for tensor in tensors], checkpoint.config)
         entries[name] = (tensors[0].dtype, shape, partial(blocks, tensors))
     write_safetensors(file, entries, {"weight_format": WEIGHT_FORMATS[dtypes.pop()]})

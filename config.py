@@ -14,7 +14,7 @@ class ModelConfig:
     Everything that makes layers differ is a field, so that no code asks which generation a model is of.
     """
 
-    generation: int  # 1, 2 or 3; CodeGemma is 1. It names the model in messages and files, and decides nothing.
+    generation: int  # 1 to 4; CodeGemma is 1. It names the model in messages and files, and decides nothing.
     n_layers: int
     hidden_size: int
     intermediate_size: int
@@ -34,29 +34,80 @@ class ModelConfig:
     rope_scale: float = 1.0  # positions of global layers are divided by this
     rope_theta_local: float = 10_000.0
     rope_scale_local: float = 1.0
+    rotated_share: float = 1.0  # of a global layer's pairs; the others have an angle of 0
     norm_eps: float = 1e-6
+    norm_offset: float = 1.0  # norms multiply by this plus their weight
+    v_norm: bool = False  # whether values get a norm, which has no weight (Gemma 4, as what follows)
+    layer_scalar: bool = False  # whether what leaves a layer is multiplied by a number of the layer's
+    global_head_dim: int | None = None  # of global layers, where it is another than that of local ones
+    n_global_kv_heads: int | None = None
+    k_eq_v: bool = False  # whether global layers make values of the product that keys are made of
+    n_shared_layers: int = 0  # so many last layers attend to what the last of their kind before them has in the cache
+    shared_intermediate_size: int | None = None  # of those layers, where it is another
+    n_experts: int = 0  # beside each layer's feed-forward
+    n_active_experts: int = 0  # of them for a token
+    expert_size: int = 0  # an expert's intermediate_size
+    per_layer_size: int = 0  # of the embeddings that each layer has of its own (PLE)
+    per_layer_vocab_size: int = 0
     stop_ids: tuple[int, ...] = (1,)
+    suppressed_ids: tuple[int, ...] = ()  # never drawn
 
     def __post_init__(self):
         if len(self.local_layers) not in (0, self.n_layers):
             raise ValueError(f"{len(self.local_layers)} layer types are given for {self.n_layers} layers")
         if any(self.local_layers) and not self.window:
             raise ValueError("local layers need a sliding_window")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+        for layer in range(self.n_layers):
+            if self.n_heads % self.kv_heads_of(layer):
+                heads = f"{self.n_heads} query heads cannot share {self.kv_heads_of(layer)} key/value heads"
+                raise ValueError(f"{heads} evenly")
+            if self.head_dim_of(layer) % 2:
+                raise ValueError(f"head_dim {self.head_dim_of(layer)} is odd; rotary embedding needs pairs")
+            if self.donor_of(layer) is None:
+                kind = "sliding" if self.is_local(layer) else "full"
+                raise ValueError(f"no layer before the last {self.n_shared_layers} has keys for layer {layer} ({kind})")
+        if self.n_active_experts > self.n_experts:
+            raise ValueError(f"top_k_experts is {self.n_active_experts}, and there are {self.n_experts} experts")
         if len(self.stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"{len(self.stop_ids)} stop ids are given; at most {MAX_STOP_IDS} can be")
 
     def is_local(self, layer: int) -> bool:
         return bool(self.local_layers) and self.local_layers[layer]
 
+    def head_dim_of(self, layer: int) -> int:
+        return self.head_dim if self.is_local(layer) else self.global_head_dim or self.head_dim
+
+    def kv_heads_of(self, layer: int) -> int:
+        return self.n_kv_heads if self.is_local(layer) else self.n_global_kv_heads or self.n_kv_heads
+
+    def is_shared(self, layer: int) -> bool:
+        """Whether a layer has no keys and values of its own."""
+        return layer >= self.n_layers - self.n_shared_layers
+
+    def donor_of(self, layer: int) -> int | None:
+        """The layer whose keys and values it attends to: itself or, for one that has none, the last of its kind that
+        has; None if there is no such layer."""
+        if not self.is_shared(layer):
+            return layer
+        own = range(self.n_layers - self.n_shared_layers - 1, -1, -1)
+        return next((each for each in own if self.is_local(each) == self.is_local(layer)), None)
+
+    def kv_products_of(self, layer: int) -> int:
+        """How many products of the normed stream its keys and values are made of: 2, 1 where they are the same, 0."""
+        return 0 if self.is_shared(layer) else 1 if self.k_eq_v and not self.is_local(layer) else 2
+
+    def intermediate_size_of(self, layer: int) -> int:
+        return (
+            self.shared_intermediate_size or self.intermediate_size if self.is_shared(layer) else self.intermediate_size
+        )
+
     @classmethod
     def from_name(cls, name: str) -> "ModelConfig":
         """The published sizes of `name`, for runs with random weights. Raises ValueError for an unknown name."""
         if name not in NAMED_CONFIGS:
             raise ValueError(f"no built-in configuration '{name}'; there are: {', '.join(NAMED_CONFIGS)}")
+        if len(NAMED_CONFIGS[name]) == len(_GEMMA_4_KEYS):
+            return cls.from_hf(_gemma_4(*NAMED_CONFIGS[name]))
         generation, layers, hidden, ffn, heads, kv_heads, head_dim, window, scalar, scale, vocab, context = (
             NAMED_CONFIGS[name]
         )
@@ -84,36 +135,39 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
-        """Reads a Hugging Face config.json of model_type gemma, gemma2, gemma3_text or gemma3 (its text part).
+        """Reads a Hugging Face config.json of one of MODEL_TYPES; of a multimodal model, its text part.
 
-        Fields that Gemma 3's multimodal checkpoints leave out take Hugging Face's defaults. Raises ValueError, naming
-        what it found, for another architecture, a value that its field can't have, or a setting that this file does not
+        Fields that multimodal checkpoints leave out take Hugging Face's defaults. Raises ValueError, naming what it
+        found, for another architecture, a value that its field can't have, or a setting that this file does not
         implement.
         """
         model_type = config.get("model_type")
         tied = config.get("tie_word_embeddings", True)
         stop_ids = stop_ids_of(config)
-        if model_type == "gemma3":
+        named = isinstance(model_type, str)
+        text_type = MULTIMODAL.get(model_type) if named else None
+        if text_type:
             config = config.get("text_config")
-            if not isinstance(config, dict) or config.get("model_type", "gemma3_text") != "gemma3_text":
-                raise ValueError("model_type is gemma3, but there is no text_config of gemma3_text")
+            if not isinstance(config, dict) or config.get("model_type", text_type) != text_type:
+                raise ValueError(f"model_type is {model_type}, but there is no text_config of {text_type}")
             tied = config.get("tie_word_embeddings", True) if tied is True else tied
             inner = stop_ids_of(config)  # checked, whether it counts or not
             stop_ids = stop_ids or inner
-        elif model_type not in ("gemma", "gemma2", "gemma3_text"):
-            known = str(model_type).startswith(("gemma", "recurrent_gemma", "paligemma", "t5gemma"))
+        elif not named or model_type not in GENERATIONS:
+            known = named and "gemma" in model_type
             what = (
                 f"another generation or kind of Gemma ({model_type})" if known else f"architecture {shown(model_type)}"
             )
-            raise ValueError(f"{what} is not supported; this program runs gemma, gemma2, gemma3_text and gemma3")
-        generation = {"gemma": 1, "gemma2": 2}.get(model_type, 3)
+            raise ValueError(f"{what} is not supported; this program runs {', '.join((*GENERATIONS, *MULTIMODAL))}")
+        model_type = text_type or model_type
+        generation = GENERATIONS[model_type]
         if tied is not True:
             raise ValueError(
                 f"tie_word_embeddings must be true, not {shown(tied)}: Gemma's output head is its embedding"
             )
-        if config.get("use_bidirectional_attention") not in (None, False):
+        if config.get("use_bidirectional_attention") not in (None, False, *["vision"] * (generation == 4)):
             raise ValueError("use_bidirectional_attention is set: an embedding model, which cannot generate text")
-        config = _HF_DEFAULTS_OF_ALL | _HF_DEFAULTS[generation] | config
+        config = _HF_DEFAULTS_OF_ALL | _HF_DEFAULTS[generation] | _HF_DEFAULTS_OF_TYPE.get(model_type, {}) | config
         activation = config.get("hidden_activation")
         activation = config.get("hidden_act") if activation is None else activation
         if activation not in (None, "gelu", "gelu_pytorch_tanh"):  # the first Gemma configs said gelu and meant tanh
@@ -122,7 +176,7 @@ class ModelConfig:
         layers = _integer(config, "num_hidden_layers", MAX_LAYERS)
         head_dim = _integer(config, "head_dim")
         local_layers = _local_layers(config, generation, layers)
-        (theta, scale), (theta_local, scale_local) = _rope_settings(config, generation)
+        (theta, scale, share), (theta_local, scale_local, _) = _rope_settings(config, generation)
 
         def softcap(key: str) -> float | None:
             return None if config.get(key) is None else _number(config, key)
@@ -148,8 +202,10 @@ class ModelConfig:
             rope_scale=scale,
             rope_theta_local=theta_local,
             rope_scale_local=scale_local,
+            rotated_share=share,
             norm_eps=_number(config, "rms_norm_eps"),
             stop_ids=stop_ids or (1,),
+            **(_gemma_4_settings(config, local_layers) if generation == 4 else {}),
         )
 
     def differences_from_published(self) -> str:
@@ -185,7 +241,34 @@ NAMED_CONFIGS = {
     "gemma-3-4b": (3, 34, 2560, 10240, 8, 4, 256, 1024, 256, 8.0, 262208, 131072),
     "gemma-3-12b": (3, 48, 3840, 15360, 16, 8, 256, 1024, 256, 8.0, 262208, 131072),
     "gemma-3-27b": (3, 62, 5376, 21504, 32, 16, 128, 1024, 168, 8.0, 262208, 131072),
+    # _GEMMA_4_KEYS
+    "gemma-4-E2B": (35, 5, 1536, 6144, 8, 1, 1, 512, False, 256, 20, True, 0, 0, 0, 131072),
+    "gemma-4-E4B": (42, 6, 2560, 10240, 8, 2, 2, 512, False, 256, 18, False, 0, 0, 0, 131072),
+    "gemma-4-12B": (48, 6, 3840, 15360, 16, 8, 1, 1024, True, 0, 0, False, 0, 0, 0, 262144),
+    "gemma-4-26B-A4B": (30, 6, 2816, 2112, 16, 8, 2, 1024, True, 0, 0, False, 128, 8, 704, 262144),
+    "gemma-4-31B": (60, 6, 5376, 21504, 32, 16, 4, 1024, True, 0, 0, False, 0, 0, 0, 262144),
 }
+_GEMMA_4_KEYS = (
+    "num_hidden_layers",
+    "every such layer is global",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_global_key_value_heads",
+    "sliding_window",
+    "attention_k_eq_v",
+    "hidden_size_per_layer_input",
+    "num_kv_shared_layers",
+    "use_double_wide_mlp",
+    "num_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+    "max_position_embeddings",
+)
+# What text models of a generation say that they are, and what multimodal ones do, with their text part's type
+GENERATIONS = {"gemma": 1, "gemma2": 2, "gemma3_text": 3, "gemma4_text": 4, "gemma4_unified_text": 4}
+MULTIMODAL = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
 
 # What Hugging Face's configuration classes fill in; gemma-3-4b's text_config, for one, leaves most of it out.
 _HF_DEFAULTS = {
@@ -209,6 +292,30 @@ _HF_DEFAULTS = {
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
         "rope_theta": 1e6,
+    },
+    4: {
+        "vocab_size": 262144,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "vocab_size_per_layer_input": 262144,
+        "query_pre_attn_scalar": 1.0,  # which no Gemma 4 has: scores are not scaled
+    },
+}
+_HF_DEFAULTS_OF_TYPE = {
+    "gemma4_text": {
+        "max_position_embeddings": 131072,
+        "sliding_window": 512,
+        "hidden_size_per_layer_input": 256,
+    },
+    "gemma4_unified_text": {
+        "max_position_embeddings": 262144,
+        "sliding_window": 1024,
+        "hidden_size_per_layer_input": 0,
     },
 }
 _HF_DEFAULTS_OF_ALL = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "rope_local_base_freq": 1e4}
@@ -239,10 +346,15 @@ def object_of(config: dict, key: str) -> dict:
 def stop_ids_of(config: dict) -> tuple[int, ...]:
     """eos_token_id of config.json or generation_config.json, which may be a list; () if there is none. Raises
     ValueError for what is no token id."""
-    value = config.get("eos_token_id")
+    return token_ids_of(config, "eos_token_id")
+
+
+def token_ids_of(config: dict, key: str) -> tuple[int, ...]:
+    """The token ids, or the only one, that `key` has; () for null. Raises ValueError for what is none."""
+    value = config.get(key)
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if value == [] or not all(type(token) is int and 0 <= token <= MAX_SIZE for token in ids):
-        raise ValueError(f"eos_token_id must be a token id, or a list of them, not {shown(value)}")
+        raise ValueError(f"{key} must be a token id, or a list of them, not {shown(value)}")
     return ids
 
 
@@ -250,35 +362,117 @@ def _local_layers(config: dict, generation: int, n_layers: int) -> tuple[bool, .
     kinds = config.get("layer_types")
     if generation == 1 or kinds is None:
         every = None if config.get("sliding_window_pattern") is None else _integer(config, "sliding_window_pattern")
-        return _layer_pattern(generation, n_layers, every)
+        pattern = _layer_pattern(generation, n_layers, every)
+        return (*pattern[:-1], False) if generation == 4 else pattern
     if not isinstance(kinds, list) or not kinds:
         raise ValueError(f"layer_types must be a list of {n_layers}, not {shown(kinds)}")
     for kind in kinds:
         if kind not in ("sliding_attention", "full_attention"):
             raise ValueError(f"layer type {shown(kind)} is not supported")
-    return tuple(kind == "sliding_attention" for kind in kinds)
+    local = tuple(kind == "sliding_attention" for kind in kinds)
+    return (*local[:-1], False) if generation == 4 else local
 
 
 def _layer_pattern(generation: int, n_layers: int, global_every: int | None = None) -> tuple[bool, ...]:
-    """Which layers are local: none in Gemma 1, all but every second in Gemma 2, all but every sixth in Gemma 3."""
+    """Which layers are local: none in Gemma 1, all but every second in Gemma 2, all but every sixth in Gemma 3 and
+    4."""
     if generation == 1:
         return ()
     global_every = global_every or (2 if generation == 2 else 6)
     return tuple((layer + 1) % global_every != 0 for layer in range(n_layers))
 
 
-def _rope_settings(config: dict, generation: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(theta, scale) of global and of local layers, from rope_parameters or from the older separate keys."""
+def _rope_settings(config: dict, generation: int) -> list[tuple[float, float, float]]:
+    """(theta, scale, share of the pairs that are rotated) of global and of local layers, from rope_parameters or from
+    the older separate keys."""
     parameters = object_of(config, "rope_parameters")
     if "full_attention" in parameters or "sliding_attention" in parameters:
         kinds = [object_of(parameters, "full_attention"), object_of(parameters, "sliding_attention")]
+    elif generation == 4:
+        kinds = [{"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}, {"rope_theta": 1e4}]
     else:
         kinds = [parameters | object_of(config, "rope_scaling"), {}]
-    settings = []
+    settings, known = [], ["default", "linear"] if generation < 4 else ["default", "proportional"]
     for kind, key in zip(kinds, ("rope_theta", "rope_local_base_freq")):
         rope_type = kind.get("rope_type", kind.get("type", "default"))
-        if rope_type not in ("default", "linear"):
-            raise ValueError(f"RoPE type {shown(rope_type)} is not supported; Gemma 1 to 3 use default and linear")
+        if rope_type not in known:
+            which = "1 to 3 use" if generation < 4 else "4 uses"
+            raise ValueError(f"RoPE type {shown(rope_type)} is not supported; Gemma {which} {' and '.join(known)}")
         theta = _number(kind, "rope_theta") if "rope_theta" in kind else _number(config, key)
-        settings.append((float(theta), float(_number(kind, "factor")) if rope_type == "linear" else 1.0))
-    return settings[0], settings[1] if generation == 3 else settings[0]
+        scale = _number(kind, "factor") if rope_type == "linear" or kind.get("factor") is not None else 1.0
+        share = _number(kind, "partial_rotary_factor") if rope_type == "proportional" else 1.0
+        if share > 1:
+            raise ValueError(f"partial_rotary_factor must be at most 1, not {shown(share)}")
+        settings.append((float(theta), float(scale), float(share)))
+    return settings if generation >= 3 else [settings[0]] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gemma 4
+
+
+def _gemma_4(*values) -> dict:
+    """The config.json of a published size."""
+    config = dict(zip(_GEMMA_4_KEYS, values, strict=True))
+    every, layers = config.pop(_GEMMA_4_KEYS[1]), config["num_hidden_layers"]
+    kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+    return config | {
+        "model_type": "gemma4_text",
+        "layer_types": kinds,
+        "enable_moe_block": config["num_experts"] > 0,
+        "final_logit_softcapping": 30.0,
+        "eos_token_id": [1, 106, 50],
+    }
+
+
+def _gemma_4_settings(config: dict, local_layers: tuple[bool, ...]) -> dict:
+    """The fields that no model before Gemma 4 has."""
+    settings = {"norm_offset": 0.0, "v_norm": True, "layer_scalar": True, "k_eq_v": _flag(config, "attention_k_eq_v")}
+    settings |= _global_heads(config, local_layers, settings["k_eq_v"])
+    settings["n_shared_layers"] = shared = _count(config, "num_kv_shared_layers")
+    if _flag(config, "use_double_wide_mlp") and shared:
+        settings["shared_intermediate_size"] = 2 * _integer(config, "intermediate_size")
+    if _flag(config, "enable_moe_block"):
+        settings["n_experts"] = _integer(config, "num_experts")
+        settings["n_active_experts"] = _integer(config, "top_k_experts")
+        settings["expert_size"] = _integer(config, "moe_intermediate_size")
+    if width := _count(config, "hidden_size_per_layer_input"):
+        settings |= {"per_layer_size": width, "per_layer_vocab_size": _integer(config, "vocab_size_per_layer_input")}
+    if _flag(config, "attention_bias"):
+        raise ValueError("attention_bias is set; no Gemma 4 has biases, and this program has none")
+    return settings
+
+
+def _global_heads(config: dict, local_layers: tuple[bool, ...], k_eq_v: bool) -> dict:
+    """Head size and key/value heads of global layers: from keys of their own or, as newer files have them, from what
+    per_layer_config says of each."""
+    names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    defaults = {"head_dim": _integer(config, "global_head_dim")}
+    defaults["num_key_value_heads"] = _integer(config, "num_key_value_heads")
+    if k_eq_v and config.get(names["num_key_value_heads"]) is not None:
+        defaults["num_key_value_heads"] = _integer(config, names["num_key_value_heads"])
+    layers, found = object_of(config, "per_layer_config"), {}
+    for layer, local in enumerate(local_layers):
+        own = object_of(layers, str(layer))
+        if unknown := own.keys() - names.keys():
+            raise ValueError(f"per_layer_config of layer {layer} has {', '.join(sorted(unknown))}, which is unknown")
+        usual = {name: config[name] for name in names} if local or own else defaults
+        heads = {name: _integer(own if name in own else usual, name) for name in names}
+        if found.setdefault(local, heads) != heads:
+            raise ValueError(f"per_layer_config of layer {layer} differs from that of other layers of its kind")
+    if found.get(True, usual) != {name: config[name] for name in names}:
+        raise ValueError("per_layer_config is of global layers only; it names a local one")
+    heads = found.get(False, defaults)
+    return {"global_head_dim": heads["head_dim"], "n_global_kv_heads": heads["num_key_value_heads"]}
+
+
+def _flag(config: dict, key: str) -> bool:
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise ValueError(f"{key} must be true or false, not {shown(value)}")
+    return bool(value)
+
+
+def _count(config: dict, key: str) -> int:
+    """0 for null, too."""
+    return _integer(config, key) if config.get(key) else 0

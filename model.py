@@ -24,16 +24,27 @@ class Residual(NamedTuple):
     """The residual stream x [M, N], and the newest layer's output y, which the next norm adds to it.
 
     y is [M, N] or float32 partial sums of it, None before the first layer; post_weight [N] belongs to the norm that y
-    gets before that, if there is one.
+    gets before that, if there is one; factor [1] multiplies the sum, if there is one.
     """
 
     x: Tensor
     y: Tensor | None = None
     post_weight: Tensor | None = None
+    factor: Tensor | None = None
+
+    def at(self, index: Tensor) -> "Residual":
+        """That of the tokens at `index`."""
+        return self._replace(x=self.x[index], y=None if self.y is None else self.y[..., index, :])
+
+    def added(self, ops: Ops, config: ModelConfig, norm: "RMSNorm | None", input_scale: Tensor | None = None):
+        """The sum x + y, and the norm of it, in E4M3 if input_scale is given."""
+        weight = None if norm is None else norm.weight
+        x, y, post_weight, factor = self
+        return ops.add_norm(x, y, post_weight, weight, config.norm_eps, input_scale, config.norm_offset, factor)
 
 
 class RMSNorm(nn.Module):
-    """The weight of a norm, which `add_norm` and `attend` apply: x / rms(x) * (1 + weight)."""
+    """The weight of a norm, which `add_norm` and `attend` apply: x / rms(x) * (norm_offset + weight)."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -46,26 +57,30 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.config, self.window = config, config.window if config.is_local(layer) else None
-        heads = config.n_heads + 2 * config.n_kv_heads
-        self.wqkv = Weight(heads * config.head_dim, config.hidden_size)  # queries, then keys, then values
-        self.wo = Weight(config.hidden_size, config.n_heads * config.head_dim)
-        self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else None
+        self.config, self.index = config, layer
+        size, products = config.head_dim_of(layer), config.kv_products_of(layer)
+        heads = config.n_heads + products * config.kv_heads_of(layer)
+        self.wqkv = Weight(heads * size, config.hidden_size)  # queries, then keys, then values
+        self.wo = Weight(config.hidden_size, config.n_heads * size)
+        self.q_norm = RMSNorm(size) if config.qk_norm else None
+        self.k_norm = RMSNorm(size) if config.qk_norm and products else None
 
     @property
     def layer(self) -> AttentionLayer:
-        config = self.config
+        config, layer = self.config, self.index
         return AttentionLayer(
             config.n_heads,
-            config.n_kv_heads,
-            config.head_dim,
+            config.kv_heads_of(layer),
+            config.head_dim_of(layer),
             config.query_pre_attn_scalar**-0.5,
             config.attn_softcap,
-            self.window,
+            config.window if config.is_local(layer) else None,
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             config.norm_eps,
+            config.v_norm,
+            config.kv_products_of(layer),
+            config.norm_offset,
         )
 
     def forward(self, ops: Ops, h: Tensor, positions: Positions, cache, dtype: torch.dtype) -> Tensor:
@@ -77,37 +92,128 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """GeGLU between two products."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.w13 = Weight(2 * config.intermediate_size, config.hidden_size)  # gate, then up
-        self.w2 = Weight(config.hidden_size, config.intermediate_size)
+        self.w13 = Weight(2 * intermediate_size, hidden_size)  # gate, then up
+        self.w2 = Weight(hidden_size, intermediate_size)
 
     def forward(self, ops: Ops, h: Tensor, dtype: torch.dtype) -> Tensor:
         h = ops.matmul_geglu(h, self.w13, dtype, self.w2.input_scale)
         return ops.matmul(h, self.w2, dtype, partials=True)
 
 
+class Experts(nn.Module):
+    """A mixture of experts: each token's feed-forward is a weighted sum of a few of many, which a router picks."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, count = config, config.n_experts
+        self.router = Router(config)
+        self.norm = RMSNorm(config.hidden_size)
+        self.w13 = Weight(2 * config.expert_size, config.hidden_size, experts=count)
+        self.w2 = Weight(config.hidden_size, config.expert_size, experts=count, own_inputs=True)
+
+    def forward(self, ops: Ops, x: Tensor) -> Tensor:
+        config, router = self.config, self.router
+        chosen, weights = ops.route(
+            x, router.input_factor, router.proj, router.expert_factor, config.n_active_experts, config.norm_eps
+        )
+        _, h = Residual(x).added(ops, config, self.norm, self.w13.input_scale)
+        return ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype)
+
+
+class Router(nn.Module):
+    """What picks the experts of a token: a product of its normed residual stream, each input and result of which has a
+    factor of its own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_factor = nn.Parameter(torch.empty(config.hidden_size))
+        self.proj = Weight(config.n_experts, config.hidden_size)
+        self.expert_factor = nn.Parameter(torch.empty(config.n_experts))
+
+
+class PerLayer(nn.Module):
+    """What a layer makes of the embeddings of its own that tokens have for it (PLE): a gate of the residual stream times
+    them, and a product of that."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Weight(config.per_layer_size, config.hidden_size)
+        self.proj = Weight(config.hidden_size, config.per_layer_size)
+
+    def forward(self, ops: Ops, x: Tensor, inputs: Tensor) -> Tensor:
+        return ops.matmul(ops.gelu_gate(x, self.gate, inputs, x.dtype), self.proj, x.dtype, partials=True)
+
+
+class PerLayerInputs(nn.Module):
+    """The embeddings that tokens have for each layer, and a product of their common one that is added to them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, width = config, config.n_layers * config.per_layer_size
+        self.embedding = Weight(config.per_layer_vocab_size, width)
+        self.proj = Weight(width, config.hidden_size)
+        self.norm, self.normalizers = RMSNorm(config.per_layer_size), rounded_roots(config.per_layer_size)
+
+    def forward(self, ops: Ops, tokens: Tensor, x: Tensor) -> Tensor:
+        """[M, L, P] for tokens [M] of embedding x [M, N]."""
+        config = self.config
+        own = ops.embed(tokens, self.embedding.data, self.normalizers[x.dtype], x.dtype)
+        product = ops.matmul(x, self.proj, x.dtype)
+        factor = config.hidden_size**-0.5
+        return ops.per_layer_inputs(own, product, self.norm.weight, factor, config.norm_eps, config.norm_offset)
+
+
 class Block(nn.Module):
-    """One layer: norm, attention, norm, feed-forward, each output with a norm of its own if the model has them."""
+    """One layer: norm, attention, norm, feed-forward, each output with a norm of its own if the model has them.
+
+    Beside the feed-forward there may be experts, and behind both what the layer makes of its own embeddings."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.eps = config.norm_eps
-        self.attention_norm = RMSNorm(config.hidden_size)
-        self.attention = Attention(config, layer)
-        self.post_attention_norm = RMSNorm(config.hidden_size) if config.post_norms else None
-        self.feed_forward_norm = RMSNorm(config.hidden_size)
-        self.feed_forward = FeedForward(config)
-        self.post_feed_forward_norm = RMSNorm(config.hidden_size) if config.post_norms else None
+        self.config, size = config, config.hidden_size
 
-    def forward(self, ops: Ops, residual: Residual, positions: Positions, cache) -> Residual:
-        dtype, attention, feed_forward = residual.x.dtype, self.attention, self.feed_forward
-        x, h = ops.add_norm(*residual, self.attention_norm.weight, self.eps, attention.wqkv.input_scale)
+        def norm(exists: bool = True) -> RMSNorm | None:
+            return RMSNorm(size) if exists else None
+
+        self.attention_norm = norm()
+        self.attention = Attention(config, layer)
+        self.post_attention_norm = norm(config.post_norms)
+        self.feed_forward_norm = norm()
+        self.feed_forward = FeedForward(size, config.intermediate_size_of(layer))
+        self.experts = Experts(config) if config.n_experts else None
+        self.post_dense_norm, self.post_experts_norm = norm(config.n_experts > 0), norm(config.n_experts > 0)
+        self.post_feed_forward_norm = norm(config.post_norms)
+        self.per_layer = PerLayer(config) if config.per_layer_size else None
+        self.post_per_layer_norm = norm(config.per_layer_size > 0)
+        self.scalar = nn.Parameter(torch.empty(1)) if config.layer_scalar else None
+
+    def forward(
+        self, ops: Ops, residual: Residual, positions: Positions, cache, inputs: Tensor | None = None
+    ) -> Residual:
+        """`inputs` [M, P] are the tokens' embeddings of this layer, where layers have some."""
+        config, dtype, attention, feed_forward = self.config, residual.x.dtype, self.attention, self.feed_forward
+        x, h = residual.added(ops, config, self.attention_norm, attention.wqkv.input_scale)
         y = attention(ops, h, positions, cache, dtype)
-        post = self.post_attention_norm and self.post_attention_norm.weight
-        x, h = ops.add_norm(x, y, post, self.feed_forward_norm.weight, self.eps, feed_forward.w13.input_scale)
+        residual = Residual(x, y, self.post_attention_norm and self.post_attention_norm.weight)
+        x, h = residual.added(ops, config, self.feed_forward_norm, feed_forward.w13.input_scale)
         y = feed_forward(ops, h, dtype)
-        return Residual(x, y, self.post_feed_forward_norm and self.post_feed_forward_norm.weight)
+        if self.experts is not None:
+            dense, sparse = self.post_dense_norm.weight, self.post_experts_norm.weight
+            y = ops.normed_sum(y, dense, self.experts(ops, x), sparse, config.norm_eps, config.norm_offset, dtype)
+        post = self.post_feed_forward_norm and self.post_feed_forward_norm.weight
+        if self.per_layer is not None:
+            x, _ = Residual(x, y, post).added(ops, config, None)
+            y, post = self.per_layer(ops, x, inputs), self.post_per_layer_norm.weight
+        return Residual(x, y, post, self.scalar)
+
+
+def rounded_roots(size: int) -> dict[torch.dtype, float]:
+    """The root of a size, by which embeddings are multiplied, as the reference rounds it to the weights' dtype:
+    sqrt(3072) is 55.5 in bfloat16."""
+    dtypes = torch.bfloat16, torch.float32
+    return {dtype: torch.tensor(size**0.5, dtype=dtype, device="cpu").item() for dtype in dtypes}
 
 
 class Transformer(nn.Module):
@@ -122,19 +228,18 @@ class Transformer(nn.Module):
         self.config, self.ops, self.kv_scales = config, ops.TORCH, KVScales()
         self.embedding = Weight(config.vocab_size, config.hidden_size)  # the output head, too
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.hidden_size)
-        # The reference rounds this factor to the weights' dtype: sqrt(3072) is 55.5 in bfloat16.
-        self.normalizers = {
-            dtype: torch.tensor(config.hidden_size**0.5, dtype=dtype, device="cpu").item()
-            for dtype in (torch.bfloat16, torch.float32)
-        }
-        # Explicitly on the CPU, so that building the model on the meta device leaves them real.
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-        frequency = 1.0 / (config.rope_theta**exponent) / config.rope_scale  # [D / 2], radians a token
-        frequency_local = 1.0 / (config.rope_theta_local**exponent) / config.rope_scale_local
-        # [D], the first half negative: their sines then carry the sign that `rotate` wants, and cosines don't mind.
-        self.register_buffer("rope_frequency", torch.cat((-frequency, frequency)), persistent=False)
-        self.register_buffer("rope_frequency_local", torch.cat((-frequency_local, frequency_local)), persistent=False)
+        self.norm, self.normalizers = RMSNorm(config.hidden_size), rounded_roots(config.hidden_size)
+        self.per_layer_inputs = PerLayerInputs(config) if config.per_layer_size else None
+        kinds = {config.is_local(layer): config.head_dim_of(layer) for layer in range(config.n_layers)}
+        frequency = rope_frequency(
+            kinds.get(False, config.head_dim), config.rope_theta, config.rope_scale, config.rotated_share
+        )
+        frequency_local = rope_frequency(config.head_dim, config.rope_theta_local, config.rope_scale_local)
+        self.register_buffer("rope_frequency", frequency, persistent=False)
+        self.register_buffer("rope_frequency_local", frequency_local, persistent=False)
+        # Explicitly on the CPU, so that building the model on the meta device leaves it real.
+        suppressed = torch.tensor(config.suppressed_ids, dtype=torch.long, device="cpu")
+        self.register_buffer("suppressed", suppressed, persistent=False)
 
     @classmethod
     def random(
@@ -147,7 +252,7 @@ class Transformer(nn.Module):
         group: int = 32,
         head: bool = False,
     ) -> "Transformer":
-        """A model with weights drawn on `device` from N(0, 0.02²), norms zero: for measuring and testing.
+        """A model with weights drawn on `device` from N(0, 0.02²), norms and other factors 1: for measuring and testing.
 
         Layers, and with `head` the embedding, have their weights in `format`. In FP8, inputs are scaled for values up
         to 20; integers are evenly distributed codes of the same deviation.
@@ -165,7 +270,7 @@ class Transformer(nn.Module):
                 if isinstance(module, Weight):
                     module.format.random(name.removeprefix(f"{path}."), weights[name], generator)
                 else:
-                    weights[name].zero_()
+                    weights[name].fill_(1 - config.norm_offset if isinstance(module, RMSNorm) else 1)
         return model.load(weights, device, ops.choose("auto", torch.device(device)))
 
     def load(self, weights: dict[str, Tensor], device, ops: Ops) -> "Transformer":
@@ -195,6 +300,19 @@ class Transformer(nn.Module):
     @property
     def weight_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.parameters())
+
+    def step_bytes(self, rows: float) -> float:
+        """Bytes of the weights that a step of so many rows reads: all, but of experts those that are met, as if each
+        were as probable as any other, and of the layers' own embeddings a row a token."""
+        config, total = self.config, self.weight_bytes
+        for layer in self.layers if config.n_experts else ():
+            weights = (layer.experts.w13, layer.experts.w2)
+            missed = (1 - config.n_active_experts / config.n_experts) ** rows
+            total -= missed * sum(parameter.nbytes for weight in weights for parameter in weight.parameters())
+        if config.per_layer_size:
+            table = self.per_layer_inputs.embedding.data
+            total -= table.nbytes * (1 - rows / len(table))
+        return total
 
     def pack(self):
         """Prepares eager runs on a CPU, where oneDNN has bfloat16; does nothing elsewhere, nor for weights that are
@@ -237,26 +355,37 @@ class Transformer(nn.Module):
         Where `ops.packs`, tokens may also be [M], those of B rows one after another, lengths [B] of each and at most
         `longest`; what is behind them is padding. `shared` says which rows of a decode step share a prefix.
         """
-        dtype, ops = self.dtype, self.ops
+        dtype, ops, config = self.dtype, self.ops, self.config
         kinds = self.positions(tokens, cache, position, lengths, longest, shared)
-        x = ops.embed(
-            tokens.flatten().contiguous(), self.embedding.data, self.normalizers[dtype], dtype, self.embedding.scale
-        )
-        residual = Residual(x)
-        for index, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[index]
-            residual = layer(ops, residual, kinds[self.config.is_local(index)], layer_cache)
+        flat, embedding, inputs = tokens.flatten().contiguous(), self.embedding, None
+        x = ops.embed(flat, embedding.data, self.normalizers[dtype], dtype, embedding.scale)
+        if self.per_layer_inputs is not None:
+            inputs = self.per_layer_inputs(ops, flat, x)
+        residual, last = Residual(x), None
         if not all_logits and tokens.shape != (len(tokens), 1):
             count = tokens.shape[-1] if lengths is None else lengths
             if tokens.dim() == 1:
                 last = count.cumsum(0) - 1
             else:
                 last = torch.arange(0, tokens.numel(), tokens.shape[1], device=tokens.device) - 1 + count
-            residual = residual._replace(x=residual.x[last], y=residual.y[..., last, :])
-        _, h = ops.add_norm(*residual, self.norm.weight, self.config.norm_eps, self.embedding.input_scale)
-        logits = ops.matmul(h, self.embedding, dtype)
-        if (softcap := self.config.logit_softcap) is not None:
+        for index, layer in enumerate(self.layers):
+            if last is not None and cache is not None and config.is_shared(index):
+                # From here on nothing is written to the cache: only the tokens that logits are wanted of go on
+                residual, inputs = residual.at(last), None if inputs is None else inputs[last]
+                newest = count - 1 + (0 if position is None else position)
+                newest = newest.expand(len(last)) if isinstance(newest, Tensor) else last.new_full(last.shape, newest)
+                kinds, last = self.positions(newest[:, None], cache, newest), None
+            layer_cache = None if cache is None else cache.layers[index]
+            own = None if inputs is None else inputs[:, index]
+            residual = layer(ops, residual, kinds[config.is_local(index)], layer_cache, own)
+        if last is not None:
+            residual = residual.at(last)
+        _, h = residual.added(ops, config, self.norm, embedding.input_scale)
+        logits = ops.matmul(h, embedding, dtype)
+        if (softcap := config.logit_softcap) is not None:
             logits = softcap * torch.tanh(logits.float() / softcap)
+        if config.suppressed_ids and not all_logits:
+            logits = logits.index_fill(-1, self.suppressed, torch.finfo(logits.dtype).min / 2)
         return logits.view(*tokens.shape, -1) if all_logits else logits
 
     def positions(
@@ -305,5 +434,16 @@ class Transformer(nn.Module):
                     slot = layer.slots_for(torch.arange(batch, device=device), position, position + 1)
                 elif not decoding:
                     slot = layer.slots_for(row, query, end)
-            kinds[kind] = Positions(batch, count, position, lengths, ropes[int(kind)], mask, slot, first, shared)
+            kept = {} if config.n_shared_layers and not decoding else None
+            kinds[kind] = Positions(batch, count, position, lengths, ropes[int(kind)], mask, slot, first, shared, kept)
         return kinds
+
+
+def rope_frequency(head_dim: int, theta: float, scale: float, share: float = 1.0) -> Tensor:
+    """Radians a token [D] of each pair of a head, of which a share is rotated: the first half negative, whose sines then
+    carry the sign that `ops.rope.rotate` wants; cosines don't mind."""
+    # Explicitly on the CPU, so that building the model on the meta device leaves it real.
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    frequency = 1.0 / (theta**exponent) / scale  # [D / 2]
+    frequency[int(share * head_dim // 2) :] = 0
+    return torch.cat((-frequency, frequency))

@@ -17,6 +17,7 @@ def test_published_sizes(name):
         "gemma-2b": 2506, "gemma-7b": 8538, "codegemma-2b": 2506, "codegemma-7b": 8538,
         "gemma-2-2b": 2614, "gemma-2-9b": 9242, "gemma-2-27b": 27227,
         "gemma-3-270m": 268, "gemma-3-1b": 1000, "gemma-3-4b": 3880, "gemma-3-12b": 11766, "gemma-3-27b": 27009,
+        "gemma-4-E2B": 4630, "gemma-4-E4B": 7460, "gemma-4-12B": 11910, "gemma-4-26B-A4B": 25230, "gemma-4-31B": 30700,
     }  # fmt: skip
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Transformer(ModelConfig.from_name(name)).parameters())
@@ -26,15 +27,19 @@ def test_published_sizes(name):
 @pytest.mark.parametrize("name", list(NAMED_CONFIGS))
 def test_what_distinguishes_the_generations_is_a_field(name):
     config = ModelConfig.from_name(name)
-    generation = NAMED_CONFIGS[name][0]
-    assert (config.post_norms, config.qk_norm) == (generation >= 2, generation == 3)
-    assert (config.attn_softcap is not None) == (config.logit_softcap is not None) == (generation == 2)
+    generation = config.generation
+    assert generation == (int(name[6]) if name[:7] in ("gemma-2", "gemma-3", "gemma-4") and name[7:8] == "-" else 1)
+    assert (config.post_norms, config.qk_norm) == (generation >= 2, generation >= 3)
+    assert (config.attn_softcap is not None, config.logit_softcap is not None) == (
+        generation == 2,
+        generation in (2, 4),
+    )
     assert any(config.local_layers) == (config.window is not None) == (generation >= 2)
     without = replace(config, post_norms=False, qk_norm=False)
     with torch.device("meta"):
         names, fewer = ({key.split(".", 2)[-1] for key in Transformer(each).state_dict()} for each in (config, without))
     norms = {"post_attention_norm.weight", "post_feed_forward_norm.weight"} if generation >= 2 else set()
-    norms |= {"attention.q_norm.weight", "attention.k_norm.weight"} if generation == 3 else set()
+    norms |= {"attention.q_norm.weight", "attention.k_norm.weight"} if generation >= 3 else set()
     assert names - fewer == norms
 
 
@@ -59,7 +64,8 @@ def test_settings_that_do_not_fit_each_other_are_refused():
     ("change", "message"),
     [
         ({"model_type": "llama"}, "architecture 'llama' is not supported"),
-        ({"model_type": "gemma4"}, r"another generation or kind of Gemma \(gemma4\)"),
+        ({"model_type": "gemma4_assistant"}, r"another generation or kind of Gemma \(gemma4_assistant\)"),
+        ({"model_type": "gemma4"}, "no text_config of gemma4_text"),
         ({"model_type": "gemma3n"}, r"Gemma \(gemma3n\)"),
         ({"model_type": "recurrent_gemma"}, r"Gemma \(recurrent_gemma\)"),
         ({"model_type": None}, "architecture None"),
