@@ -49,14 +49,16 @@ def check_messages(messages: list[dict]):
 
 
 def open_tokenizer(directory: Path, config: ModelConfig) -> "Tokenizer":
-    """The tokenizer of a checkpoint: tokenizer.model of Gemma 1 to 3 where there is one, else tokenizer.json. Raises
-    FileNotFoundError without either, ValueError for one that is damaged or of another model."""
-    file = directory / "tokenizer.json"
-    if config.generation > 3 or (file.is_file() and not (directory / "tokenizer.model").exists()):
-        tokenizer = JsonTokenizer(file)
+    """The tokenizer of a checkpoint: tokenizer.model of Gemma 1 to 3, tokenizer.json of Gemma 4, or else the other one.
+    Raises FileNotFoundError without either, ValueError for one that is damaged or of another model."""
+    json, sentencepiece = directory / "tokenizer.json", directory / "tokenizer.model"
+    if json.exists() and (config.generation > 3 or not sentencepiece.exists()):
+        tokenizer = JsonTokenizer(json)
         tokenizer.check(config.vocab_size)
         return tokenizer
-    return Tokenizer(directory / "tokenizer.model")
+    if config.generation > 3 and not sentencepiece.exists():
+        sentencepiece = json  # what the error names
+    return Tokenizer(sentencepiece)
 
 
 def _file_of(path: str | Path) -> Path:

@@ -46,6 +46,19 @@ LINEAR_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+GEMMA4 = dict(  # heads of global layers are twice as large, and 8 of their 32 pairs rotate
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_hidden_layers=6,
+    layer_types=[LOCAL, LOCAL, GLOBAL] * 2,
+    head_dim=32,
+    global_head_dim=64,
+    sliding_window=6,
+    final_logit_softcapping=30.0,
+    hidden_size_per_layer_input=0,
+)
+PER_LAYER = dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=128)
 CASES = {
     "gemma-mha": ("gemma", dict(num_attention_heads=4, num_key_value_heads=4, head_dim=24)),
     "gemma-gqa": ("gemma", dict(num_attention_heads=4, num_key_value_heads=2)),
@@ -80,6 +93,24 @@ CASES = {
         "gemma3_text",
         dict(num_attention_heads=4, num_key_value_heads=1, num_hidden_layers=7, sliding_window=6),
     ),
+    # In turn as 31B, 26B-A4B and 12B: with experts, keys that are values, and the 12B's type
+    "gemma4-experts": (
+        "gemma4_text",
+        GEMMA4
+        | dict(
+            attention_k_eq_v=True, num_global_key_value_heads=1, num_hidden_layers=3, layer_types=[LOCAL, LOCAL, GLOBAL]
+        )
+        | dict(enable_moe_block=True, num_experts=8, top_k_experts=2, moe_intermediate_size=48),
+    ),
+    "gemma4-unified": (
+        "gemma4_unified_text",
+        GEMMA4 | dict(attention_k_eq_v=True, num_global_key_value_heads=1, sliding_window=20),
+    ),
+    # As E2B: the last layers share keys and have a feed-forward of their own size, all have embeddings of their own
+    "gemma4-shared": (
+        "gemma4_text",
+        GEMMA4 | PER_LAYER | dict(num_key_value_heads=1, num_kv_shared_layers=3, use_double_wide_mlp=True),
+    ),
 }
 
 
@@ -94,7 +125,13 @@ def reference_model(case: str, seed: int = 0):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Layers that outweigh the embedding: greedy tokens then vary, instead of repeating the last one.
-            parameter.normal_(0, 0.1 if "embed" in name else 0.3)
+            mean, deviation = 0.0, 0.1 if "embed" in name else 0.3
+            if model_type.startswith("gemma4") and "embed" not in name:  # norms' weights are factors there, not offsets
+                mean, deviation = (1.0, 0.2) if parameter.dim() == 1 else (0.0, 0.2)
+            parameter.normal_(mean, deviation)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.normal_(0.8, 0.1)
     return model.eval()
 
 
