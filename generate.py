@@ -484,8 +484,8 @@ def _converse(
     length, max_new_tokens, stops = min(runner.length, CHAT_LENGTH), args.max_new_tokens, args.stop or []
     kind = DrawKind.of(model.config.vocab_size, sampling)
     check = "every" if model.device.type == "cpu" else "ping-pong"
-    messages, history, turn = _system(args), [], 0  # the history's tokens, but for the last, ...
-    kept = []  # tokens whose keys and values are in the pages that are held
+    messages, turn = _system(args), 0
+    history, kept = [], []  # tokens of the messages, and those whose keys and values are in the pages that are held
     while True:
         runner.start(model, 1, kind, model.config.stop_ids)  # compiled, the first time, before anybody has to wait
         try:
@@ -846,7 +846,7 @@ def _used(sampling: Sampling, from_checkpoint: list[str], beams: dict, model: Tr
     line = ", ".join(parts)
     if names := ", ".join(name for name in from_checkpoint if name in settings):
         line += f" ({names}: generation_config.json's)"
-    for name, ids in (("stop", model.config.stop_ids), ("suppressed", getattr(model.config, "suppress_tokens", ()))):
+    for name, ids in (("stop", model.config.stop_ids), ("suppressed", model.config.suppressed_ids)):
         line += f"; {name} ids {', '.join(map(str, ids))}" if ids else ""
     return line
 

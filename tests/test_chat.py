@@ -570,6 +570,7 @@ def test_bad_settings_of_the_checkpoint_are_one_line(capsys, tmp_path, content, 
 
 def test_a_flag_and_a_line_win_over_the_checkpoint(capsys, copied, monkeypatch, tmp_path):
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95, "eos_token_id": [1, 9, 4]}
+    settings |= {"suppress_tokens": [12, 10]}
     (copied / "generation_config.json").write_text(json.dumps(settings))
     used = []
 
@@ -582,7 +583,7 @@ def test_a_flag_and_a_line_win_over_the_checkpoint(capsys, copied, monkeypatch, 
     _, _, err = run(capsys, *options)
     assert used.pop() == Sampling(temperature=1.0, top_k=64, top_p=0.95)
     line = "temperature 1.0, top_k 64, top_p 0.95 (temperature, top_k, top_p: generation_config.json's)"
-    assert f"{line}; stop ids 1, 9, 4\n" in err
+    assert f"{line}; stop ids 1, 9, 4; suppressed ids 12, 10\n" in err
     _, _, err = run(capsys, *options, "--top_k", 0, "--min_p", 0.1)
     assert used.pop() == Sampling(temperature=1.0, top_k=0, top_p=0.95, min_p=0.1)
     assert "temperature 1.0, top_p 0.95, min_p 0.1 (temperature, top_p: generation_config.json's); stop" in err

@@ -450,7 +450,7 @@ def test_no_gpu(capsys):
     ("change", "message"),
     [
         ({"model_type": "llama"}, "architecture 'llama' is not supported"),
-        ({"model_type": "gemma4_text"}, "(gemma4_text)"),
+        ({"model_type": "gemma3n_text"}, "(gemma3n_text)"),
         ({"num_hidden_layers": 7}, "lacks model.layers.6"),
         ({"num_hidden_layers": 5}, "no place for: model.layers.5"),
         ({"intermediate_size": 800}, "has shape"),

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import GEMMA4_SPECIAL, ROOT, TINY_GEMMA, tiny_config
@@ -101,14 +102,18 @@ def test_settings_that_cut_or_pad_are_passed_over(json_tokenizer, tmp_path):
 
 
 def test_which_tokenizer_a_checkpoint_has(json_tokenizer, tmp_path):
-    """tokenizer.model of Gemma 1 to 3, where there is one."""
+    """tokenizer.model of Gemma 1 to 3, where there is one, and tokenizer.json of Gemma 4."""
     config = tiny_config(vocab_size=640)
+    gemma4 = replace(config, generation=4)
     with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*tokenizer\.model; a checkpoint needs"):
         open_tokenizer(tmp_path, config)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*tokenizer\.json; a checkpoint needs"):
+        open_tokenizer(tmp_path, gemma4)
     shutil.copy(json_tokenizer / "tokenizer.json", tmp_path)
     assert isinstance(open_tokenizer(tmp_path, config), JsonTokenizer)
     shutil.copy(TINY_GEMMA / "tokenizer.model", tmp_path)
     assert not isinstance(open_tokenizer(tmp_path, config), JsonTokenizer)
+    assert isinstance(open_tokenizer(tmp_path, gemma4), JsonTokenizer)
 
 
 def test_a_vocabulary_that_exceeds_the_embedding_is_refused(json_tokenizer, from_json):
