@@ -672,7 +672,13 @@ def test_what_a_turn_reuses(monkeypatch, capsys, checkpoint, json_tokenizer, tok
 
 @pytest.mark.parametrize(
     ("case", "settings"),
-    [("gemma3-window-half", {"sliding_window": 64}), ("gemma3-window-small", {}), ("gemma-gqa", {})],
+    [
+        ("gemma3-window-half", {"sliding_window": 64}),
+        ("gemma3-window-small", {}),
+        ("gemma-gqa", {}),
+        ("gemma4-shared", {"vocab_size_per_layer_input": 640}),
+        ("gemma4-unified", {"sliding_window": 64}),
+    ],
 )
 @pytest.mark.parametrize("thinking", [True, False])
 def test_a_turn_that_reuses_is_as_one_that_does_not(
