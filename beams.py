@@ -369,7 +369,7 @@ def search(
                     stats.new_tokens += len(tokens)
                     stats.rows += 1
             stats.steps += runs.steps
-            stats.bytes_read += runs.steps * model.weight_bytes
+            stats.bytes_read += runs.steps * model.step_bytes(size * num_beams)
     return [results.get(i, ([], -inf)) for i in range(len(prompts))]
 
 
@@ -389,7 +389,7 @@ class _Search:
         width, config, penalized = settings.num_beams, model.config, settings.repetition_penalty != 1
         saved = (width - 1) * sum(len(each.prompt) // PAGE * PAGE for each in requests[:size])
         shared = runner.packs and saved >= SHARED
-        tile = min(width, tile_rows(width, config.n_heads // config.n_kv_heads, config.head_dim, model.dtype))
+        tile = min(width, tile_rows(width, *config.global_group, model.dtype))
         kind = size, width, len(settings.stop_ids), penalized, shared
         self.graph = None
         if not (runner.compile and runner.device.type == "cuda"):

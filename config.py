@@ -80,6 +80,12 @@ class ModelConfig:
     def kv_heads_of(self, layer: int) -> int:
         return self.n_kv_heads if self.is_local(layer) else self.n_global_kv_heads or self.n_kv_heads
 
+    @property
+    def global_group(self) -> tuple[int, int]:
+        """Query heads on a key head of global layers, and their head_dim."""
+        layer = next((i for i in range(self.n_layers) if not self.is_local(i)), 0)
+        return self.n_heads // self.kv_heads_of(layer), self.head_dim_of(layer)
+
     def is_shared(self, layer: int) -> bool:
         """Whether a layer has no keys and values of its own."""
         return layer >= self.n_layers - self.n_shared_layers

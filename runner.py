@@ -154,7 +154,7 @@ class Runner:
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
         self.steps, self.prefills, self.pool = {}, {}, None
         self.shared = None  # of the rows in use, in the memory of whole_shared
-        self.tile_of = model.config.n_heads // model.config.n_kv_heads, model.config.head_dim, model.dtype
+        self.tile_of = *model.config.global_group, model.dtype
         # Functions, not methods of self: without a cycle, memory is free as soon as the runner is.
         self._step, self._run_prefill = decode_step, Transformer.logits
         if self.device.type == "cuda":
@@ -554,7 +554,11 @@ def runner_bytes(config, rows: int, length: int, codec: Codec, pages: int) -> in
 
 def activation_bytes(model: Transformer, tokens: float) -> float:
     """Bytes that a prefill of so many tokens takes: mostly activations of the feed-forward layer, some at once."""
-    return tokens * (4 * model.config.intermediate_size + 6 * model.config.hidden_size) * model.dtype.itemsize
+    config = model.config
+    widths = [4 * config.intermediate_size_of(config.n_layers - 1), 6 * config.hidden_size]
+    widths.append(config.n_layers * config.per_layer_size * 3)
+    widths.append(config.n_active_experts * (3 * config.hidden_size + 3 * config.expert_size))  # a copy for each expert
+    return tokens * sum(widths) * model.dtype.itemsize
 
 
 @cache

@@ -51,13 +51,13 @@ def check_messages(messages: list[dict]):
 def open_tokenizer(directory: Path, config: ModelConfig) -> "Tokenizer":
     """The tokenizer of a checkpoint: tokenizer.model of Gemma 1 to 3, tokenizer.json of Gemma 4, or else the other one.
     Raises FileNotFoundError without either, ValueError for one that is damaged or of another model."""
-    json, sentencepiece = directory / "tokenizer.json", directory / "tokenizer.model"
-    if json.exists() and (config.generation > 3 or not sentencepiece.exists()):
-        tokenizer = JsonTokenizer(json)
+    file, sentencepiece = directory / "tokenizer.json", directory / "tokenizer.model"
+    if file.exists() and (config.generation > 3 or not sentencepiece.exists()):
+        tokenizer = JsonTokenizer(file)
         tokenizer.check(config.vocab_size)
         return tokenizer
     if config.generation > 3 and not sentencepiece.exists():
-        sentencepiece = json  # what the error names
+        sentencepiece = file  # what the error names
     return Tokenizer(sentencepiece)
 
 
