@@ -326,8 +326,10 @@ def stream_completions(
             runner.start(model, rows, kind, stop_ids, prefix_cache)
             started = now(device)
             scheduler = Scheduler(runner, model, requests, rows, "every" if device.type == "cpu" else stop_check)
+            drawn = 0  # by steps
             try:
                 for request, tokens in scheduler.run(on_step, on_token):
+                    drawn += len(tokens) - 1
                     context = len(request.prompt) + len(tokens) // 2
                     stats.bytes_read += (len(tokens) - 1) * context_bytes(config, context, codec)
                     stats.prompt_tokens += len(request.prompt)
@@ -341,7 +343,7 @@ def stream_completions(
             stats.prefill_seconds += prefill_seconds
             stats.decode_seconds += now(device) - started - prefill_seconds
             stats.steps += scheduler.steps
-            stats.bytes_read += scheduler.steps * model.weight_bytes
+            stats.bytes_read += scheduler.steps * model.step_bytes(drawn / max(1, scheduler.steps))
 
 
 def _room(
