@@ -1,7 +1,8 @@
 """FP8 scaling factors from text: runs a BF16 model over it and records the largest inputs, weights, K and V.
 
 Writes fp8_scales.safetensors beside the checkpoint: one float32 a factor, real = fp8 * factor, factor = amax / 448. A
-file with int8 or int4 weights gets a file of its own, for an FP8 KV cache with these weights.
+file with int8 or int4 weights gets a file of its own, for an FP8 KV cache with these weights. Experts have factors of
+their own; those that met too few of the text's tokens to tell are named, and get the largest of their layer's.
 """
 
 import interrupt
@@ -11,7 +12,8 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,16 +22,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import E4M3_MAX, fingerprint, fp8_scale_names, open_checkpoint, scales_file, write_scales
+from checkpoint import (
+    E4M3_MAX,
+    Scale,
+    fingerprint,
+    fp8_scale_names,
+    open_checkpoint,
+    scale_shape,
+    scales_file,
+    write_scales,
+)
 from cli import Parser, add_model_options, number, path, run_program
 from files import check_writable
-from formats import largest
+from formats import Weight, largest
 from generate import load_model
 from model import Transformer
 from ops import TORCH
 from text import batches, sample_windows
 
-MIN_TOKENS = 64  # fewer say next to nothing about what inputs can be
+MIN_TOKENS = 64  # fewer say next to nothing about what inputs can be: of a model, and of each of its experts
 
 
 class Histogram:
@@ -38,9 +49,10 @@ class Histogram:
     values = torch.arange(2**15, dtype=torch.int16).view(torch.bfloat16).double()
 
     def __init__(self):
-        self.counts = None
+        self.counts, self.rows = None, 0
 
     def add(self, x: Tensor):
+        self.rows += x.shape[:-1].numel()
         bits = x.detach().bfloat16().view(torch.int16) & 0x7FFF
         counts = torch.bincount(bits.flatten().int(), minlength=2**15)
         self.counts = counts if self.counts is None else self.counts + counts
@@ -80,8 +92,11 @@ class _KVRecorder:
         pass
 
 
+Histograms = Histogram | list[Histogram]  # one, or one of each expert
+
+
 @torch.inference_mode()
-def record(model: Transformer, token_windows: Iterable[list[int]], batch_size: int = 8) -> dict[str, Histogram]:
+def record(model: Transformer, token_windows: Iterable[list[int]], batch_size: int = 8) -> dict[str, Histograms]:
     """Histograms by our scale names (`fp8_scale_names`) of all linear inputs, K and V over windows of tokens.
 
     Raises ValueError for a batch_size below 1, no windows, and a weight that is not finite.
@@ -92,24 +107,40 @@ def record(model: Transformer, token_windows: Iterable[list[int]], batch_size: i
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             largest(name, parameter)
-    histograms = {name: Histogram() for name in fp8_scale_names(model.config) if not name.endswith("weight_scale")}
+    config, histograms = model.config, {}
+    for name in fp8_scale_names(config):
+        if not name.endswith("weight_scale"):
+            experts = scale_shape(name, config)
+            histograms[name] = [Histogram() for _ in range(*experts)] if experts else Histogram()
     names = {module: f"{name}.input_scale" for name, module in model.named_modules()}
 
     def watch(operation: Callable) -> Callable:
-        """`operation`, which records its inputs; of the head, which runs at every position here, it makes no logits."""
+        """`operation`, which records its inputs, if its weight has a factor for them; of the head, which runs at every
+        position here, it makes no logits."""
 
         def watching(x: Tensor, weight, *rest, **options) -> Tensor:
             if weight is model.embedding:
                 histograms["head_scales.input_scale"].add(x)
                 return x[:, :1]
-            histograms[names[weight]].add(x)
+            if names[weight] in histograms:
+                histograms[names[weight]].add(x)
             return operation(x, weight, *rest, **options)
 
         return watching
 
+    def watching_experts(h: Tensor, w13: Weight, w2: Weight, chosen: Tensor, *rest) -> Tensor:
+        """`experts`, which records the inputs of both products."""
+        histograms[names[w13]].add(h)
+        for e in chosen.unique().tolist():
+            rows = h[(chosen == e).any(1)]
+            histograms[names[w2]][e].add(TORCH.matmul_geglu(rows, _matrix(w13, e), h.dtype))
+        return TORCH.experts(h, w13, w2, chosen, *rest)
+
     watched = copy(model)
-    watched.ops = replace(TORCH, matmul=watch(TORCH.matmul), matmul_geglu=watch(TORCH.matmul_geglu))
-    layers = [f"layers.{i}.attention" for i in range(model.config.n_layers)]
+    watched.ops = replace(
+        TORCH, matmul=watch(TORCH.matmul), matmul_geglu=watch(TORCH.matmul_geglu), experts=watching_experts
+    )
+    layers = [f"layers.{config.donor_of(i)}.attention" for i in range(config.n_layers)]
     cache = SimpleNamespace(
         layers=[_KVRecorder(*(histograms[f"{name}.{kind}_scale"] for kind in "kv")) for name in layers]
     )
@@ -120,34 +151,72 @@ def record(model: Transformer, token_windows: Iterable[list[int]], batch_size: i
     return histograms
 
 
-def scales(model: Transformer, histograms: dict[str, Histogram], percentile: float = 100.0) -> dict[str, float]:
-    """Factors by our names: inputs, K and V by `percentile` of what was recorded, weights by their maximum."""
-    factors = {}
+def _matrix(weight: Weight, expert: int) -> Weight:
+    """One of an expert weight's matrices."""
+    parameters = [parameter[expert] for parameter in weight.parameters()]
+    return Weight.of(weight.format.name, *parameters, shape=weight.shape, group=weight.group)
+
+
+def scales(model: Transformer, histograms: dict[str, Histograms], percentile: float = 100.0) -> dict[str, Scale]:
+    """Factors by our names: inputs, K and V by `percentile` of what was recorded, weights by their maximum.
+
+    Experts that met fewer than MIN_TOKENS tokens get the largest factor that inputs of their layer's experts have; a
+    warning names them.
+    """
+    factors, unmet = {}, []
     for name in fp8_scale_names(model.config):
         if name.endswith("weight_scale"):
             module = "embedding" if name.startswith("head") else name.removesuffix(".weight_scale")
             weight = model.get_submodule(module)
-            amax = largest(module, weight.format.dequantize(weight, model.dtype))
+            matrices = [_matrix(weight, e) for e in range(weight.experts)] or [weight]
+            amax = [largest(module, matrix.format.dequantize(matrix, model.dtype)) for matrix in matrices]
+            amax = amax if weight.experts else amax[0]
+        elif isinstance(found := histograms[name], list):
+            amax = [each.amax(percentile) if each.rows else 0.0 for each in found]
+            few = [e for e, each in enumerate(found) if each.rows < MIN_TOKENS]
+            unmet += [f"{name.removesuffix('.w2.input_scale')} {e}" for e in few]
+            amax = [max(amax) if e in few else each for e, each in enumerate(amax)]
         else:
-            amax = histograms[name].amax(percentile)
-        factors[name] = amax / E4M3_MAX if amax else 1.0
+            amax = found.amax(percentile)
+        factors[name] = [_factor(each) for each in amax] if isinstance(amax, list) else _factor(amax)
+    if unmet:
+        some, more = ", ".join(unmet[:3]), ", ..." * (len(unmet) > 3)
+        what = f"{len(unmet)} experts met fewer than {MIN_TOKENS} tokens and get the largest factor of their layer's"
+        warnings.warn(f"{what}: {some}{more}", stacklevel=2)
     return factors
 
 
-def print_table(factors: dict[str, float], histograms: dict[str, Histogram], rows: int = 10):
+def _factor(amax: float) -> float:
+    return amax / E4M3_MAX if amax else 1.0
+
+
+def print_table(factors: dict[str, Scale], histograms: dict[str, Histograms], rows: int = 10):
     """The widest inputs, and how many of the recorded values their factors saturate."""
-    names = sorted(histograms, key=lambda name: -factors[name])
+    entries = sorted(_entries(factors, histograms), key=lambda entry: -entry[1])
     print(f"{'widest':<42} {'amax':>9} {'weight amax':>12} {'saturated':>16}")
-    for name in names[:rows]:
-        amax = factors[name] * E4M3_MAX
-        weight = factors.get(name.replace("input_scale", "weight_scale")) if "input" in name else None
-        above, total = histograms[name].above(amax * (1 + 1e-6)), int(histograms[name].counts.sum())
+    for name, factor, weight, histogram in entries[:rows]:
+        amax = factor * E4M3_MAX
+        above, total = histogram.above(amax * (1 + 1e-6)), int(histogram.counts.sum())
         print(
             f"{name:<42} {amax:>9.3g} {'' if weight is None else f'{weight * E4M3_MAX:.3g}':>12} "
             f"{f'{above:,} of {total:,}':>16}"
         )
-    saturated = sum(histograms[name].above(factors[name] * E4M3_MAX * (1 + 1e-6)) for name in names)
-    print(f"saturated in all {len(names)} tensors: {saturated:,} values")
+    saturated = sum(histogram.above(factor * E4M3_MAX * (1 + 1e-6)) for _, factor, _, histogram in entries)
+    print(f"saturated in all {len(entries)} tensors: {saturated:,} values")
+
+
+def _entries(
+    factors: dict[str, Scale], histograms: dict[str, Histograms]
+) -> Iterator[tuple[str, float, float | None, Histogram]]:
+    """Name, factor, factor of the weight that it is an input of, and histogram of each; those of experts that met no
+    token are left out."""
+    for name, found in histograms.items():
+        weight = factors.get(name.replace("input_scale", "weight_scale")) if "input" in name else None
+        if isinstance(found, list):
+            each = zip(factors[name], weight, found)
+            yield from ((f"{name}[{e}]", *entry) for e, entry in enumerate(each) if entry[-1].rows)
+        else:
+            yield name, factors[name], max(weight) if isinstance(weight, list) else weight, found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,7 +252,8 @@ def run(args: argparse.Namespace):
     }
     write_scales(file, model.config, factors, metadata)
     print_table(factors, histograms)
-    print(f"{file}: {len(factors)} factors from {tokens:,} tokens")
+    count = sum(len(factor) if isinstance(factor, list) else 1 for factor in factors.values())
+    print(f"{file}: {count} factors from {tokens:,} tokens")
 
 
 if __name__ == "__main__":

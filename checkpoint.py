@@ -56,6 +56,7 @@ NOT_TEXT = (  # parts of multimodal models
     "vision_embedder.",
 )
 SCALES_NAME, SCALES_FORMAT = "fp8_scales.safetensors", "gemma-fast-fp8-scales"
+Scale = float | list[float]  # a factor, or one of each expert
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
         key, file_name = next(iter(strict.items()))
         raise ValueError(f"{key} is missing from {directory / file_name}, where the index says it is")
 
-    table = sources(config, experts_apart="model.layers.0.experts.0.down_proj.weight" in stored)
+    table = sources(config, experts_apart=any(re.search(r"\.experts\.\d+\.", name) for name in stored))
     if weight_format:  # one stored tensor a parameter, of the joined shape
         _warn_if_older(file, weight_format)
         table = {name: [(name, joined_shape(name, [s for _, s in parts], config))] for name, parts in table.items()}
@@ -219,7 +220,8 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
         dtypes = {name: dtype for dtype, each in WEIGHT_FORMATS.items() if each == weight_format for name in table}
     elif weight_format == "fp8":
         head = ["embedding.weight"] if "head_scales.weight_scale" in stored else []
-        scales = {name: [(name, ())] for name in fp8_scale_names(config) if head or not name.startswith("head")}
+        names = [name for name in fp8_scale_names(config) if head or not name.startswith("head")]
+        scales = {name: [(name, scale_shape(name, config))] for name in names}
     elif weight_format is None and _says_fp8(directory / "config.json", stored):
         weight_format, scales = "fp8", _fp8_scale_sources(config, table, stored)
     if weight_format == "fp8":
@@ -237,17 +239,19 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
             _check(stored[name], shape, weight_format, dtypes.get(name))
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(f"{path} lacks {_some(missing)}")
-    unused = _unused_names(config)
-    if left_over := [tensor.key for name, tensor in stored.items() if name not in wanted and name not in unused]:
+    unused = _unused_prefixes(config)
+    if left_over := [x.key for name, x in stored.items() if name not in wanted and not name.startswith(unused)]:
         raise ValueError(f"{path} has tensors that config.json has no place for: {_some(left_over)}")
     parts = {name: [stored[part] for part, _ in sources_] for name, sources_ in table.items()}
     return Checkpoint(directory, config, parts, weight_format, group)
 
 
-def _unused_names(config: ModelConfig) -> set[str]:
-    """Hugging Face's names of the keys' and values' weights that files may have of layers that take those of others."""
+def _unused_prefixes(config: ModelConfig) -> tuple[str, ...]:
+    """What Hugging Face's names begin with of the keys' and values' weights and scales that files may have of layers
+    that take those of others."""
     layers = [f"model.layers.{i}.self_attn" for i in range(config.n_layers) if config.is_shared(i)]
-    return {f"{layer}.{name}.weight" for layer in layers for name in ("k_proj", "v_proj", "k_norm")}
+    names = ("k_proj.", "v_proj.", "k_norm.", "k_scale", "v_scale", "kv_scale")
+    return tuple(f"{layer}.{name}" for layer in layers for name in names)
 
 
 def _check(tensor: StoredTensor, shape: tuple[int, ...], weight_format: str | None = None, dtype: str | None = None):
@@ -268,13 +272,15 @@ def _check(tensor: StoredTensor, shape: tuple[int, ...], weight_format: str | No
 
 
 def stored_parts(
-    name: str, shape: tuple[int, int], weight_format: str, group: int
+    name: str, shape: tuple[int, ...], weight_format: str, group: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of what a file in weight_format has of the weight `name`, of that shape [N, K]."""
+    """Name -> (dtype, shape) of what a file in weight_format has of the weight `name`, of that shape [N, K] or, of
+    experts, [E, N, K]."""
     module, format = name.removesuffix("weight"), FORMATS[weight_format]
     if name == "embedding.weight":
         format = format.of_embedding
-    stored = format.stored(*shape, group)
+    *experts, n, k = shape
+    stored = format.parameters(n, k, group, *experts)
     return {f"{module}{part}": (DTYPE_NAMES[dtype], part_shape) for part, (dtype, part_shape) in stored.items()}
 
 
@@ -348,8 +354,9 @@ def _fp8_scale_sources(config: ModelConfig, table: dict, stored: dict[str, Store
             names = (theirs, projection + kind, projection + "output_scale", attention + "kv_scale")
             scales[ours] = [(name, ()) for name in names if name in stored][:1]
         elif not ours.startswith("head"):
-            weights = [name for name, _ in table[f"{module}.weight"]]
-            scales[ours] = [(name.removesuffix("weight") + kind, ()) for name in weights]
+            weights = [name.removesuffix(".weight") for name, _ in table[f"{module}.weight"]]
+            shape = scale_shape(ours, config) if len(weights) == 1 else ()
+            scales[ours] = [(f"{name}.{kind}", shape) for name in weights]
     return scales
 
 
@@ -444,7 +451,7 @@ def _some(names: list[str]) -> str:
 
 
 def load_weights(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, scales: dict[str, float] | None = None
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, scales: dict[str, Scale] | None = None
 ) -> dict[str, torch.Tensor]:
     """The state dict, on `device` in `dtype`. On a CPU a tensor that is stored whole in `dtype` stays a view of the
     mapped file; every other one is copied once, in pieces of PIECE bytes.
@@ -454,24 +461,28 @@ def load_weights(
     one are rounded again. Scales of K and V that are not there are 1.0, with a warning. Raises ValueError if a weight's
     scale is not what the weight asks for, or is not a positive number.
     """
-    weights, pieces, largest = {}, [], {}
+    weights, pieces, largest, config = {}, [], {}, checkpoint.config
     with ExitStack() as stack:
         files = {tensor.file for tensors in checkpoint.parts.values() for tensor in tensors}
         opened = {file: stack.enter_context(open_tensors(file)) for file in files}
+
+        def scales_of(name: str) -> tuple[list[float], torch.Tensor]:
+            """Those of the parts of what has the scale `name`, and what is made of them: the largest, or that of each
+            expert."""
+            own = [value for tensor in checkpoint.parts[name] for value in _scales(tensor, opened[tensor.file])]
+            return own, torch.tensor(own or [1.0]).view(*scale_shape(name, config), -1).amax(-1)
+
         for name, tensors in checkpoint.parts.items():
             if name.endswith("_scale"):
-                values = [_scale(tensor, opened[tensor.file]) for tensor in tensors]
-                weights[name] = torch.tensor(max(values, default=1.0), device=device)
+                weights[name] = scales_of(name)[1].to(device)
                 continue
             scale, own_scales = None if scales is None else scales.get(weight_scale_name(name)), [1.0] * len(tensors)
             stored_dtype = torch_dtype(tensors[0])
             if stored_dtype == torch.float8_e4m3fn:
                 if len(tensors) > 1:
-                    own = checkpoint.parts[f"{name}_scale"]
-                    own_scales = [_scale(tensor, opened[tensor.file]) for tensor in own]
-                    scale = max(own_scales)
+                    own_scales, scale = scales_of(f"{name}_scale")
             elif scale is not None:
-                largest[name] = []
+                scale, largest[name] = torch.tensor(scale), []
             target_dtype = dtype if scale is None and stored_dtype.itemsize > 1 else torch.float8_e4m3fn
             if not stored_dtype.is_floating_point or name.endswith(".scale"):  # parts of an integer weight
                 target_dtype = stored_dtype
@@ -480,22 +491,23 @@ def load_weights(
                 continue
             rows = [tensor.shape[0] for tensor in tensors]
             weights[name] = torch.empty(sum(rows), *tensors[0].shape[1:], device=device, dtype=target_dtype)
-            for tensor, own_scale, target in zip(tensors, own_scales, weights[name].split(rows)):
-                if target_dtype == torch.float8_e4m3fn and (
-                    stored_dtype.itemsize > 1 or (scale is not None and own_scale != scale)
-                ):
-                    convert = partial(_to_e4m3, own_scale=own_scale, scale=scale, largest=largest.get(name))
-                else:
-                    convert = None
+            for part, (tensor, own_scale, target) in enumerate(zip(tensors, own_scales, weights[name].split(rows))):
                 step = max(1, PIECE * tensor.shape[0] // tensor.size)
                 for start in range(0, tensor.shape[0], step):
+                    convert = None
+                    if scale is not None:
+                        which = _matrices(scale.numel(), part, len(tensors), slice(start, start + step))
+                        each = scale.view(-1)[which]
+                        if stored_dtype.itemsize > 1 or own_scale != each.item():
+                            settings = dict(own_scale=own_scale, scale=each.to(device), which=which)
+                            convert = partial(_to_e4m3, **settings, largest=largest.get(name))
                     pieces.append((tensor, start, target[start : start + step], convert))
         _copy_pieces(pieces, opened, device)
     for name, tensors in checkpoint.parts.items():
         if len(tensors) > 1 and name in weights and not name.endswith("_scale"):
-            weights[name] = weights[name].view(joined_shape(name, [x.shape for x in tensors], checkpoint.config))
-    for name, values in largest.items():
-        check_weight_scale(name, torch.stack(values).max().item(), scales[weight_scale_name(name)])
+            weights[name] = weights[name].view(joined_shape(name, [x.shape for x in tensors], config))
+    for name, found in largest.items():
+        check_weight_scale(name, found, scales[weight_scale_name(name)])
     if without := [name for name, tensors in checkpoint.parts.items() if not tensors]:
         warnings.warn(f"{checkpoint.directory} lacks {_some(without)}: 1.0 is used", stacklevel=3)
     return weights
@@ -506,10 +518,22 @@ def weight_scale_name(name: str) -> str:
     return "head_scales.weight_scale" if name == "embedding.weight" else f"{name}_scale"
 
 
-def _to_e4m3(rows: torch.Tensor, own_scale: float, scale: float, largest: list | None) -> torch.Tensor:
+def _matrices(count: int, part: int, parts: int, rows: slice) -> slice:
+    """Which of `count` matrices `rows` of a tensor are of, the tensor being one of `parts` that all of them are joined
+    of. One that is the only part has a matrix in each row, if there are several."""
+    if parts == 1 and count > 1:
+        return rows
+    first = part * count // parts
+    return slice(first, first + 1)
+
+
+def _to_e4m3(
+    rows: torch.Tensor, own_scale: float, scale: torch.Tensor, which: slice, largest: list[tuple] | None
+) -> torch.Tensor:
+    """Rounds rows, or matrices that have a scale each; notes in `largest` which they are, and their largest values."""
     if largest is not None:
-        largest.append(rows.abs().max().float())
-    return round_fp8(rows.float() * own_scale, scale)
+        largest.append((which, rows.abs().reshape(len(scale), -1).amax(1).float()))
+    return round_fp8(rows.float() * own_scale, scale.view(-1, *[1] * (rows.dim() - 1)))
 
 
 def _copy_pieces(pieces: list, opened: dict, device: torch.device):
@@ -549,17 +573,20 @@ def _copy_pieces(pieces: list, opened: dict, device: torch.device):
             pass
 
 
-def _scale(tensor: StoredTensor, opened: safe_open) -> float:
-    value = opened.get_tensor(tensor.key).item()
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{tensor.key} in {tensor.file} is {value}; a scale is one positive number")
-    return value
+def _scales(tensor: StoredTensor, opened: safe_open) -> list[float]:
+    values = opened.get_tensor(tensor.key).flatten().tolist()
+    for value in values:
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{tensor.key} in {tensor.file} is {value}; a scale is one positive number")
+    return values
 
 
 def fp8_scale_names(config: ModelConfig) -> dict[str, str]:
     """Our name of each scale -> its name in the scale file, which is Hugging Face's module and input_scale,
-    weight_scale, k_scale or v_scale."""
-    names = {}
+    weight_scale, k_scale or v_scale. Layers without keys and values of their own have no scales of them."""
+    names, experts = {}, []
+    if config.n_experts:
+        experts = [("experts.w13", "experts.gate_up_proj"), ("experts.w2", "experts.down_proj")]
     for i in range(config.n_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         for our_module, their_module in (
@@ -567,29 +594,45 @@ def fp8_scale_names(config: ModelConfig) -> dict[str, str]:
             ("attention.wo", "self_attn.o_proj"),
             ("feed_forward.w13", "mlp.gate_up_proj"),
             ("feed_forward.w2", "mlp.down_proj"),
+            *experts,
         ):
             for kind in ("input_scale", "weight_scale"):
                 names[f"{ours}.{our_module}.{kind}"] = f"{theirs}.{their_module}.{kind}"
-        for kind in ("k_scale", "v_scale"):
+        for kind in () if config.is_shared(i) else ("k_scale", "v_scale"):
             names[f"{ours}.attention.{kind}"] = f"{theirs}.self_attn.{kind}"
     for kind in ("input_scale", "weight_scale"):
         names[f"head_scales.{kind}"] = f"lm_head.{kind}"
     return names
 
 
-def check_weight_scale(name: str, largest: float, scale: float):
-    """Raises ValueError if the largest of a weight's absolute values is not what its scale says, or not finite."""
-    if not math.isfinite(largest):
-        raise ValueError(f"{name} has values that are not finite")
-    largest = largest / E4M3_MAX or 1.0  # of zeros any scale would do; calibrate.py takes 1
-    if not 0.99 * largest <= scale <= 1.01 * largest:
-        raise ValueError(
-            f"{SCALES_NAME} is of another model: {name} asks for the scale {largest:.3g}, it says {scale:.3g}; "
-            "run calibrate.py again"
-        )
+def scale_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
+    """Of the scale `name` of `fp8_scale_names`: () but for experts, whose weights have one each, and whose second
+    products have inputs of their own."""
+    return (config.n_experts,) if ".experts." in name and not name.endswith("w13.input_scale") else ()
 
 
-def read_scales(file: Path, config: ModelConfig) -> dict[str, float]:
+def check_weight_scale(name: str, found: Iterable[tuple[slice, torch.Tensor]], scale: Scale):
+    """Raises ValueError if the largest of a weight's absolute values is not what its scale says, or not finite.
+
+    `found` are the largest of pieces, and which of the scales these have.
+    """
+    scales = torch.tensor(scale)
+    largest = torch.zeros(scales.numel())
+    for which, values in found:
+        largest[which] = torch.maximum(largest[which], values.cpu())
+    for index, (amax, each) in enumerate(zip(largest.tolist(), scales.flatten().tolist())):
+        where = f"{name}, expert {index}," if scales.dim() else name
+        if not math.isfinite(amax):
+            raise ValueError(f"{where} has values that are not finite")
+        amax = amax / E4M3_MAX or 1.0  # of zeros any scale would do; calibrate.py takes 1
+        if not 0.99 * amax <= each <= 1.01 * amax:
+            raise ValueError(
+                f"{SCALES_NAME} is of another model: {where} asks for the scale {amax:.3g}, it says {each:.3g}; "
+                "run calibrate.py again"
+            )
+
+
+def read_scales(file: Path, config: ModelConfig) -> dict[str, Scale]:
     """Scales by our names, from a file that calibrate.py wrote or of the same names.
 
     One kv_scale may stand for k_scale and v_scale; where a layer has neither, they are 1.0, with a warning. Raises
@@ -606,11 +649,13 @@ def read_scales(file: Path, config: ModelConfig) -> dict[str, float]:
     model = metadata.get("model", fingerprint(config))
     if model != fingerprint(config):
         raise ValueError(f"{file} is of another model ({model}, this one is {fingerprint(config)}): run calibrate.py")
-    values = {}
+    values, shapes = {}, {theirs: scale_shape(ours, config) for ours, theirs in fp8_scale_names(config).items()}
     with open_tensors(file) as opened:
         for key, tensor in tensors.items():
-            _check(tensor, ())
-            values[key] = _scale(tensor, opened)
+            shape = shapes.get(key, ())
+            _check(tensor, shape)
+            value = _scales(tensor, opened)
+            values[key] = value if shape else value[0]
     scales, without = {}, 0
     for ours, theirs in fp8_scale_names(config).items():
         if theirs.endswith((".k_scale", ".v_scale")):
@@ -638,12 +683,12 @@ def scales_file(checkpoint: Checkpoint) -> Path:
     return tensor.file.with_name(f"{tensor.file.stem}-{SCALES_NAME}")
 
 
-def write_scales(file: Path, config: ModelConfig, scales: dict[str, float], metadata: dict[str, str]):
+def write_scales(file: Path, config: ModelConfig, scales: dict[str, Scale], metadata: dict[str, str]):
     """Writes scales by our names as calibrate.py's file, which `read_scales` reads."""
-    entries = {
-        theirs: ("F32", (), lambda value=scales[ours]: [tensor_bytes(torch.tensor(value))])
-        for ours, theirs in fp8_scale_names(config).items()
-    }
+    entries = {}
+    for ours, theirs in fp8_scale_names(config).items():
+        value = torch.tensor(scales[ours]).expand(scale_shape(ours, config))
+        entries[theirs] = ("F32", tuple(value.shape), lambda value=value: [tensor_bytes(value)])
     write_safetensors(file, entries, {"format": SCALES_FORMAT} | metadata)
 
 

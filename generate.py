@@ -169,9 +169,8 @@ def load_model(
         weights |= {name: torch.tensor(scale, device=device) for name, scale in linear_scales.items()}
     else:  # the FP8 file's own
         scales |= {name: weights.pop(name).item() for name in list(weights) if name.endswith((".k_scale", ".v_scale"))}
-    kv_scales = [
-        tuple(scales.get(f"layers.{i}.attention.{kind}_scale") for kind in "kv") for i in range(config.n_layers)
-    ]
+    donors = map(config.donor_of, range(config.n_layers))
+    kv_scales = [tuple(scales.get(f"layers.{i}.attention.{kind}_scale") for kind in "kv") for i in donors]
     model.kv_scales = KVScales(None if None in kv_scales[0] else kv_scales, kv_problem)
     model.load({parameter_name(name): weight for name, weight in weights.items()}, device, operations)
     return model, tokenizer

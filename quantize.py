@@ -13,10 +13,13 @@ import argparse
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +32,9 @@ from checkpoint import (
     QUANTIZED_FORMATS,
     SCALES_NAME,
     Checkpoint,
+    Scale,
     check_weight_scale,
-    fp8_scale_names,
+    joined_shape,
     load_weights,
     open_checkpoint,
     read_scales,
@@ -39,107 +43,146 @@ from checkpoint import (
     weight_scale_name,
 )
 from cli import Parser, add_model_options, number, path, run_program
+from config import MULTIMODAL
 from device import pick_device
 from files import FP8_DTYPE, StoredTensor, check_writable, open_tensors, read_json, tensor_bytes, write_safetensors
-from formats import FORMATS, GROUPS, Weight, group_parameters, largest
-from model import Residual, Transformer
+from formats import FORMATS, GROUPS, Weight, group_parameters, largest, quantize_int4
+from model import Experts, Residual, Transformer
 from ops import TORCH
 from ops.common import round_fp8
 from ops.integer import pack_int4
+from ops.rope import Positions
 from text import batches, sample_windows
-from tokenizer import Tokenizer
+from tokenizer import open_tokenizer
 
 ROWS = 4096  # of a weight that are in memory at once
+COPIED = (  # files that an export has from its source
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
-def quantize_fp8(checkpoint: Checkpoint, scales: dict[str, float], file: Path, progress=lambda n: None):
+def quantize_fp8(checkpoint: Checkpoint, scales: dict[str, Scale], file: Path, progress=lambda n: None):
     """Writes `checkpoint` with those of its weights in E4M3 that have one of `scales`, scales included.
 
     `scales` are `read_scales`', without the head's if the embedding is to stay as it is. A weight is read and written
     some rows at a time. `progress` is called with the number of source bytes done since the last call.
     """
     entries = {
-        name: weight_entry(tensors, 0, joined_shape(tensors), scales.get(weight_scale_name(name)), progress)
+        name: weight_entry(tensors, 0, shape_of(checkpoint, name), scales.get(weight_scale_name(name)), progress)
         for name, tensors in checkpoint.parts.items()
     }
-    entries |= {name: scale_entry(value, ()) for name, value in scales.items()}
+    entries |= {name: scale_entry(value) for name, value in scales.items()}
     write_safetensors(file, entries, {"weight_format": "fp8"})
 
 
-def export_hf(checkpoint: Checkpoint, scales: dict[str, float], directory: Path, progress=lambda n: None):
+def export_hf(checkpoint: Checkpoint, scales: dict[str, Scale], directory: Path, progress=lambda n: None):
     """Writes `checkpoint` with FP8 weights as llm-compressor publishes it, for vLLM, TGI and transformers.
 
-    q, k and v, and gate and up, become tensors of their own again, with the scales that they share.
+    q, k and v, and gate and up, become tensors of their own again, with the scales that they share, and so do experts.
+    Layers that take keys and values of another are given its scales, too: vLLM looks there.
     https://github.com/vllm-project/compressed-tensors: src/compressed_tensors/quantization
     """
-    source, entries = checkpoint.directory, {}
-    for name, parts in sources(checkpoint.config).items():
-        scale, start = scales.get(f"{name}_scale"), 0
-        for their_name, shape in parts:
-            entries[their_name] = weight_entry(checkpoint.parts[name], start, shape, scale, progress)
-            start += shape[0]
-            for kind in () if scale is None else ("weight_scale", "input_scale"):
-                value = scales[name.removesuffix("weight") + kind]
-                entries[their_name.removesuffix("weight") + kind] = scale_entry(value, (1,))
-    for ours, theirs in fp8_scale_names(checkpoint.config).items():
-        if ours.endswith((".k_scale", ".v_scale")):
-            entries[theirs] = scale_entry(scales[ours], (1,))
+    source, config, entries = checkpoint.directory, checkpoint.config, {}
+    for name, parts in sources(config, experts_apart=True).items():
+        module, row = name.removesuffix("weight"), 0
+        for index, (their_name, shape) in enumerate(parts):
+            own = {
+                kind: value[index * len(value) // len(parts)] if isinstance(value, list) else value
+                for kind in ("weight_scale", "input_scale")
+                if (value := scales.get(module + kind)) is not None
+            }
+            entries[their_name] = weight_entry(checkpoint.parts[name], row, shape, own.get("weight_scale"), progress)
+            row += shape[0]
+            for kind, value in own.items():
+                entries[their_name.removesuffix("weight") + kind] = scale_entry([value])
+    for layer in range(config.n_layers):
+        for kind in ("k_scale", "v_scale"):
+            value = scales[f"layers.{config.donor_of(layer)}.attention.{kind}"]
+            entries[f"model.layers.{layer}.self_attn.{kind}"] = scale_entry([value])
 
+    unquantized = {"lm_head": True, "re:.*router.*": config.n_experts, "re:.*per_layer.*": config.per_layer_size}
     group = {"targets": ["Linear"], "weights": FP8_SCHEME, "input_activations": FP8_SCHEME}
-    config = read_json(source / "config.json")
-    config["quantization_config"] = {
+    settings = read_json(source / "config.json")
+    settings["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": [modules for modules, exist in unquantized.items() if exist],
         "kv_cache_scheme": FP8_SCHEME,
     }
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / "model.safetensors", entries, {"format": "pt"})  # first: failing leaves no part
-    for name in ("generation_config.json", "tokenizer.model"):
+    for name in COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, directory / name)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def scale_entry(value: float, shape: tuple[int, ...]):
-    return "F32", shape, lambda: [tensor_bytes(torch.tensor(value))]
+def scale_entry(value: Scale):
+    scale = torch.tensor(value)
+    return "F32", tuple(scale.shape), lambda: [tensor_bytes(scale)]
 
 
-def weight_entry(tensors: list[StoredTensor], start: int, shape: tuple[int, ...], scale: float | None, progress):
-    """For `write_safetensors`: shape[0] rows, from `start`, of tensors joined along their first dimension; in E4M3
-    where there is a scale."""
+def weight_entry(tensors: list[StoredTensor], start: int, shape: tuple[int, ...], scale: Scale | None, progress):
+    """For `write_safetensors`: the rows that `shape` has, from `start`, of tensors joined along their rows; in E4M3
+    where there is a scale, or one of each of shape[0] experts."""
+    count = rows_of(shape)
 
     def blocks():
-        for rows in stored_rows(tensors, start, start + shape[0]):
-            yield tensor_bytes(rows if scale is None else round_fp8(rows, scale))
+        for first, rows in stored_rows(tensors, start, start + count):
+            own = scale[(first - start) * len(scale) // count] if isinstance(scale, list) else scale
+            yield tensor_bytes(rows if scale is None else round_fp8(rows, torch.tensor(own)))
             progress(rows.nbytes)
 
     return tensors[0].dtype if scale is None else FP8_DTYPE, shape, blocks
 
 
-def joined_shape(tensors: list[StoredTensor]) -> tuple[int, ...]:
-    return sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]
+def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """That of the parameter `name`."""
+    return joined_shape(name, [tensor.shape for tensor in checkpoint.parts[name]], checkpoint.config)
 
 
-def stored_rows(tensors: list[StoredTensor], start: int, stop: int) -> Iterator[Tensor]:
-    """Rows from `start` to `stop` of tensors joined along their first dimension, ROWS at most at a time."""
+def rows_of(shape: tuple[int, ...]) -> int:
+    """How many rows a matrix has, or matrices have together; a vector's are its numbers."""
+    return prod(shape[: max(1, len(shape) - 1)])
+
+
+def stored_rows(tensors: list[StoredTensor], start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    """Rows from `start` to `stop` of tensors joined along their rows, of one matrix and ROWS at most at a time, each
+    with the number of its first row."""
+    passed = 0
     for tensor in tensors:
+        *stacked, count = tensor.shape[: max(1, len(tensor.shape) - 1)]
+        if passed + rows_of(tensor.shape) <= start or passed >= stop:
+            passed += rows_of(tensor.shape)
+            continue
         with open_tensors(tensor.file) as f:
-            stored, end = f.get_slice(tensor.key), min(stop, tensor.shape[0])
-            for row in range(max(start, 0), end, ROWS):
-                yield stored[row : min(row + ROWS, end)]
-        start, stop = start - tensor.shape[0], stop - tensor.shape[0]
+            stored = f.get_slice(tensor.key)
+            for matrix in range(*stacked or (1,)):
+                end = min(stop - passed, count)
+                for row in range(max(start - passed, 0), end, ROWS):
+                    rows = slice(row, min(row + ROWS, end))
+                    yield passed + row, stored[matrix, rows] if stacked else stored[rows]
+                passed += count
 
 
-def check_weights(checkpoint: Checkpoint, scales: dict[str, float]):
+def check_weights(checkpoint: Checkpoint, scales: dict[str, Scale]):
     """Reads all weights once. Raises ValueError if one is not finite, or is not what its factor in `scales` says."""
     for name, tensors in checkpoint.parts.items():
-        rows = ((tensor.key, part) for tensor in tensors for part in stored_rows([tensor], 0, tensor.shape[0]))
-        amax = max(largest(*each) for each in rows)
-        if scale := scales.get(weight_scale_name(name)):
-            check_weight_scale(name, amax, scale)
+        scale, found, passed = scales.get(weight_scale_name(name)), [], 0
+        count, total = len(scale) if isinstance(scale, list) else 1, rows_of(shape_of(checkpoint, name))
+        for tensor in tensors:
+            for first, rows in stored_rows([tensor], 0, rows_of(tensor.shape)):
+                matrix = (passed + first) * count // total
+                found.append((slice(matrix, matrix + 1), torch.tensor([largest(tensor.key, rows)])))
+            passed += rows_of(tensor.shape)
+        if scale is not None:
+            check_weight_scale(name, found, scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +212,7 @@ def write_int(
         yield tensor_bytes(held[name][index].cpu())
 
     for name, tensors in checkpoint.parts.items():
-        shape = joined_shape(tensors)
+        shape = shape_of(checkpoint, name)
         if name.endswith(LINEAR_WEIGHTS) or (head and name == "embedding.weight"):
             parts = stored_parts(name, shape, weight_format, group)
             for index, (key, (dtype, part_shape)) in enumerate(parts.items()):
@@ -183,11 +226,11 @@ def round_weight(
     checkpoint: Checkpoint, name: str, weight_format: str, group: int, progress=lambda n: None
 ) -> tuple[Tensor, ...]:
     """The parameters of a weight of `checkpoint` in weight_format, each value rounded by itself, ROWS at a time."""
-    tensors, pieces = checkpoint.parts[name], []
-    for rows in stored_rows(tensors, 0, joined_shape(tensors)[0]):
+    shape, pieces = shape_of(checkpoint, name), []
+    for _, rows in stored_rows(checkpoint.parts[name], 0, rows_of(shape)):
         pieces.append(FORMATS[weight_format].quantize(rows, group))
         progress(rows.nbytes)
-    return tuple(torch.cat(parts) for parts in zip(*pieces))
+    return tuple(torch.cat(parts).unflatten(0, shape[:-1]) for parts in zip(*pieces))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,26 +297,34 @@ def gptq_weights(
     batch_size: int = 8,
 ) -> Iterator[tuple[Tensor, ...]]:
     """`quantize`(weight, hessian) of each linear layer in turn, on inputs that come through the layers before as
-    they are quantized, to int4 in groups of `group`.
+    they are quantized, to int4 in groups of `group`. Experts are rounded if they meet too few tokens (`_gptq_experts`);
+    a warning names them.
 
-    On `device` are one block's weights and the residual stream of all windows in bf16, and a hessian in float32.
+    On `device` are one block's weights, the residual stream of all windows in bf16, what layers have of these tokens
+    beside it (embeddings of their own, shared keys and values), and a hessian in float32.
     """
-    config, dtype, watched = checkpoint.config, torch.bfloat16, {}
+    config, dtype, watched, rounded = checkpoint.config, torch.bfloat16, {}, []
 
     def watch(operation: Callable) -> Callable:
         """`operation`, which adds x xᵀ of its inputs to the hessian of the weight that is watched."""
 
         def watching(x: Tensor, weight: Weight, *rest, **options) -> Tensor:
             if weight in watched:
-                rows = x.float()
-                watched[weight].addmm_(rows.T, rows)
+                _add_squares(watched[weight], x)
             return operation(x, weight, *rest, **options)
 
         return watching
 
+    def watching_experts(h: Tensor, w13: Weight, w2: Weight, chosen: Tensor, *rest) -> Tensor:
+        """`experts`, which keeps its inputs if they are watched."""
+        if w13 in watched:
+            watched[w13].append((h, chosen))
+        return TORCH.experts(h, w13, w2, chosen, *rest)
+
     with torch.device("meta"):
         model = Transformer(config)
-    model.ops = replace(TORCH, matmul=watch(TORCH.matmul), matmul_geglu=watch(TORCH.matmul_geglu))
+    watching = dict(matmul=watch(TORCH.matmul), matmul_geglu=watch(TORCH.matmul_geglu), experts=watching_experts)
+    model.ops = replace(TORCH, **watching)
     model.rope_frequency, model.rope_frequency_local = (
         frequency.to(device) for frequency in (model.rope_frequency, model.rope_frequency_local)
     )
@@ -283,12 +334,17 @@ def gptq_weights(
         loaded = load_weights(replace(checkpoint, parts=parts), device, dtype)
         return {name.removeprefix(prefix): weight for name, weight in loaded.items()}
 
-    embedding, streams = weights("embedding.")["weight"], []
+    embedding, own, streams = weights("embedding.")["weight"], model.per_layer_inputs, []
+    if own is not None:
+        own.load_state_dict(weights("per_layer_inputs."), assign=True)
     for batch in batches(token_windows, batch_size):
         tokens = torch.tensor(batch).to(device)
-        x = TORCH.embed(tokens.flatten(), embedding, model.normalizers[dtype], dtype)
-        streams.append((model.positions(tokens), Residual(x)))
+        flat = tokens.flatten()
+        x = TORCH.embed(flat, embedding, model.normalizers[dtype], dtype)
+        streams.append(Stream(model.positions(tokens), Residual(x), None if own is None else own(TORCH, flat, x)))
     del embedding
+    if own is not None:
+        own.to("meta")
     for i, layer in enumerate(model.layers):
         layer.load_state_dict(weights(f"layers.{i}."), assign=True)
 
@@ -297,17 +353,83 @@ def gptq_weights(
             watched[linear] = torch.zeros(linear.shape[1], linear.shape[1], device=device)
             _forward(model, i, streams)
             parameters = quantize(linear.weight, watched.pop(linear))
-            rounded = Weight.of("int4", *parameters, shape=linear.shape, group=group)
-            linear.weight = torch.nn.Parameter(rounded.format.dequantize(rounded, dtype), False)
+            linear.weight = torch.nn.Parameter(_numbers(parameters, linear.shape, group, dtype), False)
             yield parameters
+        if layer.experts is not None:
+            watched[layer.experts.w13] = []
+            _forward(model, i, streams)
+            *products, few = _gptq_experts(layer.experts, watched.pop(layer.experts.w13), quantize, group)
+            rounded += [f"layers.{i}.experts {e}" for e in few]
+            if rounded and layer is model.layers[-1]:
+                some, more = ", ".join(rounded[:3]), ", ..." * (len(rounded) > 3)
+                message = f"{len(rounded)} experts met too few tokens for GPTQ and are rounded: {some}{more}"
+                warnings.warn(message, stacklevel=2)
+            yield from products
         streams = _forward(model, i, streams)
         layer.to("meta")
 
 
-def _forward(model: Transformer, layer: int, streams: list) -> list:
-    """(positions, residual stream) of each batch, one layer on."""
-    kind = model.config.is_local(layer)
-    return [(kinds, model.layers[layer](model.ops, residual, kinds[kind], None)) for kinds, residual in streams]
+def _gptq_experts(
+    experts: Experts, inputs: list[tuple[Tensor, Tensor]], quantize: Callable, group: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[int]]:
+    """The parameters of w13 and of w2 of a layer's experts, which from then on have what these stand for, and the
+    experts that are rounded: those that met fewer tokens than an eighth of their inputs' size.
+
+    `inputs` are rows [M, N] and which experts [M, top_k] each goes to. An expert's hessians are of its own rows; those
+    of w2 come through its w13 as it is quantized.
+    """
+    weights, parameters, few = (experts.w13, experts.w2), ([], []), []
+    quantized = [torch.empty_like(weight.weight) for weight in weights]
+    for e in range(experts.w13.experts):
+        rows = [h[(chosen == e).any(1)] for h, chosen in inputs]
+        if 8 * sum(map(len, rows)) < experts.w13.shape[1]:
+            few.append(e)
+        for weight, found, numbers in zip(weights, parameters, quantized):
+            if e in few:
+                found.append(quantize_int4(weight.weight[e], group))
+            else:
+                hessian = torch.zeros(weight.shape[1], weight.shape[1], device=numbers.device)
+                for x in rows:
+                    _add_squares(hessian, x)
+                found.append(quantize(weight.weight[e], hessian))
+            numbers[e] = _numbers(found[-1], weight.shape, group, numbers.dtype)
+            if weight is experts.w13:
+                rows = [TORCH.matmul_geglu(x, Weight.of("bf16", numbers[e]), x.dtype) for x in rows]
+    for weight, numbers in zip(weights, quantized):
+        weight.weight = torch.nn.Parameter(numbers, False)
+    w13, w2 = (tuple(map(torch.stack, zip(*found))) for found in parameters)
+    return w13, w2, few
+
+
+def _add_squares(hessian: Tensor, x: Tensor):
+    """Adds x xᵀ of rows x [M, K] to hessian [K, K]."""
+    rows = x.float()
+    hessian.addmm_(rows.T, rows)
+
+
+def _numbers(parameters: tuple[Tensor, ...], shape: tuple[int, int], group: int, dtype: torch.dtype) -> Tensor:
+    """What parameters in int4 stand for."""
+    weight = Weight.of("int4", *parameters, shape=shape, group=group)
+    return weight.format.dequantize(weight, dtype)
+
+
+class Stream(NamedTuple):
+    """A batch of windows on its way through the layers: positions of each kind of layer, the residual stream, and
+    [M, L, P] what each layer is given of the tokens, if it is given something."""
+
+    kinds: dict[bool, Positions]
+    residual: Residual
+    inputs: Tensor | None
+
+
+def _forward(model: Transformer, layer: int, streams: list[Stream]) -> list[Stream]:
+    """Each batch one layer on."""
+    after = []
+    for stream in streams:
+        positions = stream.kinds[model.config.is_local(layer)]
+        own = None if stream.inputs is None else stream.inputs[:, layer]
+        after.append(stream._replace(residual=model.layers[layer](model.ops, stream.residual, positions, None, own)))
+    return after
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,8 +502,9 @@ def prepare_fp8(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{args.export_hf} is not empty: name a new directory to export to")
     check_writable(next(each for each in (out, *out.parents) if each.exists()) / out.name)
-    if read_json(checkpoint.directory / "config.json")["model_type"] == "gemma3":
-        raise ValueError("of a multimodal Gemma 3 only the text part is read: it can't be exported whole")
+    if read_json(checkpoint.directory / "config.json")["model_type"] in MULTIMODAL:
+        generation = checkpoint.config.generation
+        raise ValueError(f"of a multimodal Gemma {generation} only the text part is read: it can't be exported whole")
     check_weights(checkpoint, scales)
     return args.export_hf / "model.safetensors", partial(export_hf, checkpoint, scales, args.export_hf)
 
@@ -399,7 +522,8 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
         metadata |= {"group_size": str(group), "method": "gptq" if args.mode == "int4-gptq" else "rounded"}
     if args.mode == "int4-gptq":
         device = pick_device(args.device)
-        tokenizer, config = Tokenizer(checkpoint.directory / "tokenizer.model"), checkpoint.config
+        config = checkpoint.config
+        tokenizer = open_tokenizer(checkpoint.directory, config)
         window, most = args.window or 512, args.max_tokens or 65536
         text = sample_windows(args.text, tokenizer, window, config.context_length, most, config.hidden_size)
         metadata |= {"text": args.text.name if args.text else "built-in", "tokens": str(sum(map(len, text)))}
@@ -426,7 +550,7 @@ def prepare_int(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
 
 
 def check_group(checkpoint: Checkpoint, group: int):
-    inputs = {name: tensors[0].shape[1] for name, tensors in checkpoint.parts.items() if name.endswith(LINEAR_WEIGHTS)}
+    inputs = {name: tensors[0].shape[-1] for name, tensors in checkpoint.parts.items() if name.endswith(LINEAR_WEIGHTS)}
     fitting = [str(each) for each in GROUPS if all(k % each == 0 for k in inputs.values())]
     for name, k in inputs.items():
         if k % group:
