@@ -56,16 +56,16 @@ def attention_config(
     head_dim: int = 256,
     dtype: torch.dtype = torch.bfloat16,
 ) -> AttentionConfig:
-    """Picks how `group` query heads on each of `pairs` rows' key heads attend: what was fastest on an H100 or H200.
-
-    For heads of more than 256, which were not measured, it is the largest block whose operands stay in registers.
-    """
+    """Picks how `group` query heads on each of `pairs` rows' key heads attend: what was fastest on an H100 or H200."""
     is_fp8 = cache_dtype.itemsize == 1
     if head_dim > 256:
         if group == 1:
             return AttentionConfig(block_s=8, num_warps=4, num_stages=2, by_sums=True, ahead=64)
-        block_s = 16 if dtype == torch.float32 else 64 // cache_dtype.itemsize
-        return AttentionConfig(block_s, num_warps=8, num_stages=2, by_sums=False, ahead=64)
+        if dtype == torch.float32:
+            return AttentionConfig(block_s=16, num_warps=8, num_stages=2, by_sums=False, ahead=64)
+        if is_fp8:
+            return AttentionConfig(block_s=64, num_warps=8, num_stages=2, by_sums=False, ahead=64)
+        return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
     if group > 1:
         return AttentionConfig(block_s=64, num_warps=4, num_stages=2, by_sums=False, ahead=64)
     if pairs >= SMS:
@@ -209,7 +209,7 @@ def _new_kv(
     cos = tl.load(rope_ptr + row * D + d, mask=in_head, other=0.0)
     sin = tl.load(rope_ptr + (rows + row) * D + d, mask=in_head, other=0.0)
     head = (GROUP * KV_HEADS + tl.program_id(1)) * D
-    k, v = None, None
+    k, v = cos, sin  # of no use; Triton returns no None
     if KV_PRODUCTS > 0:
         k = _normed_rotated(
             qkv_ptr, row, rows, head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, OFFSET, dtype

@@ -72,7 +72,8 @@ def by_formula(h, w13, w2, chosen, weights, dtype):
 
 def assert_agree(actual, expected, format, dtype):
     """To the order of sums; in FP8 to a few values between the products that were rounded to their neighbour; in
-    integers to the rounding of weights to bfloat16, which kernels don't do."""
+    integers to the rounding of weights to bfloat16, which kernels don't do. On a GPU, at full size, the order of sums
+    moves what is rounded to bfloat16 between the products, too."""
     if format.startswith("int") and dtype == BF16:
         assert_near(actual, expected, 3)
     elif format == "fp8":
@@ -81,6 +82,8 @@ def assert_agree(actual, expected, format, dtype):
         # a GPU's tensor cores keep fewer bits of FP8's sums
         assert (actual - expected).norm() < (0.01 if DEVICE.type == "cuda" else 0.004) * expected.norm()
         torch.testing.assert_close(actual, expected, rtol=0.01, atol=0.03 * expected.abs().max().item())
+    elif dtype == BF16 and DEVICE.type == "cuda":
+        assert_near(actual, expected, 3)
     else:
         assert_same(actual, expected)
 
@@ -258,8 +261,6 @@ def test_pairs_are_sorted(block_m, m, n_experts, top_k, one_expert):
     assert rows == list(zip(expected.tolist(), range(m * top_k), strict=True))
     assert all(end - first <= block_m for _, first, end in tiles)
     assert len(tiles) == sum(-(-count // block_m) for count in chosen.flatten().bincount().tolist())
-    if pairs.ends is not None:
-        assert torch.equal(pairs.ends.long(), (chosen.flatten().bincount(minlength=n_experts)).cumsum(0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +271,6 @@ def test_pairs_are_sorted(block_m, m, n_experts, top_k, one_expert):
 @FORMATS_IN
 @pytest.mark.parametrize("m", [1, 2, 5, 17, 70])
 def test_experts(format, group, dtype, m, monkeypatch):
-    """70 rows go through torch._grouped_mm in BF16."""
     monkeypatch.setattr(moe, "COMBINE_BLOCK", 32)
     arguments = case(format, group, dtype, m, one_expert=m == 17)
     assert_agree(moe.experts_triton(*arguments), moe.experts(*arguments), format, dtype)
@@ -379,7 +379,7 @@ def test_full_size_in_a_graph(full_size, m):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("block_m", [64, 128])
-def test_full_size_without_grouped_mm(full_size, block_m):
+def test_blocks_at_full_size(full_size, block_m):
     (w13, w2), dtype = full_size.weights, full_size.weights[0].data.dtype
     block_k = 128 // dtype.itemsize
     configs = GroupedConfig(block_m, 64, block_k, 4, 3), GroupedConfig(block_m, 128, block_k, 4, 3)
