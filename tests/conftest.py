@@ -227,7 +227,8 @@ def small_model(seed: int = 0, case: str = "gemma-gqa", **settings):
     model = Transformer.random(tiny_config(case, **settings), dtype=torch.float32, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(10)
+            if parameter.dim() > 1:
+                parameter.mul_(10)
         model.embedding.weight.div_(3)
     return model
 

@@ -339,7 +339,9 @@ def test_kernels(monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("case", ["gemma-mha", "gemma-gqa", "gemma2-window-small", "gemma3-window-half"])
+@pytest.mark.parametrize(
+    "case", ["gemma-mha", "gemma-gqa", "gemma2-window-small", "gemma3-window-half", "gemma4-shared"]
+)
 def test_cuda(case, compile, monkeypatch):
     prompts = random_prompts(5, 66, 200, 130)
     stop_ids = frequent_tokens(small_model(case=case), prompts)[1:3]

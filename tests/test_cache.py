@@ -90,7 +90,7 @@ def test_rows_of_a_smaller_cache_go_on_in_a_larger_one():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["gemma-mqa", "gemma3-window-half"])
+@pytest.mark.parametrize("case", ["gemma-mqa", "gemma3-window-half", "gemma4-shared"])
 def test_rows_are_views_that_share_pages(case):
     """Rows in any order, a prefix that two of them share, and pages that nobody has full of NaN."""
     model, x = small_model(case=case), tokens(3, 130, 120)
@@ -196,7 +196,7 @@ def test_fp8_cache_is_its_definition(calibrated, dtype, monkeypatch):
         assert (logits - expected[:, i]).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("case", ["gemma2-window-small", "gemma3-window-half"])
+@pytest.mark.parametrize("case", ["gemma2-window-small", "gemma3-window-half", "gemma4-unified"])
 def test_fp8_cache_with_windows(case):
     model = small_model(case=case)
     for dtype in (E4M3, E5M2):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import GREEDY, TEXTS, TINY_GEMMA, assert_not_finite_ends_a_run, copy_tiny_gemma, small_model
+from conftest import CASES, GREEDY, TEXTS, TINY_GEMMA, assert_not_finite_ends_a_run, copy_tiny_gemma, small_model
 
 import calibrate
 import device as device_file
@@ -416,7 +416,7 @@ def test_sampling_settings_and_lengths_change_without_a_new_capture(on_gpu, prom
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("case", ["gemma-mqa", "gemma2-window-small", "gemma3-window-half", "gemma-mha"])
+@pytest.mark.parametrize("case", [case for case in CASES if "gqa" not in case])
 def test_prompts_that_share_pages_have_the_texts_of_a_cpu(case, compile, monkeypatch):
     """Samples and beginnings that are shared, read once by attention where they are; rows refilled, moved together."""
     monkeypatch.setattr(scheduler_file, "SHARED", 64)

@@ -94,7 +94,7 @@ def test_settings_of_each_prompt(tiny, prompts):
 
 
 @pytest.mark.parametrize("chunk", [64, 150, 8192])
-@pytest.mark.parametrize("case", ["gemma-mqa", "gemma2-window-small", "gemma3-window-half"])
+@pytest.mark.parametrize("case", ["gemma-mqa", "gemma2-window-small", "gemma3-window-half", "gemma4-shared"])
 def test_prompts_that_share_pages_have_the_texts_that_they_have_alone(case, chunk, monkeypatch):
     """Cut or not, with samples, beginnings of 63 to 130 tokens that some share, twice, and few pages to run in; what
     nobody has is full of NaN."""

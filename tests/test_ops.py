@@ -828,16 +828,20 @@ def tiny_model(case, dtype, format, monkeypatch):
         monkeypatch.setattr(decode_attention, "pick_kv_splits", lambda *arguments: 2)
     model_type, settings = CASES[case]
     sizes = {"hidden_size": 128, "intermediate_size": 128} if format == "int4" else {}  # whose kernels want 128 columns
+    if format == "int4" and model_type.startswith("gemma4"):
+        settings = settings | {"moe_intermediate_size": 64}
     if model_type == "gemma3_text":
         layers = ["sliding_attention", "full_attention", "sliding_attention"]
         settings = settings | {"num_hidden_layers": 3, "layer_types": layers}
-    else:
+    elif not model_type.startswith("gemma4"):
         settings = settings | {"num_hidden_layers": 2}
     config = ModelConfig.from_hf(SIZES | sizes | settings | {"model_type": model_type})
     model = Transformer.random(config, DEVICE, dtype, format=format, head=format != "bf16")
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
-            parameter.copy_(normal(*parameter.shape, dtype=dtype, scale=0.3))
+            parameter.copy_(normal(*parameter.shape, dtype=dtype, scale=0.3) + 1 - config.norm_offset)
+            if config.norm_offset == 0 and "attention.q" in name:  # scores are not scaled: large ones choose one key
+                parameter.mul_(0.2)
         elif name.endswith(".scale"):  # so that layers outweigh the embedding; FP8's roundings grow along
             scale = parameter[..., 0] if parameter.dim() == 3 else parameter
             scale.mul_((torch.rand(scale.shape, device=DEVICE) + 0.5) * (2 if format == "fp8" else 8))
@@ -874,6 +878,12 @@ STEPS = [
     ("gemma-gqa", 3, BF16, "int4", E4M3),
     ("gemma-mqa", 3, BF16, "int8", E4M3),
     ("gemma3-window-half", 1, BF16, "int8", None),
+    ("gemma4-experts", 1, F32, "bf16", None),
+    ("gemma4-experts", 3, F32, "fp8", E4M3),
+    ("gemma4-experts", 2, F32, "int4", None),
+    ("gemma4-unified", 3, BF16, "bf16", E5M2),
+    ("gemma4-shared", 3, F32, "bf16", None),
+    ("gemma4-shared", 1, F32, "bf16", E4M3),
 ]
 
 
@@ -899,7 +909,7 @@ def test_decode_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(NAMES, STEPS[:6] + STEPS[8:10])
+@pytest.mark.parametrize(NAMES, STEPS[:6] + STEPS[8:10] + STEPS[11:13] + STEPS[15:])
 def test_prefill_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch):
     """Logits, and what a later query will see of the KV cache."""
     model = tiny_model(case, dtype, format, monkeypatch)
