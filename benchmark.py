@@ -41,9 +41,10 @@ from benchmarks.report import OURS
 from cache import KVScales, cache_bytes, codec_of
 from checkpoint import open_checkpoint
 from cli import DEFAULT_CHECKPOINT, Parser, Stats, number, path, run_program
-from config import ModelConfig
+from config import NAMED_CONFIGS, ModelConfig
 from device import copy_bandwidth, now, pick_device
 from files import check_writable, write_atomically
+from formats import Weight
 from generate import generate, load_model
 from model import Transformer
 from ops import choose
@@ -576,10 +577,18 @@ def time_prefill(
 
 
 def prefill_flop(model: Transformer, batch: int, tokens: int) -> float:
-    """Of the layers' products and of causal attention's two, which see half of all pairs."""
-    config = model.config
-    layers = 2 * sum(parameter.numel() for parameter in model.layers.parameters()) * tokens
-    return batch * (layers + 4 * tokens**2 / 2 * config.n_heads * config.head_dim * config.n_layers)
+    """Of the layers' products, of experts' those that a token takes, and of attention's two, for the pairs that it sees.
+    Layers that share keys compute the last token only."""
+    config, total = model.config, 0.0
+    for index, layer in enumerate(model.layers):
+        weights = [module for module in layer.modules() if isinstance(module, Weight)]
+        count = 1 if config.is_shared(index) else tokens
+        for weight in weights:
+            total += 2 * math.prod(weight.shape) * (config.n_active_experts if weight.experts else 1) * count
+        window = min(config.window, tokens) if config.is_local(index) else tokens
+        seen = count * tokens if config.is_shared(index) else window * tokens - window**2 / 2
+        total += 4 * seen * config.n_heads * config.head_dim_of(index)
+    return batch * total
 
 
 def matrix_rate(device: torch.device, fp8: bool, size: int) -> float:
@@ -733,8 +742,9 @@ def program_parser() -> argparse.ArgumentParser:
     description, layout = f"{__doc__}\n{protocols}", argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="benchmark.py", description=description, formatter_class=layout)
     add = parser.add_argument  # every default is None: what was given is seen by that
+    names = "of published sizes: " + ", ".join(NAMED_CONFIGS)
     add("protocol", choices=rows)
-    add("--models", nargs="+", choices=("gemma-2b", "gemma-7b"), help="(default: the protocol's)")
+    add("--models", nargs="+", choices=NAMED_CONFIGS, metavar="NAME", help=f"(default: the protocol's) {names}")
     add("--precisions", nargs="+", choices=PRECISIONS, help="(default: the protocol's)")
     add(
         "--batches",

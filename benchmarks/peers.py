@@ -45,9 +45,10 @@ VLLM_SETTINGS = {  # what the environment says goes before
 
 
 def hf_config(config) -> dict:
-    """Returns config.json of a Gemma 1 as Hugging Face has it, of our ModelConfig."""
-    return {
-        "model_type": "gemma",
+    """Returns config.json of a text model as Hugging Face has it, of our ModelConfig."""
+    last = config.n_layers - 1
+    content = {
+        "model_type": {3: "gemma3_text", 4: "gemma4_text"}.get(config.generation, f"gemma{config.generation}"),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -56,6 +57,41 @@ def hf_config(config) -> dict:
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.context_length,
+        "eos_token_id": list(config.stop_ids),
+    }
+    if config.generation == 1:
+        return content | {"model_type": "gemma"}
+    kinds = ("full_attention", "sliding_attention")
+    content |= {
+        "sliding_window": config.window,
+        "layer_types": [kinds[config.is_local(layer)] for layer in range(config.n_layers)],
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "attn_logit_softcapping": config.attn_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+    }
+    if config.generation == 2:
+        return content
+    angles = [{"rope_type": "default", "rope_theta": theta} for theta in (config.rope_theta, config.rope_theta_local)]
+    if config.rope_scale != 1:
+        angles[0] |= {"rope_type": "linear", "factor": config.rope_scale}
+    if config.rotated_share != 1:
+        angles[0] |= {"rope_type": "proportional", "partial_rotary_factor": config.rotated_share}
+    content["rope_parameters"] = dict(zip(kinds, angles))
+    if config.generation == 3:
+        return content
+    del content["query_pre_attn_scalar"], content["attn_logit_softcapping"]
+    return content | {
+        "global_head_dim": config.head_dim_of(last),
+        "num_global_key_value_heads": config.kv_heads_of(last),
+        "attention_k_eq_v": config.k_eq_v,
+        "num_kv_shared_layers": config.n_shared_layers,
+        "use_double_wide_mlp": config.shared_intermediate_size is not None,
+        "enable_moe_block": config.n_experts > 0,
+        "num_experts": config.n_experts or None,
+        "top_k_experts": config.n_active_experts or None,
+        "moe_intermediate_size": config.expert_size or None,
+        "hidden_size_per_layer_input": config.per_layer_size,
+        "vocab_size_per_layer_input": config.per_layer_vocab_size or config.vocab_size,
     }
 
 
@@ -231,7 +267,8 @@ def _in_process(config: dict, job: dict, site: Path | None, timeout: float) -> t
         directory, failure = Path(temporary), ""
         (directory / "model").mkdir()
         activation = dict.fromkeys(("hidden_act", "hidden_activation"), "gelu_pytorch_tanh")
-        config = config | {"architectures": ["GemmaForCausalLM"], "torch_dtype": "bfloat16", **activation}
+        kind = config["model_type"].removesuffix("_text").capitalize()
+        config = config | {"architectures": [f"{kind}ForCausalLM"], "torch_dtype": "bfloat16", **activation}
         (directory / "model" / "config.json").write_text(json.dumps(config))
         (directory / "job.json").write_text(json.dumps(job))
         log, results = directory / "log", directory / "results.jsonl"

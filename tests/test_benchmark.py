@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import math
 import shlex
 import subprocess
 import time
@@ -19,11 +20,12 @@ import benchmark
 import calibrate
 import eval as evaluation
 import quantize
-from benchmarks import checkpoints, report
+from benchmarks import checkpoints, peers, report
 from checkpoint import open_checkpoint, read_config
 from cli import Stats
 from config import NAMED_CONFIGS
 from files import read_header
+from formats import Weight
 from generate import generate, load_model
 from model import Transformer
 from runner import Runner
@@ -198,6 +200,30 @@ def test_prefill_flop_of_gemma_7b():
         model = benchmark.Transformer(benchmark.ModelConfig.from_name("gemma-7b"))
     layers, attention = 2 * 7.751e9 * 2048, 2 * 2048**2 * 16 * 256 * 28
     assert benchmark.prefill_flop(model, 3, 2048) == pytest.approx(3 * (layers + attention), rel=1e-3)
+
+
+def test_prefill_flop_of_models_whose_layers_differ():
+    """26B-A4B: 3.82 B parameters a token with the head, of which 0.74 B are the head's; E2B's last 20 layers compute a
+    token."""
+    with torch.device("meta"):
+        experts, shared = (
+            benchmark.Transformer(benchmark.ModelConfig.from_name(f"gemma-4-{name}")) for name in ("26B-A4B", "E2B")
+        )
+    assert benchmark.prefill_flop(experts, 1, 1) == pytest.approx(2 * 3.08e9, rel=0.01)
+    own = sum(
+        math.prod(weight.shape)
+        for layer in shared.layers[:15]
+        for weight in layer.modules()
+        if isinstance(weight, Weight)
+    )
+    attention = 15 * 4 * 8 * 256 * 2000**2
+    assert 2 * own * 2000 < benchmark.prefill_flop(shared, 1, 2000) < 2 * own * 2000 + attention
+
+
+@pytest.mark.parametrize("name", list(NAMED_CONFIGS))
+def test_peers_get_the_same_sizes(name):
+    config = benchmark.ModelConfig.from_name(name)
+    assert benchmark.ModelConfig.from_hf(peers.hf_config(config)) == config
 
 
 SHAPES = {"8/4": 5, "20/2": 3}
