@@ -30,6 +30,7 @@ from checkpoint import (
     open_checkpoint,
     scale_shape,
     scales_file,
+    some,
     write_scales,
 )
 from cli import Parser, add_model_options, number, path, run_program
@@ -180,9 +181,8 @@ def scales(model: Transformer, histograms: dict[str, Histograms], percentile: fl
             amax = found.amax(percentile)
         factors[name] = [_factor(each) for each in amax] if isinstance(amax, list) else _factor(amax)
     if unmet:
-        some, more = ", ".join(unmet[:3]), ", ..." * (len(unmet) > 3)
-        what = f"{len(unmet)} experts met fewer than {MIN_TOKENS} tokens and get the largest factor of their layer's"
-        warnings.warn(f"{what}: {some}{more}", stacklevel=2)
+        what = f"experts that met fewer than {MIN_TOKENS} tokens get the largest factor of their layer's"
+        warnings.warn(f"{what}: {some(unmet)}", stacklevel=2)
     return factors
 
 

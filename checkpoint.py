@@ -238,10 +238,10 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
         if name in stored:
             _check(stored[name], shape, weight_format, dtypes.get(name))
     if missing := [name for name in wanted if name not in stored]:
-        raise ValueError(f"{path} lacks {_some(missing)}")
+        raise ValueError(f"{path} lacks {some(missing)}")
     unused = _unused_prefixes(config)
     if left_over := [x.key for name, x in stored.items() if name not in wanted and not name.startswith(unused)]:
-        raise ValueError(f"{path} has tensors that config.json has no place for: {_some(left_over)}")
+        raise ValueError(f"{path} has tensors that config.json has no place for: {some(left_over)}")
     parts = {name: [stored[part] for part, _ in sources_] for name, sources_ in table.items()}
     return Checkpoint(directory, config, parts, weight_format, group)
 
@@ -306,7 +306,7 @@ def _says_fp8(config_file: Path, stored: dict[str, StoredTensor]) -> bool:
             raise ValueError(f"{config_file}: {error}") from None
         return True
     if fp8 := [tensor.key for tensor in stored.values() if tensor.dtype.startswith("F8_")]:
-        raise ValueError(f"config.json has no quantization_config, and these tensors are FP8: {_some(fp8)}")
+        raise ValueError(f"config.json has no quantization_config, and these tensors are FP8: {some(fp8)}")
     return False
 
 
@@ -445,7 +445,7 @@ def one_of(values: Iterable) -> str:
     return f"{', '.join(most)} or {last}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
@@ -509,7 +509,7 @@ def load_weights(
     for name, found in largest.items():
         check_weight_scale(name, found, scales[weight_scale_name(name)])
     if without := [name for name, tensors in checkpoint.parts.items() if not tensors]:
-        warnings.warn(f"{checkpoint.directory} lacks {_some(without)}: 1.0 is used", stacklevel=3)
+        warnings.warn(f"{checkpoint.directory} lacks {some(without)}: 1.0 is used", stacklevel=3)
     return weights
 
 
@@ -669,7 +669,7 @@ def read_scales(file: Path, config: ModelConfig) -> dict[str, Scale]:
         else:
             raise ValueError(f"{file} lacks {theirs}: it is of another model, or cut; run calibrate.py again")
     if values:
-        raise ValueError(f"{file} has factors that this model has no place for: {_some(list(values))}")
+        raise ValueError(f"{file} has factors that this model has no place for: {some(list(values))}")
     if without:
         warnings.warn(f"{file} has no factors for K and V: 1.0 is used; run calibrate.py", stacklevel=2)
     return scales

@@ -38,6 +38,7 @@ from checkpoint import (
     load_weights,
     open_checkpoint,
     read_scales,
+    some,
     sources,
     stored_parts,
     weight_scale_name,
@@ -361,9 +362,7 @@ def gptq_weights(
             *products, few = _gptq_experts(layer.experts, watched.pop(layer.experts.w13), quantize, group)
             rounded += [f"layers.{i}.experts {e}" for e in few]
             if rounded and layer is model.layers[-1]:
-                some, more = ", ".join(rounded[:3]), ", ..." * (len(rounded) > 3)
-                message = f"{len(rounded)} experts met too few tokens for GPTQ and are rounded: {some}{more}"
-                warnings.warn(message, stacklevel=2)
+                warnings.warn(f"experts that met too few tokens for GPTQ are rounded: {some(rounded)}", stacklevel=2)
             yield from products
         streams = _forward(model, i, streams)
         layer.to("meta")

@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import gemma4
 import pytest
 import torch
 from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma, made_once, reference_model, save_checkpoint
@@ -632,3 +633,108 @@ def test_names_cover_the_model():
             shapes = {key: tuple(value.shape) for key, value in Transformer(config).state_dict().items()}
         table = sources(config)
         assert {k: (sum(s[0] for _, s in parts), *parts[0][1][1:]) for k, parts in table.items()} == shapes
+
+
+# --- Gemma 4
+
+
+@pytest.mark.parametrize("kind", gemma4.KINDS)
+def test_a_converted_gemma_4_is_the_same_in_shards_and_in_one_file(kind, tmp_path, monkeypatch):
+    gemma4.checkpoint(kind, tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    direct = load(tmp_path)
+    convert(open_checkpoint(tmp_path), tmp_path / "gemma.safetensors", chunk=1000)
+    for (name, one), (other, two) in zip(direct.named_parameters(), load(tmp_path).named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(one, two)
+
+
+@pytest.fixture
+def moe(tmp_path):
+    return gemma4.checkpoint("moe", tmp_path / "moe")
+
+
+@pytest.fixture
+def e2b(tmp_path):
+    """Layers 3 to 5 have the keys of layers 1 and 2."""
+    return gemma4.checkpoint("e2b", tmp_path / "e2b")
+
+
+def edit_file(directory: Path, edit):
+    weights = load_file(directory / "model.safetensors")
+    edit(weights)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+def take_apart(weights: dict):
+    """Experts under names of their own, as quantizers write them."""
+    for name in [name for name in weights if ".experts." in name]:
+        module, parts = name.rsplit(".", 1)[0], ("gate", "up") if "gate_up" in name else ("down",)
+        for e, expert in enumerate(weights.pop(name)):
+            for part, matrix in zip(parts, expert.chunk(len(parts))):
+                weights[f"{module}.{e}.{part}_proj.weight"] = matrix.clone()
+
+
+def test_experts_may_come_apart(moe, monkeypatch):
+    monkeypatch.setattr("checkpoint.PIECE", 5000)  # less than an expert's bytes
+    expected = load(moe)
+    edit_file(moe, take_apart)
+    model = load(moe)
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
+    convert(open_checkpoint(moe), moe / "gemma.safetensors")
+    assert all(map(torch.equal, load(moe).parameters(), expected.parameters()))
+
+
+EXPERTS = "model.layers.1.experts"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.pop(f"{EXPERTS}.down_proj"), f"lacks {EXPERTS}.down_proj$"),
+        (
+            lambda w: w.update({f"{EXPERTS}.gate_up_proj": w[f"{EXPERTS}.gate_up_proj"][:7].clone()}),
+            rf"{EXPERTS}.gate_up_proj has shape \[7, 192, 64\], config.json asks for \[8, 192, 64\]",
+        ),
+        (lambda w: (take_apart(w), w.pop(f"{EXPERTS}.4.up_proj.weight")), f"lacks {EXPERTS}.4.up_proj.weight$"),
+        (
+            lambda w: (take_apart(w), w.pop("model.layers.0.experts.0.down_proj.weight")),
+            "lacks model.layers.0.experts.0.down_proj.weight$",
+        ),
+        (
+            lambda w: (take_apart(w), w.update({f"{EXPERTS}.8.up_proj.weight": torch.zeros(96, 64)})),
+            f"no place for: {EXPERTS}.8.up_proj.weight$",
+        ),
+        (lambda w: w.pop("model.layers.2.router.per_expert_scale"), "lacks model.layers.2.router.per_expert_scale$"),
+    ],
+)
+def test_what_experts_lack_is_named(moe, edit, message):
+    edit_file(moe, edit)
+    with pytest.raises(ValueError, match=message):
+        load(moe)
+
+
+def test_keys_of_layers_that_share_others_are_not_read(e2b):
+    expected = load(e2b)
+
+    def add(weights):
+        for name in ("k_proj", "v_proj", "k_norm"):
+            weights[f"model.layers.4.self_attn.{name}.weight"] = torch.zeros(3)
+
+    edit_file(e2b, add)
+    assert all(map(torch.equal, load(e2b).parameters(), expected.parameters()))
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj", "k_norm"])
+def test_a_donors_keys_that_are_missing_are_named(e2b, name):
+    edit_file(e2b, lambda weights: weights.pop(f"model.layers.1.self_attn.{name}.weight"))
+    with pytest.raises(ValueError, match=f"lacks model.layers.1.self_attn.{name}.weight$"):
+        load(e2b)
+
+
+def test_layers_that_share_keys_need_a_donor_of_their_kind(e2b):
+    config = json.loads((e2b / "config.json").read_text())
+    config["num_kv_shared_layers"] = 4
+    (e2b / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"no layer before the last 4 has keys for layer 2 \(full\)"):
+        load(e2b)

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import gemma4
 import pytest
 import torch
 from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma, reference_model, save_checkpoint
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import eval as program
 from cache import KVCache
-from eval import evaluate
+from eval import evaluate, score
 from generate import load_model
 from text import read_texts, windows
 
@@ -155,6 +156,25 @@ def test_an_fp8_cache_changes_the_predictions_a_little(tiny):
         for dtype in (torch.float8_e5m2, torch.float8_e4m3fn)
     )
     assert 1e-6 < fine["kl"] < coarse["kl"] < 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", gemma4.KINDS)
+def test_figures_of_gemma_4_are_those_of_transformers(kind, tmp_path):
+    """Perplexity, and log-probabilities of continuations behind contexts that are cached."""
+    theirs = gemma4.reference(kind)
+    model, _ = load_model(gemma4.checkpoint(kind, tmp_path), device="cpu", precision="fp32")
+    pieces = random_windows(40, 40, 23)
+    log_probs = [theirs(torch.tensor([piece])).logits[0, :-1].double().log_softmax(-1) for piece in pieces]
+    each = [rows[range(len(rows)), piece[1:]] for rows, piece in zip(log_probs, pieces)]
+    result = evaluate(model, pieces, batch_size=2)
+    assert result["loss"] == pytest.approx(-torch.cat(each).mean().item(), abs=1e-4)
+
+    cuts = [(0, 30), (0, 39), (1, 3), (1, 20), (2, 10), (2, 22)]
+    scores = score(model, [(pieces[i][:cut], pieces[i][cut:]) for i, cut in cuts], batch_size=4)
+    for (i, cut), (log_prob, greedy) in zip(cuts, scores):
+        assert log_prob == pytest.approx(each[i][cut - 1 :].sum().item(), abs=1e-3)
+        assert greedy == (log_probs[i][cut - 1 :].argmax(-1).tolist() == pieces[i][cut:])
 
 
 # --- texts and windows
@@ -331,3 +351,14 @@ def test_a_reference_with_another_vocabulary_is_one_line(capsys, file, tmp_path)
     status, out, err = run(capsys, *options, "--against", directory)
     assert (status, out) == (2, "")
     assert "error: vocabularies of 4096 and of 128 tokens can't be compared" in err
+
+
+@pytest.mark.parametrize("kind", gemma4.KINDS)
+def test_gemma_4_in_every_format(capsys, tmp_path_factory, kind):
+    directory = gemma4.calibrated(kind, tmp_path_factory)
+    capsys.readouterr()  # calibrate.py's
+    arguments = ("--checkpoint_path", directory, "--text", directory / "text.txt", "--window", 128, "--json")
+    for options, most in (((), 1e-9), (("--fp8",), 1.0), (("--fp8", "--kv_cache_dtype", "fp8_e4m3"), 2.0)):
+        status, out, err = run(capsys, *arguments, *options, "--against", directory)
+        assert status == 0, err
+        assert 0 <= json.loads(out)["kl"] <= most

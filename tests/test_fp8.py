@@ -1,8 +1,10 @@
 """FP8: calibration, scale files and weights; all of it on a CPU."""
 
+import argparse
 import json
 import shutil
 
+import gemma4
 import pytest
 import torch
 from conftest import GREEDY, TINY_GEMMA, copy_tiny_gemma, reference_model, save_checkpoint
@@ -12,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import calibrate
 import generate as program
 import quantize
-from cache import KV_CACHE_DTYPES
-from checkpoint import SCALES_NAME, fp8_scale_names, read_config, read_scales
+from cache import KV_CACHE_DTYPES, KVCache, codec_of
+from checkpoint import SCALES_NAME, fp8_scale_names, open_checkpoint, read_config, read_scales
+from formats import LINEAR, Weight
 from generate import generate, load_model
 
 
@@ -34,7 +37,17 @@ def tokens(rows=3, length=40) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["gemma-mqa", "gemma2-window-small", "gemma3-window-half"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "gemma-mqa",
+        "gemma2-window-small",
+        "gemma3-window-half",
+        "gemma4-experts",
+        "gemma4-unified",
+        "gemma4-shared",
+    ],
+)
 def test_recorded_maxima_are_the_references(case, tmp_path):
     """Inputs as transformers' modules get them, K and V as its cache holds them, to bfloat16's rounding."""
     from transformers import DynamicCache
@@ -42,21 +55,40 @@ def test_recorded_maxima_are_the_references(case, tmp_path):
     theirs = reference_model(case)
     ours, _ = load_model(save_checkpoint(theirs, tmp_path), device="cpu", precision="fp32")
     windows = tokens(4, 5).remainder(120).tolist()  # as short as the smallest window: the cache then holds all
-    seen = {}
+    seen, of_experts = {}, {}
 
     def watch(name):
         return lambda _, inputs: seen.update({name: max(seen.get(name, 0), inputs[0].abs().max().item())})
+
+    def watch_experts(name):
+        """What each expert multiplies by its down_proj."""
+
+        def watching(experts, inputs):
+            x, chosen, _ = inputs
+            for e in chosen.unique().tolist():
+                gate, up = (x[(chosen == e).any(1)] @ experts.gate_up_proj[e].T).chunk(2, -1)
+                amax = (experts.act_fn(gate) * up).abs().max().item()
+                of_experts[name, e] = max(of_experts.get((name, e), 0), amax)
+
+        return watching
 
     for i, layer in enumerate(theirs.model.layers):
         layer.self_attn.q_proj.register_forward_pre_hook(watch(f"layers.{i}.attention.wqkv"))
         layer.self_attn.o_proj.register_forward_pre_hook(watch(f"layers.{i}.attention.wo"))
         layer.mlp.up_proj.register_forward_pre_hook(watch(f"layers.{i}.feed_forward.w13"))
         layer.mlp.down_proj.register_forward_pre_hook(watch(f"layers.{i}.feed_forward.w2"))
+        if hasattr(layer, "experts"):
+            layer.experts.register_forward_pre_hook(watch(f"layers.{i}.experts.w13"))
+            layer.experts.register_forward_pre_hook(watch_experts(f"layers.{i}.experts.w2.input_scale"))
     theirs.lm_head.register_forward_pre_hook(watch("head_scales"))
     cache = DynamicCache()
     theirs(torch.tensor(windows), past_key_values=cache)
     histograms = calibrate.record(ours, windows, batch_size=3)
     factors = calibrate.scales(ours, histograms)
+    assert bool(of_experts) == (case == "gemma4-experts")
+    for (name, e), amax in of_experts.items():
+        assert histograms[name][e].amax() == pytest.approx(amax, rel=2**-8)
+    assert sum(len(h) for h in histograms.values() if isinstance(h, list)) == 8 * 3 * bool(of_experts)
     for name, amax in seen.items():
         assert factors[f"{name}.input_scale"] * 448 == pytest.approx(amax, rel=2**-8)
     for i, layer in enumerate(cache.layers):
@@ -64,6 +96,11 @@ def test_recorded_maxima_are_the_references(case, tmp_path):
         assert factors[f"layers.{i}.attention.v_scale"] * 448 == pytest.approx(
             layer.values.abs().max().item(), rel=2**-8
         )
+    assert ours.config.n_layers - len(cache.layers) == ours.config.n_shared_layers  # the others' have no factors
+    assert f"layers.{len(cache.layers)}.attention.k_scale" not in factors
+    if of_experts:
+        gate_up = theirs.model.layers[2].experts.gate_up_proj[5].abs().max().item()
+        assert factors["layers.2.experts.w13.weight_scale"][5] == pytest.approx(gate_up / 448)
     up = theirs.model.layers[1].mlp
     expected = max(up.gate_proj.weight.abs().max(), up.up_proj.weight.abs().max()) / 448
     assert factors["layers.1.feed_forward.w13.weight_scale"] == pytest.approx(expected.item())
@@ -363,3 +400,131 @@ def test_a_weight_of_zeros_has_a_scale_that_does(tmp_path):
     model = load_model(directory, device="cpu", fp8=True)[0]
     assert model.layers[0].feed_forward.w2.data.float().count_nonzero() == 0
     assert quantize.main([*options, "--mode", "fp8"]) == 0
+
+
+# --- Gemma 4
+
+
+@pytest.fixture(scope="session", params=gemma4.KINDS)
+def gemma4_directory(request, tmp_path_factory):
+    return gemma4.calibrated(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory):
+    return gemma4.calibrated("moe", tmp_path_factory)
+
+
+def same_parameters(one, two) -> bool:
+    first, second = (model.state_dict() for model in (one, two))
+    assert first.keys() == second.keys()
+    return all(
+        first[name].dtype == second[name].dtype
+        and torch.equal(first[name].reshape(-1).view(torch.uint8), second[name].reshape(-1).view(torch.uint8))
+        for name in first
+    )
+
+
+@torch.no_grad()
+def test_gemma_4_quantized_while_loading_is_the_quantized_file(gemma4_directory, tmp_path, monkeypatch):
+    copy = shutil.copytree(gemma4_directory, tmp_path / "copy")
+    source, exact = load(copy, "bf16", fp8=True), load(copy, "bf16")
+    monkeypatch.setattr(quantize, "ROWS", 40)  # blocks that end within a matrix
+    assert quantize.main(["--mode", "fp8", "--checkpoint_path", str(copy)]) == 0
+    from_file = load(copy, "bf16", fp8=True)
+    assert same_parameters(source, from_file)
+    assert from_file.kv_scales == source.kv_scales
+    weights = {name: module for name, module in source.named_modules() if isinstance(module, Weight)}
+    assert {name for name, weight in weights.items() if weight.format.name == "fp8"} == {
+        name for name in weights if name.endswith(LINEAR)
+    }
+    x = tokens().remainder(640)
+    ours, theirs = load(copy, fp8=True)(x), load(copy)(x)
+    assert 0 < (ours - theirs).abs().mean() < 0.4 * theirs.std()  # random layers make rounding errors grow
+    for name, weight in weights.items():  # each number within half a step of its own matrix's scale
+        if name.endswith(LINEAR):
+            numbers = weight.format.dequantize(weight, torch.float32)
+            error = (numbers - exact.get_submodule(name).data.float()).abs().amax((-1, -2))
+            assert (error <= 16.1 * weight.scale).all()  # 448 and 416 are neighbours
+
+
+def test_gemma_4_fp8_rows_are_alone(gemma4_directory):
+    model = load(gemma4_directory, fp8=True)
+    prompts = [[2, 310, 315], [2, 400, 500, 20, 21, 600], [2]]
+    options = dict(**GREEDY, kv_cache_dtype="fp8_e4m3")
+    expected = [generate(model, [prompt], 24, **options)[0] for prompt in prompts]
+    assert generate(model, prompts, 24, **options) == expected
+
+
+@pytest.mark.parametrize("kind", ["e2b", "e4b"])
+def test_layers_that_share_keys_have_their_donors_factors(kind, tmp_path_factory):
+    model = load(gemma4.calibrated(kind, tmp_path_factory))
+    config, codec = model.config, codec_of("fp8_e4m3", model.dtype)
+    values = model.kv_scales.values
+    assert len(values) == config.n_layers
+    assert len(set(values)) == config.n_layers - config.n_shared_layers
+    cache = KVCache.empty(config, 1, 64, codec, model.device, model.kv_scales)
+    for i, layer in enumerate(cache.layers):
+        assert values[i] == values[config.donor_of(i)] == (layer.k_scale, layer.v_scale)
+
+
+def test_factors_of_experts(moe):
+    factors, model = load_file(moe / SCALES_NAME), load(moe, fp8=True)
+    assert set(factors) == set(fp8_scale_names(read_config(moe)).values())
+    name = "model.layers.1.experts"
+    assert factors[f"{name}.gate_up_proj.input_scale"].shape == ()
+    for part in ("gate_up_proj.weight_scale", "down_proj.weight_scale", "down_proj.input_scale"):
+        assert factors[f"{name}.{part}"].shape == (8,)
+        assert len(set(factors[f"{name}.{part}"].tolist())) > 4
+    experts = model.layers[1].experts
+    assert torch.equal(experts.w2.input_scale, factors[f"{name}.down_proj.input_scale"])
+    assert experts.w13.input_scale == factors[f"{name}.gate_up_proj.input_scale"]
+
+
+def test_experts_that_met_few_tokens_get_their_layers_largest_factor(moe, capsys, tmp_path, monkeypatch):
+    copy = shutil.copytree(moe, tmp_path / "copy")
+    model, name = load(copy), "layers.1.experts.w2.input_scale"
+    histograms = calibrate.record(model, tokens(8, 128).remainder(640).tolist())
+    monkeypatch.setattr(calibrate, "MIN_TOKENS", 1)
+    expected = calibrate.scales(model, histograms)
+    histograms[name][3] = calibrate.Histogram()
+    message = r"experts that met fewer than 1 tokens get the largest factor of their layer's: layers.1.experts 3$"
+    with pytest.warns(UserWarning, match=message):
+        factors = calibrate.scales(model, histograms)
+    assert factors[name][3] == max(each for e, each in enumerate(expected[name]) if e != 3)
+    assert [each for e, each in enumerate(factors[name]) if e != 3] == [
+        each for e, each in enumerate(expected[name]) if e != 3
+    ]
+    monkeypatch.undo()
+    arguments = ["--checkpoint_path", str(copy), "--device", "cpu", "--max_tokens", "64", "--window", "64"]
+    assert calibrate.main(arguments) == 0
+    assert "note: experts that met fewer than 64 tokens get the largest factor" in (err := capsys.readouterr().err)
+    assert "layers.0.experts 0, layers.0.experts 1, layers.0.experts 2 and 21 more" in err
+    (of_layer,) = set(read_scales(copy / SCALES_NAME, read_config(copy))[name])
+    assert of_layer > 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda f: f.update({"model.layers.1.experts.down_proj.input_scale": torch.ones(7)}),
+            r"layers.1.experts.down_proj.input_scale has shape \[7\], config.json asks for \[8\]",
+        ),
+        (lambda f: f.pop("model.layers.2.experts.gate_up_proj.weight_scale"), "lacks model.layers.2.experts.gate_up"),
+        (lambda f: f["model.layers.1.experts.down_proj.input_scale"][5:].zero_(), "input_scale in .* is 0.0"),
+        (
+            lambda f: f["model.layers.1.experts.down_proj.weight_scale"][5:6].mul_(2),
+            "is of another model: layers.1.experts.w2.weight, expert 5, asks for the scale",
+        ),
+    ],
+)
+def test_bad_factors_of_experts_are_refused_by_name(moe, tmp_path, edit, message):
+    copy = shutil.copytree(moe, tmp_path / "copy")
+    edit_scales(copy, edit)
+    with pytest.raises(ValueError, match=message):
+        load(copy, fp8=True)
+    with pytest.raises(ValueError, match=message):  # before anything is written
+        quantize.prepare_fp8(
+            argparse.Namespace(fp8_head=False, export_hf=None, checkpoint_path=copy), open_checkpoint(copy)
+        )

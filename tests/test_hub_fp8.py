@@ -1,8 +1,10 @@
 """FP8 checkpoints as the Hugging Face Hub has them for vLLM and TGI: read, refused by name, written."""
 
 import json
+import shutil
 import warnings
 
+import gemma4
 import pytest
 import torch
 from conftest import copy_tiny_gemma, made_once, reference_model, save_checkpoint
@@ -345,3 +347,175 @@ def test_transformers_runs_an_export(exported):
     # Both round the same values, in float32; the order of sums sends some to the neighbouring E4M3 value: 1.4 %.
     # Without rounding K and V it is 3.9 %.
     assert relative_error(ours, theirs, ids, cache) < 0.025
+
+
+# --- Gemma 4
+
+
+@pytest.fixture(scope="session")
+def gemma4_export(tmp_path_factory):
+    """kind -> (source, directory that it is exported to)."""
+
+    def directories(kind: str):
+        source = gemma4.calibrated(kind, tmp_path_factory)
+
+        def make(directory):
+            assert export(source, directory / "out") == 0
+
+        return source, made_once(tmp_path_factory, f"gemma4-{kind}-export", make) / "out"
+
+    return directories
+
+
+IGNORED = {"moe": ["re:.*router.*"], "e2b": ["re:.*per_layer.*"], "e4b": ["re:.*per_layer.*"]}
+
+
+@pytest.mark.parametrize("kind", gemma4.KINDS)
+def test_a_gemma_4_export_read_back_is_what_was_exported(gemma4_export, kind):
+    source, exported = gemma4_export(kind)
+    with warnings.catch_warnings(action="error"):
+        read_back = load(exported)
+    expected = load(source, fp8=True)
+    assert read_back.kv_scales == expected.kv_scales
+    (one, two) = (model.state_dict() for model in (read_back, expected))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name].float(), two[name].float()), name
+    assert {file.name for file in exported.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    config = json.loads((exported / "config.json").read_text())
+    settings = COMPRESSED | {"quantization_status": "compressed", "ignore": ["lm_head", *IGNORED.get(kind, [])]}
+    assert config.pop("quantization_config") == settings
+    assert config == json.loads((source / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", gemma4.KINDS)
+def test_names_of_a_gemma_4_export(gemma4_export, kind):
+    """Those of the source, but that experts come apart; and scales of each linear weight, and of K and V in all
+    layers."""
+    source, exported = gemma4_export(kind)
+    theirs, ours = (load_file(directory / "model.safetensors") for directory in (source, exported))
+    config, scaled = load(source).config, set()
+    for name in list(theirs):
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            whole, parts = theirs.pop(name), ("gate", "up") if "gate_up" in name else ("down",)
+            for e, expert in enumerate(whole):
+                for part, matrix in zip(parts, expert.chunk(len(parts))):
+                    theirs[f"{name.rsplit('.', 1)[0]}.{e}.{part}_proj.weight"] = matrix
+    for name, tensor in theirs.items():
+        module = name.removesuffix(".weight")
+        if module.endswith("_proj") and "router" not in name:
+            scaled |= {f"{module}.weight_scale", f"{module}.input_scale"}
+            expected = round_fp8(tensor, ours[f"{module}.weight_scale"])
+            assert torch.equal(ours[name].view(torch.uint8), expected.view(torch.uint8)), name
+        else:
+            assert torch.equal(ours[name], tensor), name
+    attention = {f"model.layers.{i}.self_attn.{kind}_scale" for i in range(config.n_layers) for kind in "kv"}
+    assert set(ours) == theirs.keys() | scaled | attention
+    assert all(ours[name].dtype == torch.float32 and ours[name].shape == (1,) for name in scaled | attention)
+    for i in range(config.n_layers):
+        own, donors = (ours[f"model.layers.{layer}.self_attn.v_scale"] for layer in (i, config.donor_of(i)))
+        assert torch.equal(own, donors)
+    if kind == "moe":
+        scales = load_file(source / "fp8_scales.safetensors")
+        for e in range(8):
+            name = f"model.layers.2.experts.{e}"
+            assert ours[f"{name}.gate_proj.weight_scale"] == ours[f"{name}.up_proj.weight_scale"]
+            for scale in ("weight_scale", "input_scale"):
+                assert ours[f"{name}.down_proj.{scale}"] == scales[f"model.layers.2.experts.down_proj.{scale}"][e]
+            assert ours[f"{name}.up_proj.input_scale"] == scales["model.layers.2.experts.gate_up_proj.input_scale"]
+
+
+def test_experts_of_an_export_are_dequantized_by_compressed_tensors(gemma4_export):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    _, exported = gemma4_export("moe")
+    weights, experts = load_file(exported / "model.safetensors"), load(exported).layers[1].experts
+    for e in range(8):
+        numbers = {}
+        for part in ("gate", "up", "down"):
+            name = f"model.layers.1.experts.{e}.{part}_proj.weight"
+            args = QuantizationArgs(**SCHEME)
+            numbers[part] = dequantize(weights[name], weights[f"{name}_scale"], args=args, dtype=torch.float32)
+        for weight, parts in ((experts.w13, ("gate", "up")), (experts.w2, ("down",))):
+            ours = weight.format.dequantize(weight, torch.float32)[e]
+            torch.testing.assert_close(ours, torch.cat([numbers[part] for part in parts]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in gemma4.KINDS if kind != "moe"])
+def test_transformers_runs_a_gemma_4_export(gemma4_export, kind, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="transformers reads FP8 checkpoints with compressed-tensors")
+    import transformers
+
+    copy = shutil.copytree(gemma4_export(kind)[1], tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]["kv_cache_scheme"]  # compressed-tensors knows one head_dim only
+    (copy / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32).eval()
+    ids = tokens(640)
+    assert relative_error(load(copy), theirs, ids) < 0.01 < relative_error(load(gemma4_export(kind)[0]), theirs, ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.0.experts.0.down_proj.", "lacks model.layers.0.experts.0.down_proj.weight, .*"),
+        ("model.layers.1.experts.5.up_proj.", "lacks model.layers.1.experts.5.up_proj.weight, .*"),
+        ("model.layers.1.experts.5.down_proj.input_scale", "lacks model.layers.1.experts.5.down_proj.input_scale$"),
+        ("model.layers.2.experts.7.", "lacks model.layers.2.experts.7.gate_proj.weight, .* and 6 more"),
+    ],
+)
+def test_an_expert_that_is_missing_is_named(gemma4_export, tmp_path, name, message):
+    copy = shutil.copytree(gemma4_export("moe")[1], tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    save_file({key: tensor for key, tensor in weights.items() if not key.startswith(name)}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+def test_a_donors_weights_and_scales_that_are_missing(gemma4_export, tmp_path):
+    """In e2b, layers 3 to 5 have the keys of layers 1 and 2."""
+    copy = shutil.copytree(gemma4_export("e2b")[1], tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    scale = weights.pop("model.layers.1.self_attn.k_scale")
+    save_file(weights, copy / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"lacks layers.1.attention.k_scale: 1.0 is used"):
+        model = load(copy)
+    assert [k for k, _ in model.kv_scales.values][1:5] == [1.0, model.kv_scales.values[5][0], 1.0, 1.0]
+    weights["model.layers.1.self_attn.k_scale"] = scale
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks model.layers.1.self_attn.k_proj.weight$"):
+        load(copy)
+
+
+def test_keys_that_layers_do_not_use_may_be_there(gemma4_export, tmp_path):
+    """As in Google's own E2B and E4B, quantized by others: those of layers that share another's."""
+    copy = shutil.copytree(gemma4_export("e2b")[1], tmp_path / "copy")
+    expected, weights = load(copy), load_file(copy / "model.safetensors")
+    for kind in "kv":
+        for part in ("weight", "weight_scale", "input_scale"):
+            name = f"self_attn.{kind}_proj.{part}"
+            weights[f"model.layers.4.{name}"] = weights[f"model.layers.1.{name}"].clone()
+    weights["model.layers.4.self_attn.k_norm.weight"] = weights["model.layers.1.self_attn.k_norm.weight"].clone()
+    save_file(weights, copy / "model.safetensors")
+    model = load(copy)
+    assert all(
+        map(torch.equal, map(torch.Tensor.float, model.parameters()), map(torch.Tensor.float, expected.parameters()))
+    )
+
+
+def test_a_multimodal_gemma_4_is_not_exported(tmp_path_factory, tmp_path, capsys):
+    copy = shutil.copytree(gemma4.calibrated("dense", tmp_path_factory), tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({"model_type": "gemma4", "text_config": config}))
+    assert export(copy, tmp_path / "out") == 2
+    assert "of a multimodal Gemma 4 only the text part is read: it can't be exported whole" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import shutil
 import sysconfig
 from pathlib import Path
 
+import gemma4
 import pytest
 import torch
 from conftest import GREEDY, TINY_GEMMA, copy_tiny_gemma, made_once
@@ -18,11 +19,11 @@ import quantize
 from checkpoint import open_checkpoint
 from eval import evaluate
 from files import read_header
-from formats import Weight, group_parameters, quantize_int4
+from formats import FORMATS, Weight, group_parameters, quantize_int4
 from generate import generate, load_model
 from ops.integer import dequantize, unpack_int4
 from quantize import gptq
-from text import windows
+from text import sample_windows, windows
 
 MODES = {  # name of the file -> arguments
     "gemma-int8": ("int8",),
@@ -298,3 +299,156 @@ def test_layout_in_a_file_is_one_for_all_devices(quantized):
     assert tensors["embedding.weight"].dtype == "I8"
     assert tensors["embedding.scale"].shape == (4096,)
     assert load(quantized / "gemma-int4-g32.safetensors").embedding.format.name == "int8"
+
+
+# --- Gemma 4
+
+GPTQ = ("--device", "cpu", *gemma4.CALIBRATION)
+
+
+@pytest.fixture(scope="session", params=gemma4.KINDS)
+def gemma4_quantized(request, tmp_path_factory):
+    """A directory with a file of each mode beside the weights."""
+
+    def make(directory):
+        shutil.copytree(gemma4.calibrated(request.param, tmp_path_factory), directory, dirs_exist_ok=True)
+        arguments = ["--checkpoint_path", str(directory), "--mode"]
+        text = ("--text", str(directory / "text.txt"))
+        for mode in (("int8", "--quantize_embedding"), ("int4",), ("int4-gptq", *text, *GPTQ)):
+            assert quantize.main([*arguments, *mode]) == 0
+
+    return made_once(tmp_path_factory, f"gemma4-{request.param}-int", make)
+
+
+@pytest.fixture
+def moe(tmp_path_factory, tmp_path):
+    return shutil.copytree(gemma4.calibrated("moe", tmp_path_factory), tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["gemma-int8", "gemma-int4-g32"])
+def test_gemma_4_weights_are_rounded_and_nothing_else_is(gemma4_quantized, name):
+    model, exact = load(gemma4_quantized / f"{name}.safetensors", "bf16"), load(gemma4_quantized, "bf16")
+    format, quantized = FORMATS[name.split("-")[1]], set()
+    for path, weight in model.named_modules():
+        if isinstance(weight, Weight) and weight.format.name != "bf16":
+            quantized.add(path)
+            expected = weight.format.quantize(exact.get_submodule(path).data, weight.group)
+            assert all(map(torch.equal, weight.parameters(), expected)), path
+            assert weight.format is (format.of_embedding if path == "embedding" else format)
+    parts = ["attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2"]
+    parts += ["experts.w13", "experts.w2"] * (model.config.n_experts > 0)
+    paths = {f"layers.{i}.{part}" for i in range(model.config.n_layers) for part in parts}
+    assert quantized == (paths | {"embedding"} if name == "gemma-int8" else paths)
+    others = {path: parameter for path, parameter in model.named_parameters() if path.rsplit(".", 1)[0] not in paths}
+    for path, parameter in others.items():
+        if not path.startswith("embedding"):
+            assert torch.equal(parameter, exact.get_parameter(path)), path
+
+
+def layer_outputs(model, pieces) -> list[torch.Tensor]:
+    """The residual stream behind each layer."""
+    found = [[] for _ in model.layers]
+
+    def keep(layer):
+        return lambda module, inputs, residual: found[layer].append(residual.added(model.ops, model.config, None)[0])
+
+    hooks = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(model.layers)]
+    with torch.inference_mode():
+        for piece in pieces:
+            model(torch.tensor([piece]), all_logits=True)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(each) for each in found]
+
+
+def test_gptq_of_gemma_4_is_better_than_rounding_in_every_layer(gemma4_quantized):
+    """On its own text, where rounding's errors are those that it made up for."""
+    exact, tokenizer = load_model(gemma4_quantized, device="cpu", precision="fp32")
+    pieces = sample_windows(gemma4_quantized / "text.txt", tokenizer, 128, 256, 1024, 64)
+    expected = layer_outputs(exact, pieces)
+
+    def errors(name) -> torch.Tensor:
+        outputs = layer_outputs(load(gemma4_quantized / f"{name}.safetensors"), pieces)
+        return torch.stack([(a - b).norm() / b.norm() for a, b in zip(outputs, expected)])
+
+    assert (errors("gemma-int4-gptq-g32") < 0.95 * errors("gemma-int4-g32")).all()
+
+
+@pytest.mark.parametrize("name", ["gemma-int8", "gemma-int4-g32", "gemma-int4-gptq-g32"])
+def test_gemma_4_generates_with_an_fp8_cache(gemma4_quantized, tmp_path, name):
+    """With factors for K and V of these weights, of which layers that share keys have their donors'."""
+    for part in ("config.json", "tokenizer.json", "text.txt", f"{name}.safetensors"):
+        shutil.copy(gemma4_quantized / part, tmp_path)
+    file = tmp_path / f"{name}.safetensors"
+    arguments = ["--checkpoint_path", str(file), "--text", str(tmp_path / "text.txt"), "--device", "cpu"]
+    assert calibrate.main([*arguments, "--max_tokens", "256", "--window", "128"]) == 0
+    model = load(file)
+    assert len(set(model.kv_scales.values)) == model.config.n_layers - model.config.n_shared_layers
+    prompts = [[2, 310, 315], [2, 400, 500, 20, 21, 600], [2]]
+    options = dict(**GREEDY, kv_cache_dtype="fp8_e4m3")
+    expected = [generate(model, [prompt], 12, **options)[0] for prompt in prompts]
+    assert generate(model, prompts, 12, **options) == expected
+
+
+def test_hessians_of_experts_are_those_of_the_tokens_that_each_meets(moe):
+    """In the first layer, of weights that GPTQ leaves as they are: transformers' own inputs."""
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        moe, dtype=torch.bfloat16, attn_implementation="eager"
+    ).eval()
+    pieces = torch.randint(3, 640, (8, 64), generator=torch.Generator().manual_seed(0))
+    hessians, expected = [], {}
+
+    def inputs_of(experts, inputs):
+        x, chosen, _ = inputs
+        for e in range(8):
+            rows = x[(chosen == e).any(1)]
+            gate, up = (rows @ experts.gate_up_proj[e].T).chunk(2, -1)
+            expected[e] = [rows.float(), (experts.act_fn(gate) * up).float()]
+
+    def same(weight, hessian):
+        hessians.append(hessian.clone())
+        return weight, torch.zeros(())
+
+    theirs.model.layers[0].experts.register_forward_pre_hook(inputs_of)
+    with torch.inference_mode():
+        theirs(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "_numbers", lambda parameters, *_: parameters[0])
+        weights = quantize.gptq_weights(open_checkpoint(moe), pieces.tolist(), torch.device("cpu"), same, 32)
+        for _ in range(6):  # those of the first layer
+            parameters = next(weights)
+    assert torch.equal(parameters[0], load(moe, "bf16").layers[0].experts.w2.data)
+    assert len(hessians) == 4 + 2 * 8
+    for e, inputs in expected.items():
+        assert len(inputs[0]) > 100
+        for x, hessian in zip(inputs, hessians[4 + 2 * e :]):
+            # Attention is rounded otherwise, which sends some tokens to other experts; another expert's are 0.7 away.
+            assert (hessian - x.T @ x).norm() < 0.1 * (x.T @ x).norm()
+
+
+def test_experts_that_meet_few_tokens_are_rounded_and_named(moe, capsys):
+    """Of 64 tokens, the fewest that GPTQ takes here, two experts each: at random 16 an expert; 8 are few."""
+    arguments = ["--checkpoint_path", str(moe), "--mode"]
+    assert quantize.main([*arguments, "int4"]) == 0
+    options = ["--text", str(moe / "text.txt"), "--max_tokens", "64", "--window", "64", "--device", "cpu"]
+    assert quantize.main([*arguments, "int4-gptq", *options]) == 0
+    notes = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "note: experts" in line]
+    assert len(notes) == 1
+    assert "note: experts that met too few tokens for GPTQ are rounded: layers." in notes[0]
+    rounded, quantized = (load(moe / f"gemma-int4{kind}-g32.safetensors") for kind in ("", "-gptq"))
+    same = {
+        f"layers.{i}.experts {e}"
+        for i in range(3)
+        for e in range(8)
+        if torch.equal(rounded.layers[i].experts.w13.data[e], quantized.layers[i].experts.w13.data[e])
+    }
+    assert 0 < len(same) < 24
+    assert {name for name in notes[0].split(": ")[-1].split(" and ")[0].split(", ")} <= same
+
+
+def test_groups_that_do_not_divide_the_inputs_of_experts(moe, capsys):
+    assert quantize.main(["--checkpoint_path", str(moe), "--mode", "int4", "--group_size", "64"]) == 2
+    message = "--group_size 64 does not divide the 96 inputs of layers.0.experts.w2.weight: use 32"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
