@@ -348,8 +348,11 @@ def check_settings(config):
     for name, value in asdict(config).items():
         if name in ("n_layers", "hidden_size", "intermediate_size", "n_heads", "n_kv_heads", "head_dim", "vocab_size"):
             assert type(value) is int and value > 0, (name, value)
-        elif name == "stop_ids":
-            assert 0 < len(value) <= 16 and all(type(token) is int and token >= 0 for token in value), value
+        elif name in ("stop_ids", "suppressed_ids"):
+            assert all(type(token) is int and token >= 0 for token in value), value
+            assert name == "suppressed_ids" or 0 < len(value) <= 16, value
+        elif name.startswith(("n_", "expert_size", "per_layer_", "norm_offset")) and value in (0, 0.0):
+            pass  # what a model doesn't have
         elif name == "local_layers":
             assert len(value) in (0, config.n_layers) and all(type(flag) is bool for flag in value), value
         elif type(value) is not bool and value is not None:
