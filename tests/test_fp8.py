@@ -37,6 +37,7 @@ def tokens(rows=3, length=40) -> torch.Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:experts that met fewer")
 @pytest.mark.parametrize(
     "case",
     [

@@ -6,6 +6,7 @@ import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
+import gemma4
 import pytest
 import torch
 from conftest import TINY_GEMMA, copy_tiny_gemma, reference_model, save_checkpoint
@@ -130,6 +131,32 @@ def test_scores_and_log_likelihoods_are_those_of_the_harness(tiny, theirs, tasks
             torch.testing.assert_close(ours, reference, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("kind", gemma4.KINDS)
+def test_scores_of_gemma_4_are_those_of_the_harness(kind, tmp_path, tasks):
+    pytest.importorskip("accelerate", reason="needs lm_eval[hf] (requirements-dev.txt)")
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers.processors import TemplateProcessing
+
+    directory = gemma4.checkpoint(kind, tmp_path)
+    file = str(directory / "tokenizer.json")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=file, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    template = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    theirs = HFLM(pretrained=gemma4.reference(kind), tokenizer=tokenizer, add_bos_token=True, batch_size=8)
+    ours = HarnessModel(*load_model(directory, device="cpu", precision="fp32"), batch_size=8)
+    expected, their_responses = results(theirs, tasks)
+    scores, responses = results(ours, tasks)
+    for name in ("next_line", "one_token", "whole_text"):
+        assert scores[name] == pytest.approx(expected[name], rel=1e-4), name
+        for mine, reference in zip(responses[name], their_responses[name]):
+            mine, reference = (torch.tensor(each, dtype=torch.float64).flatten() for each in (mine, reference))
+            torch.testing.assert_close(mine, reference, atol=1e-2, rtol=1e-5)  # logarithms of up to 2,000
+    assert len(responses["continuation"]) == 16
+
+
 def test_what_exceeds_the_context_is_cut_as_by_the_harness(tiny, theirs, monkeypatch):
     model, tokenizer = tiny
     monkeypatch.setattr(model, "config", replace(model.config, context_length=48))
@@ -155,7 +182,9 @@ def test_what_exceeds_the_context_is_cut_as_by_the_harness(tiny, theirs, monkeyp
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["gemma-mqa", "gemma2-window-half", "gemma3-window-small"])
+@pytest.mark.parametrize(
+    "case", ["gemma-mqa", "gemma2-window-half", "gemma3-window-small", "gemma4-experts", "gemma4-shared"]
+)
 def test_a_score_is_the_sum_of_log_probabilities(case, tmp_path, monkeypatch):
     """Contexts of one token, within and beyond a local layer's window (6 or 20); continuations alone, sharing their
     context, of one token and of many, which run in pieces."""
