@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -38,6 +38,7 @@ from files import (
 from formats import FORMATS, GROUPS, LINEAR
 from ops.common import round_fp8
 
+PER_LAYER_TABLE = "per_layer_inputs.embedding.weight"
 CONVERTED_NAME = "gemma.safetensors"
 WEIGHT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 E4M3_MAX = 448
@@ -451,10 +452,15 @@ def some(names: list[str]) -> str:
 
 
 def load_weights(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, scales: dict[str, Scale] | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    scales: dict[str, Scale] | None = None,
+    on_host: Container[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The state dict, on `device` in `dtype`. On a CPU a tensor that is stored whole in `dtype` stays a view of the
-    mapped file; every other one is copied once, in pieces of PIECE bytes.
+    mapped file; every other one is copied once, in pieces of PIECE bytes. Those whose names are in on_host go to the
+    host's memory, which a GPU can read.
 
     With `scales` (of `fp8_scale_names`) linear weights become E4M3 as they are read, a piece at a time: the model never
     exists in both formats. FP8 parts with scales of their own get the largest of them, as in vLLM: those with a smaller
@@ -486,6 +492,10 @@ def load_weights(
             target_dtype = dtype if scale is None and stored_dtype.itemsize > 1 else torch.float8_e4m3fn
             if not stored_dtype.is_floating_point or name.endswith(".scale"):  # parts of an integer weight
                 target_dtype = stored_dtype
+            if name in on_host:
+                whole = opened[tensors[0].file].get_tensor(tensors[0].key).to(target_dtype)
+                weights[name] = whole.pin_memory() if device.type == "cuda" else whole
+                continue
             if len(tensors) == 1 and stored_dtype == target_dtype and device.type == "cpu":
                 weights[name] = opened[tensors[0].file].get_tensor(tensors[0].key)
                 continue

@@ -43,6 +43,7 @@ from beams import beam_search
 from cache import Codec, KVScales, cache_bytes, codec_of, context_bytes
 from checkpoint import (
     INT_FORMATS,
+    PER_LAYER_TABLE,
     SCALES_NAME,
     WEIGHT_FORMATS,
     load_weights,
@@ -100,6 +101,7 @@ def load_model(
     precision: str = "bf16",
     fp8: bool = False,
     ops: str = "auto",
+    ple_device: str | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Loads a checkpoint directory (or one weight file in it) on `device` (None: CUDA where there is a GPU).
 
@@ -107,8 +109,10 @@ def load_model(
     directory's FP8 file, or quantized while loading with the factors of fp8_scales.safetensors; so does an FP8 file
     that is named. A file with int8 or int4 weights is run as it is. Factors for K and V are taken along where there are
     any: of integer weights their own, else those of the directory. `ops`, one of `ops.NAMES`, says what runs the
-    layers. What ends a turn to the tokenizer joins config.stop_ids. Raises FileNotFoundError or ValueError with a line that
-    says what is wrong; warns about shards that are converted in memory.
+    layers. ple_device "cpu" leaves the embeddings that each layer has of its own (Gemma 4 E2B and E4B) in the host's
+    memory, from which a GPU reads the rows that it needs. What ends a turn to the tokenizer joins config.stop_ids.
+    Raises FileNotFoundError or ValueError with a line that says what is wrong; warns about shards that are converted in
+    memory.
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ValueError(f"path must be that of a checkpoint, not {path!r}")
@@ -124,7 +128,13 @@ def load_model(
     fp8 = fp8 or checkpoint.weight_format == "fp8"
     if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no FP8 hardware: leave out --fp8")
-    config = checkpoint.config
+    config, on_host = checkpoint.config, ()
+    if ple_device not in (None, "cpu", "cuda"):
+        raise ValueError(f"ple_device must be cpu or cuda, not {ple_device!r}")
+    if ple_device is not None and not config.per_layer_size:
+        raise ValueError("--ple_device is for models with embeddings of each layer's own (Gemma 4 E2B and E4B)")
+    if ple_device == "cpu" and device.type == "cuda":
+        on_host = (PER_LAYER_TABLE,)
     tokenizer = open_tokenizer(checkpoint.directory, config)
     if tokenizer.end_of_turn is not None and tokenizer.end_of_turn not in config.stop_ids:
         config = replace(config, stop_ids=(*config.stop_ids, tokenizer.end_of_turn))
@@ -153,6 +163,7 @@ def load_model(
         needed = checkpoint.parameters * (1 if fp8 else dtype.itemsize)  # of most weights
         if in_int:
             needed = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
+        needed -= sum(tensor.size for name in on_host for tensor in checkpoint.parts[name])
         advice = "use a smaller model" + (" or one with int4 weights" if in_int else " or --fp8")
         check_memory(needed, device, "the weights", advice)
     with torch.device("meta"):
@@ -164,7 +175,7 @@ def load_model(
     linear_scales = {
         k: v for k, v in scales.items() if k.startswith("layers.") and k[-8:] not in (".k_scale", ".v_scale")
     }
-    weights = load_weights(checkpoint, device, dtype, linear_scales if quantizing else None)
+    weights = load_weights(checkpoint, device, dtype, linear_scales if quantizing else None, on_host)
     if quantizing:
         weights |= {name: torch.tensor(scale, device=device) for name, scale in linear_scales.items()}
     else:  # the FP8 file's own
@@ -441,6 +452,8 @@ def program_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile the decode step; on CUDA, record it as one graph")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
     add_model_options(parser, "fp8", "kv_cache_dtype", "device", "ops", "precision")
+    ple = "cpu: embeddings of each layer's own (Gemma 4 E2B, E4B) stay in the host's memory (default: --device)"
+    add("--ple_device", choices=("cpu", "cuda"), help=ple)
     add("--json", action="store_true", help="print one JSON object a completion")
     output = "write JSON lines as rows finish, resumed where an earlier start was ended (default: none)"
     add("--output", type=path, metavar="FILE.jsonl", help=output)
@@ -651,7 +664,8 @@ def run(args: argparse.Namespace):
     seed = args.seed if output is None else output.seed
     seed = secrets.randbits(32) if seed is None else seed
     start = time.perf_counter()
-    model, tokenizer = load_model(args.checkpoint_path, args.device, args.precision, args.fp8, args.ops)
+    options = args.device, args.precision, args.fp8, args.ops, args.ple_device
+    model, tokenizer = load_model(args.checkpoint_path, *options)
     load_seconds = now(model.device) - start
     if args.interactive or any(each.messages for each in asked):
         tokenizer.check_chat(args.thinking)

@@ -274,10 +274,12 @@ class Transformer(nn.Module):
         return model.load(weights, device, ops.choose("auto", torch.device(device)))
 
     def load(self, weights: dict[str, Tensor], device, ops: Ops) -> "Transformer":
-        """Takes `weights` as they are, for generating on `device` by `ops`. Returns itself."""
+        """Takes `weights` as they are and where they are, for generating on `device` by `ops`. Returns itself."""
         self.load_state_dict(weights, assign=True)
         self.ops = ops
-        return self.to(device).requires_grad_(False).eval()
+        for name, buffer in self.named_buffers():
+            setattr(self, name, buffer.to(device))
+        return self.requires_grad_(False).eval()
 
     def store(self, format: str, group: int = 0, head: bool = False):
         """Makes the weights of layers, and with `head` the embedding, empty ones in `format`; on the meta device."""

@@ -35,8 +35,11 @@ LAYERS_BLOCK = 4  # layers whose inputs a program makes
 def embed(tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
     """Looks up rows of weight [V, N] for tokens [M] (int64) and multiplies them by `factor`: [M, N] in `dtype`.
 
-    `scale` is a float32 scalar for a weight in E4M3, one bf16 number a row [V] for a weight in int8.
+    `scale` is a float32 scalar for a weight in E4M3, one bf16 number a row [V] for a weight in int8. The weight may be in
+    the host's memory while tokens are on a GPU; a kernel then needs it pinned.
     """
+    if weight.device != tokens.device:
+        return (F.embedding(tokens.to(weight.device), weight).to(tokens.device)) * factor
     if scale is None:
         return F.embedding(tokens, weight) * factor
     if weight.dtype == torch.int8:
@@ -75,7 +78,7 @@ def embed_triton(
     tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, scale: Tensor | None = None
 ) -> Tensor:
     """Does what `embed` does, with one kernel."""
-    x = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
+    x = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=tokens.device)
     launch(
         _embed_kernel,
         (len(tokens),),

@@ -12,7 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import CASES, GREEDY, TEXTS, TINY_GEMMA, assert_not_finite_ends_a_run, copy_tiny_gemma, small_model
+from conftest import (
+    CASES,
+    GREEDY,
+    TEXTS,
+    TINY_GEMMA,
+    assert_not_finite_ends_a_run,
+    copy_tiny_gemma,
+    reference_model,
+    save_checkpoint,
+    small_model,
+)
 
 import calibrate
 import device as device_file
@@ -576,3 +586,18 @@ def test_program(capsys, tmp_path, arguments, by):
     assert f"{torch.cuda.get_device_name()} {by}, " in err
     assert "of the copy bandwidth" in err
     assert (tmp_path / "trace.json").exists() == ("--profile" in arguments)
+
+
+@pytest.mark.parametrize("ops_name", ["kernels", "torch"])
+def test_embeddings_of_layers_in_the_hosts_memory(ops_name, tmp_path):
+    """Read by kernels from pinned memory, in a graph, too: the same texts, and not on the GPU."""
+    directory = save_checkpoint(reference_model("gemma4-shared"), tmp_path)
+    prompts, table = [[7 + i % 100 for i in range(n)] for n in (3, 40, 70)], "per_layer_inputs.embedding.weight"
+    texts = []
+    for place in ("cuda", "cpu"):
+        model, _ = load_model(directory, "cuda", "fp32", ops=ops_name, ple_device=place)
+        assert model.get_parameter(table).device.type == place
+        assert model.device.type == "cuda"
+        for compile in (False, ops_name == "kernels"):
+            texts.append(generate(model, prompts, 40, compile=compile, **GREEDY))
+    assert all(text == texts[0] for text in texts)
