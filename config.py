@@ -141,7 +141,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
-        """Reads a Hugging Face config.json of one of MODEL_TYPES; of a multimodal model, its text part.
+        """Reads a Hugging Face config.json of a model type of GENERATIONS or MULTIMODAL, of the latter the text part.
 
         Fields that multimodal checkpoints leave out take Hugging Face's defaults. Raises ValueError, naming what it
         found, for another architecture, a value that its field can't have, or a setting that this file does not
@@ -466,7 +466,8 @@ def _global_heads(config: dict, local_layers: tuple[bool, ...], k_eq_v: bool) ->
         heads = {name: _integer(own if name in own else usual, name) for name in names}
         if found.setdefault(local, heads) != heads:
             raise ValueError(f"per_layer_config of layer {layer} differs from that of other layers of its kind")
-    if found.get(True, usual) != {name: config[name] for name in names}:
+    of_local = {name: config[name] for name in names}
+    if found.get(True, of_local) != of_local:
         raise ValueError("per_layer_config is of global layers only; it names a local one")
     heads = found.get(False, defaults)
     return {"global_head_dim": heads["head_dim"], "n_global_kv_heads": heads["num_key_value_heads"]}

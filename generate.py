@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import math
 import os
 import secrets
 import sys
@@ -43,6 +44,7 @@ from beams import beam_search
 from cache import Codec, KVScales, cache_bytes, codec_of, context_bytes
 from checkpoint import (
     INT_FORMATS,
+    LINEAR_WEIGHTS,
     PER_LAYER_TABLE,
     SCALES_NAME,
     WEIGHT_FORMATS,
@@ -160,10 +162,13 @@ def load_model(
                 raise
             kv_problem = str(error)  # for whoever asks for an E4M3 cache
     if device.type == "cuda":
-        needed = checkpoint.parameters * (1 if fp8 else dtype.itemsize)  # of most weights
+        needed = 0
+        for name, tensors in checkpoint.parts.items():
+            small = fp8 and name.endswith(LINEAR_WEIGHTS)
+            needed += sum(math.prod(tensor.shape) for tensor in tensors) * (1 if small else dtype.itemsize)
         if in_int:
             needed = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
-        needed -= sum(tensor.size for name in on_host for tensor in checkpoint.parts[name])
+        needed -= sum(math.prod(tensor.shape) * dtype.itemsize for name in on_host for tensor in checkpoint.parts[name])
         advice = "use a smaller model" + (" or one with int4 weights" if in_int else " or --fp8")
         check_memory(needed, device, "the weights", advice)
     with torch.device("meta"):
