@@ -1,12 +1,20 @@
-"""What `generate` and `beam_search` take: how much of it, and what is refused."""
+"""What `generate` and `beam_search` take: how much of it runs at once, and what is refused."""
 
+from collections import Counter
 from collections.abc import Callable
 
+from cache import Codec, cache_bytes
+from device import check_memory, free_memory
 from model import Transformer
+from runner import activation_bytes, held_bytes, runner_bytes
+from sampling import DrawKind
+from scheduler import CHUNK
 
 MAX_BATCH = 256  # rows that run at once where --batch_size doesn't say
 SHARE = 0.95  # of free memory that a run may plan with: graphs and libraries take some
 MOST = 2**31 - 1  # of anything that is counted
+PADDED = 1.25  # times its tokens that a prefill has at most, once a runner has rounded its width up
+ADVICE = "lower --batch_size, --max_new_tokens or the length of the prompts"
 LENGTH_STEP = 64  # caches have a multiple of this length: fewer different shapes to compile
 
 
@@ -84,3 +92,52 @@ def check_context(model: Transformer, prompt_tokens: int, max_new_tokens: int, w
             f"{which} has {prompt_tokens} tokens, and with {max_new_tokens} new ones exceeds the context of {context}: "
             + advice
         )
+
+
+def rows_and_pages(
+    model: Transformer,
+    pages: Counter[int],
+    rows: int,
+    fewer: bool,
+    length: int,
+    longest: int,
+    codec: Codec,
+    kind: DrawKind,
+) -> tuple[int, int]:
+    """How many rows run at once, at most `rows`, and how many pages they share, where pages[n] requests need n pages.
+
+    Memory has to have room for pages and rings, decode state, and what a prefill takes: activations of the feed-forward
+    layer, some at once. Where pages for all rows don't fit, there are fewer, and requests wait for them; there are
+    fewer rows, too, if those may be. Raises ValueError if there is no room for the largest request, or for the rows.
+    """
+    config, held, count_of_all = model.config, held_bytes(model), pages.total()
+    tokens = min(CHUNK if model.ops.packs else PADDED * CHUNK, count_of_all * longest)
+    activations = activation_bytes(model, tokens)
+    # Bytes a logit that a draw takes: sorting, float64, and what a penalty makes of them
+    of_logits = 56 if kind.in_order else 32 if kind.in_any_order or kind.penalize else 12
+    a_page = cache_bytes(config, 0, length, codec, 1) - cache_bytes(config, 0, length, codec, 0)
+    room = SHARE * (free_memory(model.device) + held) - activations
+
+    def needed(rows: int, count: int) -> float:
+        return runner_bytes(config, rows, length, codec, count) + rows * config.vocab_size * of_logits
+
+    def largest(rows: int) -> int:
+        total = 0
+        for need in sorted(pages, reverse=True):
+            total += need * min(pages[need], rows)
+            rows -= min(pages[need], rows)
+        return total
+
+    rows, most = min(rows, count_of_all), max(pages)
+    mean = sum(need * count for need, count in pages.items()) / count_of_all
+    while True:
+        count = 1 + largest(rows)
+        if a_page and needed(rows, count) > room:
+            count = max(1 + most, min(count, int((room - needed(rows, 0)) // a_page)))
+        busy = count - 1 >= mean * rows  # or rows wait for pages
+        if rows == 1 or not fewer or (busy and needed(rows, count) <= room):
+            break
+        rows = (rows - 1) // 32 * 32 or rows - max(1, rows // 8)
+    what = f"a batch of {rows} rows of {length} tokens"
+    check_memory(int(needed(rows, count) + activations - held), model.device, what, ADVICE)
+    return rows, count

@@ -27,9 +27,9 @@ import torch
 from tqdm import tqdm
 
 from arguments import (
+    ADVICE,
     MAX_BATCH,
     MOST,
-    SHARE,
     check_context,
     check_count,
     check_function,
@@ -39,9 +39,11 @@ from arguments import (
     is_whole,
     length_of_all,
     of_each,
+    rows_and_pages,
 )
 from beams import beam_search
-from cache import Codec, KVScales, cache_bytes, codec_of, context_bytes
+from cache import KVScales, codec_of, context_bytes
+from chat import Printer, converse, system_messages
 from checkpoint import (
     INT_FORMATS,
     LINEAR_WEIGHTS,
@@ -62,22 +64,19 @@ from cli import (
     add_model_options,
     number,
     path,
-    print_error,
     print_figures,
     run_program,
 )
 from config import PAGE
-from device import check_memory, free_memory, now, pick_device, told_if_out_of_memory
+from device import check_memory, now, pick_device, told_if_out_of_memory
 from files import check_writable, write_atomically
 from model import Transformer
 from ops import choose
-from pages import Held
-from runner import Runner, activation_bytes, held_bytes, lease, runner_bytes
+from runner import Runner, lease
 from sampling import SETTINGS, DrawKind, Sampling
-from scheduler import CHUNK, LAGS, Request, Scheduler
+from scheduler import LAGS, Request, Scheduler
 from text import (
     Output,
-    before_stop,
     check_prompt,
     completed,
     read_prompts,
@@ -88,9 +87,6 @@ from text import (
 from tokenizer import Tokenizer, check_text, open_tokenizer
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
-PADDED = 1.25  # times its tokens that a prefill has at most, once a runner has rounded its width up
-ADVICE = "lower --batch_size, --max_new_tokens or the length of the prompts"
-CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
 RESULT_BYTES, TOKEN_BYTES = 500, 40  # of the host's memory for a finished row, and for each of its tokens
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +317,9 @@ def stream_completions(
     # With more rows than this the request that may take longest would end no sooner, and all others with it
     busy = -(-sum(map(mul, limits, counts)) // max(limits))
     most = min(MAX_BATCH, -(-busy // 64) * 64)
-    rows, page_count = _room(model, pages, batch_size or most, batch_size is None, length, longest, codec, kind)
+    rows, page_count = rows_and_pages(
+        model, pages, batch_size or most, batch_size is None, length, longest, codec, kind
+    )
     check_memory(
         sum(count * (RESULT_BYTES + TOKEN_BYTES * limit) for count, limit in zip(counts, limits)),
         torch.device("cpu"),
@@ -359,55 +357,6 @@ def stream_completions(
             stats.decode_seconds += now(device) - started - prefill_seconds
             stats.steps += scheduler.steps
             stats.bytes_read += scheduler.steps * model.step_bytes(drawn / max(1, scheduler.steps))
-
-
-def _room(
-    model: Transformer,
-    pages: Counter[int],
-    rows: int,
-    fewer: bool,
-    length: int,
-    longest: int,
-    codec: Codec,
-    kind: DrawKind,
-) -> tuple[int, int]:
-    """How many rows run at once, at most `rows`, and how many pages they share, where pages[n] requests need n pages.
-
-    Memory has to have room for pages and rings, decode state, and what a prefill takes: activations of the feed-forward
-    layer, some at once. Where pages for all rows don't fit, there are fewer, and requests wait for them; there are
-    fewer rows, too, if those may be. Raises ValueError if there is no room for the largest request, or for the rows.
-    """
-    config, held, count_of_all = model.config, held_bytes(model), pages.total()
-    tokens = min(CHUNK if model.ops.packs else PADDED * CHUNK, count_of_all * longest)
-    activations = activation_bytes(model, tokens)
-    # Bytes a logit that a draw takes: sorting, float64, and what a penalty makes of them
-    of_logits = 56 if kind.in_order else 32 if kind.in_any_order or kind.penalize else 12
-    a_page = cache_bytes(config, 0, length, codec, 1) - cache_bytes(config, 0, length, codec, 0)
-    room = SHARE * (free_memory(model.device) + held) - activations
-
-    def needed(rows: int, count: int) -> float:
-        return runner_bytes(config, rows, length, codec, count) + rows * config.vocab_size * of_logits
-
-    def largest(rows: int) -> int:
-        total = 0
-        for need in sorted(pages, reverse=True):
-            total += need * min(pages[need], rows)
-            rows -= min(pages[need], rows)
-        return total
-
-    rows, most = min(rows, count_of_all), max(pages)
-    mean = sum(need * count for need, count in pages.items()) / count_of_all
-    while True:
-        count = 1 + largest(rows)
-        if a_page and needed(rows, count) > room:
-            count = max(1 + most, min(count, int((room - needed(rows, 0)) // a_page)))
-        busy = count - 1 >= mean * rows  # or rows wait for pages
-        if rows == 1 or not fewer or (busy and needed(rows, count) <= room):
-            break
-        rows = (rows - 1) // 32 * 32 or rows - max(1, rows // 8)
-    what = f"a batch of {rows} rows of {length} tokens"
-    check_memory(int(needed(rows, count) + activations - held), model.device, what, ADVICE)
-    return rows, count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,151 +420,6 @@ def program_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sampling: Sampling, seed: int):
-    """Holds a conversation on stdin and stdout. Each turn's prefill covers what is new since the one before."""
-    if sys.stdin is None:
-        raise ValueError("--interactive reads stdin, which is closed")
-    length = min(model.config.context_length, CHAT_LENGTH)
-    room = length - len(tokenizer.encode_chat([*_system(args), {"role": "user", "content": ""}], args.thinking))
-    if args.max_new_tokens > room:
-        raise ValueError(f"--max_new_tokens can be at most {room} in a conversation of {length} tokens")
-    codec = codec_of(args.kv_cache_dtype, model.dtype)
-    kind = DrawKind.of(model.config.vocab_size, sampling)
-    _, pages = _room(model, Counter([-(-length // PAGE)]), 1, False, length, min(length, 1024), codec, kind)
-    with lease(model, 1, length, codec, args.compile, args.compile_prefill, pages) as runner:
-        held = runner.pages.take([], length)
-        try:
-            _converse(model, tokenizer, runner, held, sampling, args, seed)
-        finally:
-            runner.pages.release(held)
-
-
-def _converse(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    runner: Runner,
-    held: Held,
-    sampling: Sampling,
-    args: argparse.Namespace,
-    seed: int,
-):
-    """Answers each line of stdin by at most max_new_tokens tokens, until there is none."""
-    length, max_new_tokens, stops = min(runner.length, CHAT_LENGTH), args.max_new_tokens, args.stop or []
-    kind = DrawKind.of(model.config.vocab_size, sampling)
-    check = "every" if model.device.type == "cpu" else "ping-pong"
-    messages, turn = _system(args), 0
-    history, kept = [], []  # tokens of the messages, and those whose keys and values are in the pages that are held
-    while True:
-        runner.start(model, 1, kind, model.config.stop_ids)  # compiled, the first time, before anybody has to wait
-        try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not text:
-            continue
-        try:
-            check_text(text, "the line")
-        except ValueError as error:
-            print_error(error)
-            continue
-        user = {"role": "user", "content": text}
-        tokens = _next_turn(tokenizer, [*messages, user], history, args.thinking)
-        if history and len(tokens) + max_new_tokens > length:
-            print(f"note: the conversation has filled its {length} tokens and starts anew", file=sys.stderr)
-            messages, history = _system(args), []
-            tokens = _next_turn(tokenizer, [*messages, user], history, args.thinking)
-        if len(tokens) + max_new_tokens > length:
-            print(f"error: {len(tokens)} tokens and {max_new_tokens} new ones exceed {length}", file=sys.stderr)
-            messages, history = _system(args), []
-            continue
-        printer = _Printer(tokenizer, model.config.stop_ids, stops, not args.no_thoughts)
-        request = Request((turn, 0), tokens, max_new_tokens, sampling, (seed, turn), stops_within(tokenizer, stops))
-        scheduler = Scheduler(runner, model, [request], 1, check)
-        cached = _reusable(model, kept, tokens)
-        try:
-            ((_, answer),) = scheduler.run(on_token=printer, cached=cached, held=held)
-        finally:
-            runner.finish()
-        printer.end()
-        said, _ = completed(tokenizer, answer, model.config.stop_ids, stops)
-        messages += [user, {"role": "assistant", "content": said}]
-        history, kept, turn = tokens + answer, tokens + answer[:-1], turn + 1  # the last one is not in the cache yet
-        if answer[-1] in model.config.stop_ids:
-            history.pop()
-        history.append(tokenizer.end_of_turn)
-
-
-def _system(args: argparse.Namespace) -> list[dict]:
-    """The messages that a chat begins with."""
-    return [] if args.system is None else [{"role": "system", "content": args.system}]
-
-
-def _next_turn(tokenizer: Tokenizer, messages: list[dict], history: list[int], thinking: bool) -> list[int]:
-    """Tokens of a conversation up to the answer to its last message. Its template may write earlier turns differently
-    once there is a later one; Gemma's own format goes on from the history's tokens."""
-    if history and tokenizer.template is None:
-        return history + tokenizer.encode_turn(messages[-1]["content"], first=False)
-    return tokenizer.encode_chat(messages, thinking)
-
-
-def _reusable(model: Transformer, kept: list[int], tokens: list[int]) -> int:
-    """How many tokens of a prompt need not be computed, since the cache has those that are `kept`."""
-    count = next((i for i, (a, b) in enumerate(zip(kept, tokens)) if a != b), min(len(kept), len(tokens) - 1))
-    config = model.config
-    if count < len(kept) and any(config.local_layers) and len(kept) + 2 > config.window:
-        return 0  # rings have the newest tokens (a step may be under way that makes one more), not those before them
-    return count
-
-
-class _Printer:
-    """Prints an answer as its tokens come, but for what may be the beginning of a stop string, and none of what
-    follows. Thoughts go to stderr, if `thoughts` is true."""
-
-    def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...], stops: list[str], thoughts: bool = True):
-        self.stream, self.stop_ids, self.stops = tokenizer.stream(), stop_ids, stops
-        self.held, self.stopped = "", False
-        self.around, self.thoughts = tokenizer.thought or (), thoughts
-        self.thinking, self.named, self.shown = False, False, False  # of the thought that goes on
-
-    def __call__(self, token: int):
-        if token in self.stop_ids:
-            return
-        if token in self.around:
-            self._end_thought()
-            self.thinking = token == self.around[0]
-        elif self.thinking:
-            self._think(self.stream.put(token))
-        else:
-            self.held += self.stream.put(token)
-            self._print(len(self.held) - max((len(stop) - 1 for stop in self.stops), default=0))
-
-    def end(self):
-        self._end_thought()
-        self.held += self.stream.end()
-        self._print(len(self.held))
-        print(flush=True)
-
-    def _think(self, text: str):
-        if not self.named:  # the first line says what it is
-            _, newline, text = text.partition("\n")
-            self.named = bool(newline)
-        if text and self.thoughts:
-            print(text, end="", file=sys.stderr, flush=True)
-            self.shown = True
-
-    def _end_thought(self):
-        if self.shown:
-            print(file=sys.stderr, flush=True)
-        self.named = self.shown = False
-
-    def _print(self, count: int):
-        text = before_stop(self.held, self.stops)
-        if not self.stopped:
-            count = len(text) if text != self.held else max(0, count)
-            print(text[:count], end="", flush=True)
-            self.stopped, self.held = text != self.held, self.held[count:]
-
-
 class _Trace:
     """Records prefill and ten decode steps as `on_step` is called."""
 
@@ -676,7 +480,7 @@ def run(args: argparse.Namespace):
         tokenizer.check_chat(args.thinking)
     if args.interactive:
         with torch.no_grad():
-            return chat(model, tokenizer, args, sampling, seed)
+            return converse(model, tokenizer, args, sampling, seed)
 
     stop_ids, stats, fitting = model.config.stop_ids, Stats(), []
     for i, each in enumerate(asked):
@@ -695,7 +499,7 @@ def run(args: argparse.Namespace):
     place = {i: n for n, i in enumerate(fitting)}  # in `prompts`, of one in `asked`
     skip = {(place[i], j) for i, j in output.done if i in place} if output else ()
     streaming = sys.stdout.isatty() and not args.json and output is None and total == 1 and not beams
-    printer = _Printer(tokenizer, stop_ids, asked[0].stop, not args.no_thoughts) if streaming else None
+    printer = Printer(tokenizer, stop_ids, asked[0].stop, not args.no_thoughts) if streaming else None
     trace = _Trace() if args.profile else None
     if streaming and asked[0].messages is None:
         print(asked[0].prompt, end="", flush=True)
@@ -775,7 +579,7 @@ def _asked(args: argparse.Namespace, sampling: Sampling) -> list[argparse.Namesp
         if args.chat and each.messages is None:
             each.messages = [{"role": "user", "content": each.prompt}]
         if each.messages and each.messages[0]["role"] not in ("system", "developer"):
-            each.messages = [*_system(args), *each.messages]
+            each.messages = [*system_messages(args.system), *each.messages]
         try:
             each.sampling = replace(sampling, **{name: entry[name] for name in SETTINGS if name in entry})
             for name in ("max_new_tokens", "num_samples"):

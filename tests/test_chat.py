@@ -9,6 +9,7 @@ import pytest
 from conftest import CASES, CHAT_TEMPLATE, GEMMA4_SPECIAL, SIZES, TINY_GEMMA, copy_tiny_gemma, small_model
 from safetensors.torch import save_file
 
+import chat
 import generate as program
 from sampling import Sampling
 from scheduler import Scheduler
@@ -303,12 +304,12 @@ def test_stop_strings_are_those_of_the_answer(tokenizer):
 def test_thoughts_stream_to_stderr(capsys, tokenizer, shown):
     text = "<|channel>thought\nHm stop é\n\nSo<channel|>a 😀 b<|channel>thought\n<channel|> stop c"
     for stops, answer in (([], "a 😀 b stop c\n"), (["stop"], "a 😀 b \n")):
-        printer = program._Printer(tokenizer, (tokenizer.end_of_turn,), stops, shown)
+        printer = chat.Printer(tokenizer, (tokenizer.end_of_turn,), stops, shown)
         for token in [*tokenizer.encode(text, bos=False), tokenizer.end_of_turn]:
             printer(token)
         printer.end()
         assert capsys.readouterr() == (answer, "Hm stop é\n\nSo\n" if shown else "")
-    printer = program._Printer(tokenizer, (tokenizer.end_of_turn,), [], shown)
+    printer = chat.Printer(tokenizer, (tokenizer.end_of_turn,), [], shown)
     for token in tokenizer.encode("<|channel>thought\ncut", bos=False):
         printer(token)
     printer.end()
@@ -406,9 +407,9 @@ def test_messages_of_a_prompts_file(capsys, checkpoint, tokenizer, tmp_path):
     found = [json.loads(line) for line in out.splitlines()]
     kind = {"role": "system", "content": "Be kind."}
     chats = [[kind, HI, ANSWER, MORE]] * 2 + [[SYSTEM, HI]]
-    for completion, line, chat in zip(found, (lines[0], lines[0], lines[1]), chats):
+    for completion, line, messages in zip(found, (lines[0], lines[0], lines[1]), chats):
         assert completion["messages"] == line["messages"] and "prompt" not in completion
-        assert completion["prompt_tokens"] == len(tokenizer.encode_chat(chat))
+        assert completion["prompt_tokens"] == len(tokenizer.encode_chat(messages))
     assert found[3]["prompt_tokens"] == len(tokenizer.encode("plain"))
     output = tmp_path / "out.jsonl"
     assert run(capsys, "--prompts_file", file, *options, "--output", output)[0] == 0
@@ -627,7 +628,7 @@ def converse(monkeypatch, capsys, checkpoint, tokenizer, answers: list[str], *op
     end = [tokenizer.end_of_turn]
     monkeypatch.setattr(Conversation, "answers", [tokenizer.encode(text, bos=False) + end for text in answers])
     monkeypatch.setattr(Conversation, "prompts", [])
-    monkeypatch.setattr(program, "Scheduler", Conversation)
+    monkeypatch.setattr(chat, "Scheduler", Conversation)
     fake_input(monkeypatch, [f"question {i}" for i in range(len(answers))])
     status, out, err = run(capsys, "--checkpoint_path", checkpoint, "--interactive", *options)
     assert status == 0, err
@@ -695,7 +696,7 @@ def test_a_turn_that_reuses_is_as_one_that_does_not(
                 turns.append((request.prompt, cached, list(tokens)))
                 yield request, tokens
 
-    monkeypatch.setattr(program, "Scheduler", Recorded)
+    monkeypatch.setattr(chat, "Scheduler", Recorded)
     fake_input(monkeypatch, ["a", "hello there", "x " * 30, *"bcdefg"])
     options = ["--temperature", "0", "--max_new_tokens", "24"] + ["--thinking"] * thinking
     status, _, err = run(capsys, "--checkpoint_path", directory, "--interactive", *options)
@@ -711,7 +712,7 @@ def test_a_turn_that_reuses_is_as_one_that_does_not(
 
 
 def test_a_conversation_with_a_template_that_fills_the_context_starts_anew(monkeypatch, capsys, checkpoint, tokenizer):
-    monkeypatch.setattr(program, "CHAT_LENGTH", 80)
+    monkeypatch.setattr(chat, "CHAT_LENGTH", 80)
     options = ("--max_new_tokens", "8", "--system", "Be brief.")
     prompts, _, err = converse(monkeypatch, capsys, checkpoint, tokenizer, ["Yes."] * 9, *options)
     assert "note: the conversation has filled its 80 tokens and starts anew" in err

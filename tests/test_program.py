@@ -14,6 +14,7 @@ import torch
 from conftest import ONE_LAYER, ROOT, SIZES, TINY_GEMMA, copy_tiny_gemma, small_model
 from safetensors.torch import save_file
 
+import chat
 import device as device_file
 import generate as program
 from runner import Runner
@@ -163,7 +164,7 @@ def fake_input(lines):
 
 
 def test_interactive_conversation_that_fills_the_context_starts_anew(monkeypatch, capsys):
-    monkeypatch.setattr(program, "CHAT_LENGTH", 96)
+    monkeypatch.setattr(chat, "CHAT_LENGTH", 96)
     monkeypatch.setattr("builtins.input", fake_input(["one two three"] * 5 + ["word " * 90]))
     assert program.main(["--interactive", "--max_new_tokens", "20", "--device", "cpu"]) == 0
     _, err = capsys.readouterr()
