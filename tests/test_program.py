@@ -400,7 +400,7 @@ def test_text_that_streams_ends_before_a_stop(capsys):
     tokenizer = program.Tokenizer(TINY_GEMMA / "tokenizer.model")
     for text in ("ab", "abc", "one STOP two", "one STO", "one STSTOP", "STOP", "a STOP b STOP", "nothing"):
         for stops in ([], ["STOP"], ["STOP", "b"], ["x"]):
-            printer = program._Printer(tokenizer, (1,), stops)
+            printer = chat.Printer(tokenizer, (1,), stops)
             for token in [*tokenizer.encode(text, bos=False), 1]:
                 printer(token)
             printer.end()
