@@ -35,7 +35,7 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.integer import dequantize_triton, int4_numbers, words_per_chunk
+from ops.integer import dequantize_triton, int4_numbers, int4_products, words_per_chunk
 from ops.matmul import GemvConfig, matmul
 from ops.norm import geglu
 
@@ -433,10 +433,12 @@ def experts_config(m: int, top_k: int, n_experts: int, dtype: torch.dtype) -> Co
     (BF16, microseconds for 2,048 and 16,384 tokens: 764 and 3,369, where torch._grouped_mm takes 962 and 3,656.)
     """
     block_k = 128 // dtype.itemsize  # a cache line of each weight row
-    if m == 1 and dtype != torch.int32:
+    if m == 1:
         w13 = GemvConfig(2, 1024, num_warps=2, num_stages=3)
         if dtype.itemsize == 1:
             w13 = GemvConfig(4, 512, num_warps=4, num_stages=4)
+        elif dtype == torch.int32:
+            w13 = GemvConfig(4, 1024, num_warps=4, num_stages=2)
         return w13, GemvConfig(1, 1024, num_warps=4, num_stages=1)
     if m <= FEW_ROWS:
         wide = 1 if dtype == torch.int32 else 2  # cache lines at a time
@@ -458,6 +460,8 @@ def _expert_gemv_kernel(
     out_ptr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -474,17 +478,25 @@ def _expert_gemv_kernel(
     wait_for_previous(PDL)
     e = tl.load(experts_ptr + pair)
     row += e * (2 * OUT)
-    rows_ptr = weight_ptr + row.to(tl.int64) * IN
-    acc = tl.zeros([2 * BLOCK_N, BLOCK_K], tl.float32)
-    for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
-        mask = k + columns < IN
-        weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0)
-        x = tl.load(x_ptr + k + columns, mask=mask, other=0.0)
-        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    if GROUP > 0:
+        rows = row.to(tl.int64)[:, None]
+        words_ptrs, pair_ptrs = weight_ptr + rows * (IN // 8), weight_scale_ptr + rows * (IN // GROUP)
+        BLOCK: tl.constexpr = BLOCK_K // 8
+        acc = tl.zeros([2 * BLOCK_N, BLOCK], tl.float32)
+        for word in tl.range(0, IN // 8, BLOCK, num_stages=STAGES):
+            acc += int4_products(x_ptr, words_ptrs, pair_ptrs, word, rows >= 0, IN, GROUP, WORDS, BLOCK)
+    else:
+        rows_ptr = weight_ptr + row.to(tl.int64) * IN
+        acc = tl.zeros([2 * BLOCK_N, BLOCK_K], tl.float32)
+        for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
+            mask = k + columns < IN
+            weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0)
+            x = tl.load(x_ptr + k + columns, mask=mask, other=0.0)
+            acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
     y = tl.sum(acc, axis=1)
     if input_scale_ptr is not None:
         y *= input_scale * tl.load(weight_scale_ptr + e)
-    elif weight_scale_ptr is not None:  # int8's, of each row
+    elif weight_scale_ptr is not None and GROUP == 0:  # int8's, of each row
         y *= tl.load(weight_scale_ptr + row).to(tl.float32)
     gate, up = tl.split(tl.reshape(y.to(dtype).to(tl.float32), [BLOCK_N, 2]))
     y = gelu_times(gate, up, dtype)
@@ -506,6 +518,8 @@ def _expert_sum_kernel(
     out_ptr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -525,17 +539,26 @@ def _expert_sum_kernel(
     wait_for_previous(PDL)
     e = tl.load(experts_ptr + pair, mask=pair < TOP_K, other=0)
     row = e * OUT + tl.minimum(n, OUT - 1)
-    rows_ptr = weight_ptr + row.to(tl.int64) * IN
-    acc = tl.zeros([SLOTS * BLOCK_N, BLOCK_K], tl.float32)
-    for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
-        mask = (pair < TOP_K)[:, None] & (k + columns < IN)[None, :]
-        weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask, other=0.0)
-        x = tl.load(x_ptr + (pair * IN)[:, None] + (k + columns)[None, :], mask=mask, other=0.0)
-        acc += weight.to(tl.float32) * x.to(tl.float32)
+    if GROUP > 0:
+        rows, has_row = row.to(tl.int64)[:, None], (pair < TOP_K)[:, None]
+        words_ptrs, pair_ptrs = weight_ptr + rows * (IN // 8), weight_scale_ptr + rows * (IN // GROUP)
+        x_ptrs = x_ptr + (pair * IN)[:, None]
+        BLOCK: tl.constexpr = BLOCK_K // 8
+        acc = tl.zeros([SLOTS * BLOCK_N, BLOCK], tl.float32)
+        for word in tl.range(0, IN // 8, BLOCK, num_stages=STAGES):
+            acc += int4_products(x_ptrs, words_ptrs, pair_ptrs, word, has_row, IN, GROUP, WORDS, BLOCK)
+    else:
+        rows_ptr = weight_ptr + row.to(tl.int64) * IN
+        acc = tl.zeros([SLOTS * BLOCK_N, BLOCK_K], tl.float32)
+        for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
+            mask = (pair < TOP_K)[:, None] & (k + columns < IN)[None, :]
+            weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask, other=0.0)
+            x = tl.load(x_ptr + (pair * IN)[:, None] + (k + columns)[None, :], mask=mask, other=0.0)
+            acc += weight.to(tl.float32) * x.to(tl.float32)
     y = tl.sum(acc, axis=1)
     if input_scale_ptr is not None:
         y *= tl.load(input_scale_ptr + e) * tl.load(weight_scale_ptr + e)
-    elif weight_scale_ptr is not None:
+    elif weight_scale_ptr is not None and GROUP == 0:
         y *= tl.load(weight_scale_ptr + row).to(tl.float32)
     y = y.to(dtype).to(tl.float32) * tl.load(weights_ptr + pair, mask=pair < TOP_K, other=0.0)
     y = tl.sum(tl.reshape(y, [SLOTS, BLOCK_N]), axis=0)
@@ -724,9 +747,11 @@ def _of_one_row(
     launch(
         _expert_gemv_kernel,
         (-(-f // configs[0].block_n), top_k),
-        *(h, w13.data, chosen, w13.input_scale, w13.scale, w2.input_scale, g),
+        *(h, w13.data, chosen, w13.input_scale, _scales(w13), w2.input_scale, g),
         OUT=f,
         IN=n,
+        GROUP=w13.group,
+        WORDS=words_per_chunk(n) if w13.group else 0,
         BLOCK_N=configs[0].block_n,
         BLOCK_K=configs[0].block_k,
         STAGES=configs[0].num_stages,
@@ -737,9 +762,11 @@ def _of_one_row(
     launch(
         _expert_sum_kernel,
         (-(-n // configs[1].block_n),),
-        *(g, w2.data, chosen, weights, w2.input_scale, w2.scale, out),
+        *(g, w2.data, chosen, weights, w2.input_scale, _scales(w2), out),
         OUT=n,
         IN=f,
+        GROUP=w2.group,
+        WORDS=words_per_chunk(f) if w2.group else 0,
         TOP_K=top_k,
         SLOTS=power_of_2(top_k),
         BLOCK_N=configs[1].block_n,
@@ -749,6 +776,11 @@ def _of_one_row(
         num_warps=configs[1].num_warps,
     )
     return out
+
+
+def _scales(weight) -> Tensor | None:
+    """What kernels take: of int4, a scale and a zero as one int32."""
+    return weight.scale.view(torch.int32) if weight.group else weight.scale
 
 
 def _gemm(
@@ -763,11 +795,9 @@ def _gemm(
     next_scale: Tensor | None = None,
 ):
     """Multiplies x, the rows of tokens with `geglu` and those of sorted pairs without, into sorted rows `out`."""
-    (n, k), data, scale, group = weight.shape, weight.data, weight.scale, weight.group
+    (n, k), data, scale, group = weight.shape, weight.data, _scales(weight), weight.group
     n = n // 2 if geglu else n
-    if group:
-        scale = scale.view(torch.int32)
-    else:
+    if not group:
         data = TensorDescriptor.from_tensor(data.view(-1, k), [config.block_n, config.block_k])
     tiles = chosen.numel() if pairs.tiles is None else len(pairs.tiles)
     launch(

@@ -21,7 +21,7 @@ int4.
 Two adjacent columns of int4 lie 16 bits apart, so that `word >> 4 * p & 0x000F000F` has them in the two halves of a
 register, where the tensor cores and the instructions for pairs of bf16 expect two adjacent numbers. Where 128 does not
 divide K, a chunk has W = 4 or 8 words instead of 16: nibble p of word w is column 2 * W * p + 2 * w, 16 bits above it
-is the next column. The products take no such weight; it is dequantized in each call.
+is the next column. But for that of a single row, products take no such weight; it is dequantized in each call.
 
 **Scale and zero.** The scale and the zero of an int4 group are read as one int32, a *pair*:
 
@@ -247,7 +247,7 @@ def _dequantize_kernel(
         for i in tl.static_range(8):  # bits 4i to 4i + 3: nibble i % 4 of the first or second column
             columns = word // WORDS * (8 * WORDS) + i % 4 * (2 * WORDS) + word % WORDS * 2 + i // 4
             pair = tl.load(scale_ptr + row * (IN // GROUP) + columns // GROUP, mask=mask, other=0)
-            scale, zero = _scale_and_zero(pair)
+            scale, zero = scale_and_zero(pair)
             y = (((words >> (4 * i)) & 15).to(tl.float32) - zero) * scale
             tl.store(out_ptr + columns, y.to(dtype), mask=mask)
 
@@ -271,7 +271,7 @@ def dequantize_triton(weight, dtype: torch.dtype) -> Tensor:
 
 
 @jit
-def _scale_and_zero(pair):
+def scale_and_zero(pair):
     """Splits pairs, int32 each, into scales and zeros, float32 each."""
     return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
 
@@ -542,7 +542,7 @@ def _int_gemv_kernel(
                     total = tl.dot(_code_operand(ones << (unit % 2 * 4 if GROUP else 0), GROUP), x[half], total)
             if GROUP and unit % PERIOD == PERIOD - 1:
                 pair = tl.broadcast_to(pairs[unit // PERIOD], SHAPE)
-                scale, zero = _scale_and_zero(_as_matrices(pair))
+                scale, zero = scale_and_zero(_as_matrices(pair))
                 acc += scale * (y - zero * total)
         words, pairs, xs = next_words, next_pairs, next_xs
     if not GROUP:
@@ -636,10 +636,88 @@ def int4_numbers(words, pair, unit: tl.constexpr, dtype: tl.constexpr, BF16X2: t
         )
         y = tl.reshape(_bf16_pairs(y), SHAPE)
     else:
-        scale, zero = _scale_and_zero(pair[:, None, None])
+        scale, zero = scale_and_zero(pair[:, None, None])
         y = tl.join(words & 15, (words >> 16) & 15).to(tl.float32)
         y = tl.reshape((y - zero) * scale, SHAPE).to(dtype)
     return y
+
+
+@jit
+def int4_products(
+    x_ptrs,
+    words_ptrs,
+    pair_ptrs,
+    first,
+    mask,
+    IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Multiplies BLOCK int4 words of each row, from word `first` of rows on, by x, of which x_ptrs [R or 1, 1] point to
+    the rows: sums [R, BLOCK] of a word's 8 products. words_ptrs and pair_ptrs [R, 1] point to rows of words and pairs,
+    mask [R or 1, 1] says which rows there are. The head of this file has the layout."""
+    word = first + tl.arange(0, BLOCK)[None, :]
+    mask = mask & (word < IN // 8)
+    column = word // WORDS * (8 * WORDS) + word % WORDS * 2
+    words = tl.load(words_ptrs + word, mask=mask, other=0)
+    acc = tl.zeros(words.shape, tl.float32)
+    for nibble in tl.static_range(4):
+        k = column + nibble * (2 * WORDS)
+        scale, zero = scale_and_zero(tl.load(pair_ptrs + k // GROUP, mask=mask, other=0))
+        low = ((words >> (4 * nibble)) & 15).to(tl.float32) - zero
+        high = ((words >> (4 * nibble + 16)) & 15).to(tl.float32) - zero
+        x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(x_ptrs + k + 1, mask=mask, other=0.0).to(tl.float32)
+        acc += scale * (low * x + high * y)
+    return acc
+
+
+@jit
+def _int4_row_kernel(
+    x_ptr,
+    weight_ptr,
+    pair_ptr,
+    out_ptr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Multiplies one row of x by BLOCK_N rows of the weight."""
+    launch_dependents(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(n, OUT - 1)[:, None]
+    words_ptrs, pair_ptrs = weight_ptr + row * (IN // 8), pair_ptr + row * (IN // GROUP)
+    acc = tl.zeros([BLOCK_N, BLOCK], tl.float32)
+    wait_for_previous(PDL)
+    for word in tl.range(0, IN // 8, BLOCK, num_stages=STAGES):
+        acc += int4_products(x_ptr, words_ptrs, pair_ptrs, word, row >= 0, IN, GROUP, WORDS, BLOCK)
+    tl.store(out_ptr + n, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=n < OUT)
+
+
+def int4_row(x: Tensor, weight) -> Tensor:
+    """Multiplies one row x [1, K] by a weight in int4, whatever its chunks: [1, N]."""
+    (n, k), block_n, block = weight.shape, 4, 128
+    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    launch(
+        _int4_row_kernel,
+        (-(-n // block_n),),
+        *(x, weight.data, weight.scale.view(torch.int32), out),
+        OUT=n,
+        IN=k,
+        GROUP=weight.group,
+        WORDS=words_per_chunk(k),
+        BLOCK_N=block_n,
+        BLOCK=block,
+        STAGES=2,
+        num_warps=4,
+    )
+    return out
 
 
 def int_triton(
@@ -647,6 +725,8 @@ def int_triton(
 ) -> Tensor:
     """Multiplies x [M, K] by a weight in int8 or int4: `matmul_triton` or, with `geglu`, `matmul_geglu_triton`."""
     config = int_config(len(x), *weight.shape, weight.group)
+    if config is None and len(x) == 1 and weight.group and not geglu:
+        return int4_row(x, weight)
     if config is None or dtype != torch.bfloat16:  # made in each call; of few rows unrounded, as by the kernels
         wide = torch.float32 if len(x) <= 8 else dtype
         y = F.linear(x.to(wide), dequantize_triton(weight, wide)).to(dtype)

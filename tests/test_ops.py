@@ -663,6 +663,16 @@ def test_one_row_by_int8(n, k, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize(("group", "k"), [(32, 96), (32, 160), (64, 192), (32, 2112)])
+def test_one_row_by_int4_in_chunks_of_any_size(group, k, dtype):
+    """Without a weight that is dequantized."""
+    x, weight = normal(1, k, dtype=dtype), int_weight(11, k, group)
+    y = matmul.matmul_triton(x, weight, dtype)
+    assert torch.equal(y, integer.int4_row(x, weight))
+    (assert_near if dtype == BF16 else assert_same)(y, product(x, weight, dtype))
+
+
+@DTYPES
 @pytest.mark.parametrize("m", [1, 2, 5, 17])
 @pytest.mark.parametrize(("group", "k"), [(0, 96), (32, 96), (32, 384), (128, 512)])
 def test_matmul_geglu_by_integers(dtype, m, group, k):
@@ -961,7 +971,7 @@ def test_published_sizes(dtype, m, shape):
 @pytest.mark.cuda
 @pytest.mark.parametrize("group", [0, 32, 128])
 @pytest.mark.parametrize("m", [1, 2, 3, 16, 33, 64, 65])
-@pytest.mark.parametrize("shape", [(12288, 3072), (3072, 24576), (3072, 4096), (1000, 1152)])
+@pytest.mark.parametrize("shape", [(12288, 3072), (3072, 24576), (3072, 4096), (1000, 1152), (2816, 2112)])
 def test_published_sizes_of_integers(group, m, shape):
     x, weight = normal(m, shape[1], dtype=BF16), int_weight(*shape, group)
     y, expected = matmul.matmul_triton(x, weight, BF16, partials=True), product(x, weight, BF16)
