@@ -84,6 +84,7 @@ MISTAKES = [
     ("generate --ops triton", "invalid choice: 'triton'"),
     ("generate --device gpu", "invalid choice: 'gpu'"),
     ("generate --fp8", "--fp8 needs scaling factors"),
+    ("generate --ple_device cpu", "--ple_device is for models with embeddings of each layer's own"),
     # numbers
     ("generate --max_new_tokens 0", "argument --max_new_tokens: must be a whole number, at least 1, not '0'"),
     ("generate --max_new_tokens many", "argument --max_new_tokens: must be a whole number, at least 1, not 'many'"),
