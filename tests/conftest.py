@@ -126,9 +126,7 @@ def reference_model(case: str, seed: int = 0):
         for name, parameter in model.named_parameters():
             # Layers that outweigh the embedding: greedy tokens then vary, instead of repeating the last one.
             mean, deviation = 0.0, 0.1 if "embed" in name else 0.3
-            if (
-                model_type.startswith("gemma4") and parameter.dim() == 1
-            ):  # norms' weights are factors there, not offsets
+            if model_type.startswith("gemma4") and parameter.dim() == 1:  # norms' weights are factors, no offsets
                 # Scores are not scaled: large ones make of softmax a choice, and of float32's rounding 2e-4
                 mean, deviation = (0.4, 0.1) if "self_attn" in name else (1.0, 0.2)
             parameter.normal_(mean, deviation)

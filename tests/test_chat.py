@@ -676,9 +676,7 @@ def test_what_a_turn_reuses(monkeypatch, capsys, checkpoint, json_tokenizer, tok
     [
         ("gemma3-window-half", {"sliding_window": 64}),
         ("gemma3-window-small", {}),
-        ("gemma-gqa", {}),
         ("gemma4-shared", {"vocab_size_per_layer_input": 640}),
-        ("gemma4-unified", {"sliding_window": 64}),
     ],
 )
 @pytest.mark.parametrize("thinking", [True, False])

@@ -93,8 +93,11 @@ def test_settings_of_each_prompt(tiny, prompts):
         assert [found[i, 0] for i in range(8)] == alone
 
 
-@pytest.mark.parametrize("chunk", [64, 150, 8192])
-@pytest.mark.parametrize("case", ["gemma-mqa", "gemma2-window-small", "gemma3-window-half", "gemma4-shared"])
+@pytest.mark.parametrize(
+    ("case", "chunk"),
+    [("gemma-mqa", 64), ("gemma2-window-small", 150), *(("gemma3-window-half", n) for n in (64, 150, 8192))]
+    + [("gemma4-shared", 64), ("gemma4-shared", 8192), ("gemma4-unified", 150)],
+)
 def test_prompts_that_share_pages_have_the_texts_that_they_have_alone(case, chunk, monkeypatch):
     """Cut or not, with samples, beginnings of 63 to 130 tokens that some share, twice, and few pages to run in; what
     nobody has is full of NaN."""
