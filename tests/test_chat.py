@@ -679,10 +679,7 @@ def test_what_a_turn_reuses(monkeypatch, capsys, checkpoint, json_tokenizer, tok
         ("gemma4-shared", {"vocab_size_per_layer_input": 640}),
     ],
 )
-@pytest.mark.parametrize("thinking", [True, False])
-def test_a_turn_that_reuses_is_as_one_that_does_not(
-    monkeypatch, capsys, json_tokenizer, tmp_path, case, settings, thinking
-):
+def test_a_turn_that_reuses_is_as_one_that_does_not(monkeypatch, capsys, json_tokenizer, tmp_path, case, settings):
     """Answers of a random model, whose tokens are no tokenizer's: the beginning in common may end anywhere. A ring that
     is no larger than its window has nothing to go back to."""
     directory = save_chat_checkpoint(tmp_path, json_tokenizer, case, **settings)
@@ -696,7 +693,7 @@ def test_a_turn_that_reuses_is_as_one_that_does_not(
 
     monkeypatch.setattr(chat, "Scheduler", Recorded)
     fake_input(monkeypatch, ["a", "hello there", "x " * 30, *"bcdefg"])
-    options = ["--temperature", "0", "--max_new_tokens", "24"] + ["--thinking"] * thinking
+    options = ["--temperature", "0", "--max_new_tokens", "24", "--thinking"]
     status, _, err = run(capsys, "--checkpoint_path", directory, "--interactive", *options)
     assert status == 0, err
     assert len(turns) == 9

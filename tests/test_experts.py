@@ -278,7 +278,7 @@ def test_experts(format, group, dtype, m, monkeypatch):
 
 @needs_triton
 @FORMATS_IN
-@pytest.mark.parametrize("m", [1, 6])
+@pytest.mark.parametrize("m", [6])
 def test_many_experts(format, group, dtype, m):
     arguments = case(format, group, dtype, m, n_experts=128, top_k=8, hidden=128, f=32)
     assert_agree(moe.experts_triton(*arguments), moe.experts(*arguments), format, dtype)

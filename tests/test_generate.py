@@ -96,7 +96,7 @@ def test_settings_of_each_prompt(tiny, prompts):
 @pytest.mark.parametrize(
     ("case", "chunk"),
     [("gemma-mqa", 64), ("gemma2-window-small", 150), *(("gemma3-window-half", n) for n in (64, 150, 8192))]
-    + [("gemma4-shared", 64), ("gemma4-shared", 8192), ("gemma4-unified", 150)],
+    + [("gemma4-shared", 64), ("gemma4-unified", 150)],
 )
 def test_prompts_that_share_pages_have_the_texts_that_they_have_alone(case, chunk, monkeypatch):
     """Cut or not, with samples, beginnings of 63 to 130 tokens that some share, twice, and few pages to run in; what

@@ -20,6 +20,7 @@ from ops import te
 from ops.attention import softmax_attention
 
 PROMPT_LENGTHS = (40, 1, 13, 27)
+GEMMA4_CASES = [case for case in CASES if case.startswith("gemma4")]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,9 @@ def test_prefill_behind_cached_tokens(models):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "reference", ["gemma-mha", "gemma2-window-small", "gemma3-window-half", *GEMMA4_CASES], indirect=True
+)
 def test_greedy_tokens_alone_and_in_a_ragged_batch(models):
     theirs, ours = models
     theirs.generation_config.eos_token_id = None

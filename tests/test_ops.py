@@ -351,7 +351,7 @@ ATTENTION = {  # by_sums, B, H, K, D, S, window, products of K and V, norm of V,
 
 
 @pytest.mark.parametrize("case", ATTENTION)
-@pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, F32), (F32, BF16), (BF16, E4M3), (BF16, E5M2)])
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, F32), (BF16, E4M3)])
 def test_decode_attention(case, dtypes):
     by_sums, m, heads, kv_heads, d, slots, window, products, v_norm, offset = ATTENTION[case]
     dtype, cache_dtype = dtypes
@@ -480,8 +480,9 @@ def test_attention_of_prompts(dtype, cache_dtype, split_k, window, ragged, cache
                 assert_same(mine, expected)
 
 
-@pytest.mark.parametrize("attend", [attention.attend, attention.attend_triton])
-@pytest.mark.parametrize(("dtype", "cache_dtype"), [(BF16, E4M3), (F32, F32)])
+@pytest.mark.parametrize(
+    ("attend", "dtype", "cache_dtype"), [(attention.attend, F32, F32), (attention.attend_triton, BF16, E4M3)]
+)
 @pytest.mark.parametrize(("window", "cached"), [(None, None), (None, (70, 3)), (50, (70, 3))])
 @pytest.mark.parametrize("products", [1, 2])
 def test_prompts_of_layers_that_share_keys(attend, dtype, cache_dtype, window, cached, products):
@@ -919,7 +920,7 @@ def test_decode_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(NAMES, STEPS[:6] + STEPS[8:10] + STEPS[11:13] + STEPS[15:])
+@pytest.mark.parametrize(NAMES, STEPS[:6:2] + STEPS[8:10] + STEPS[12:13] + STEPS[15:])
 def test_prefill_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch):
     """Logits, and what a later query will see of the KV cache."""
     model = tiny_model(case, dtype, format, monkeypatch)
