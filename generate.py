@@ -160,11 +160,9 @@ def load_model(
     if device.type == "cuda":
         needed = 0
         for name, tensors in checkpoint.parts.items():
-            small = fp8 and name.endswith(LINEAR_WEIGHTS)
-            needed += sum(math.prod(tensor.shape) for tensor in tensors) * (1 if small else dtype.itemsize)
-        if in_int:
-            needed = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)
-        needed -= sum(math.prod(tensor.shape) * dtype.itemsize for name in on_host for tensor in checkpoint.parts[name])
+            itemsize = 1 if fp8 and name.endswith(LINEAR_WEIGHTS) else dtype.itemsize
+            for tensor in tensors if name not in on_host else ():
+                needed += tensor.size if in_int else math.prod(tensor.shape) * itemsize
         advice = "use a smaller model" + (" or one with int4 weights" if in_int else " or --fp8")
         check_memory(needed, device, "the weights", advice)
     with torch.device("meta"):

@@ -374,8 +374,7 @@ class Transformer(nn.Module):
             if last is not None and cache is not None and config.is_shared(index):
                 # From here on nothing is written to the cache: only the tokens that logits are wanted of go on
                 residual, inputs = residual.at(last), None if inputs is None else inputs[last]
-                newest = count - 1 + (0 if position is None else position)
-                newest = newest.expand(len(last)) if isinstance(newest, Tensor) else last.new_full(last.shape, newest)
+                newest = torch.zeros_like(last) + count - 1 + (0 if position is None else position)
                 kinds, last = self.positions(newest[:, None], cache, newest), None
             layer_cache = None if cache is None else cache.layers[index]
             own = None if inputs is None else inputs[:, index]

@@ -233,20 +233,20 @@ class JsonTokenizer(Tokenizer):
         """Loads tokenizer.json. Raises FileNotFoundError without the file, ValueError if it is cut or is not
         Gemma's."""
         self.path = _file_of(path)
-        self.library = self._load()
+        self.bpe = self._load()
         self.bos_id, self.eos_id = self._id(self.bos), self._id("<eos>")
         if self.bos_id is None or self.eos_id is None:
             raise ValueError(f"{path} is not Gemma's tokenizer: it lacks <bos> or <eos>")
-        self.vocab_size = self.library.get_vocab_size()
+        self.vocab_size = self.bpe.get_vocab_size()
         turns = next((turns for turns in TURNS if self._id(turns[0]) is not None), TURNS[0])
         controls = ["<bos>", "<eos>", *(piece for piece in (*turns, *THOUGHT) if self._id(piece) is not None)]
-        self.library.add_special_tokens(controls)  # if they are not special already
-        added = self.library.get_added_tokens_decoder()
+        self.bpe.add_special_tokens(controls)  # if they are not special already
+        added = self.bpe.get_added_tokens_decoder()
         self.special = {token for token, each in added.items() if each.special} | set(map(self._id, controls))
         sample = "a b\n  é\U0010fffd"  # the last one is in no vocabulary, and comes in bytes
         if self.decode(self._encode(sample)) != sample:
             raise ValueError(f"{path} is not Gemma's tokenizer: it doesn't give a text back")
-        self._name_tokens(turns, map(self.library.id_to_token, self.special))
+        self._name_tokens(turns, map(self.bpe.id_to_token, self.special))
 
     def _load(self):
         from tokenizers import Tokenizer  # here, since Gemma 1 to 3 do without
@@ -256,12 +256,12 @@ class JsonTokenizer(Tokenizer):
             # The library would end the process over other bytes, and over merges that lack such a prefix
             if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', content):
                 raise ValueError("Gemma's pieces have no continuing_subword_prefix")
-            library = Tokenizer.from_str(content)
+            bpe = Tokenizer.from_str(content)
         except Exception as error:  # the library has no class of its own for it
             raise ValueError(f"{self.path} is cut or is no tokenizer of the tokenizers library") from error
-        library.no_truncation()
-        library.no_padding()
-        return library
+        bpe.no_truncation()
+        bpe.no_padding()
+        return bpe
 
     @cached_property
     def _plain(self):
@@ -280,10 +280,10 @@ class JsonTokenizer(Tokenizer):
             )
 
     def _id(self, piece: str) -> int | None:
-        return self.library.token_to_id(piece)
+        return self.bpe.token_to_id(piece)
 
     def _encode(self, text: str) -> list[int]:
-        return self.library.encode(text, add_special_tokens=False).ids
+        return self.bpe.encode(text, add_special_tokens=False).ids
 
     def _encode_plain(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
@@ -292,7 +292,7 @@ class JsonTokenizer(Tokenizer):
         return super()._encode_rendered(text, mark, spelled) if mark in text else self._encode(text)
 
     def _bytes(self, token: int) -> bytes:
-        piece = None if token in self.special else self.library.id_to_token(token)
+        piece = None if token in self.special else self.bpe.id_to_token(token)
         if piece is None:
             return b""
         if re.fullmatch("<0x[0-9A-F]{2}>", piece):

@@ -14,7 +14,7 @@ TransformerEngine's modules. model.py is written over `Ops` and knows none of th
 | gelu_gate        | a product, its GELU, and that times another factor     | matmul.py                    |
 | normed_sum       | the sum of two outputs, each with its norm             | norm.py                      |
 | per_layer_inputs | what each layer is given of the tokens                 | norm.py                      |
-| route            | which experts a token goes to, and their weights       | experts.py                   |
+| route            | which experts a token goes to, and their weights       | router.py                    |
 | experts          | the weighted sum of what a token's experts make        | experts.py                   |
 | mask             | which keys a query sees                                | attention.py                 |
 | attend           | norms, rotation, cache write and attention             | attention.py, *_attention.py |
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ops import attention, common, experts, matmul, next_token, norm, rope
+from ops import attention, common, experts, matmul, next_token, norm, rope, router
 
 NAMES = ("auto", "kernels", "te", "torch")
 
@@ -64,7 +64,7 @@ TORCH = Ops(
     gelu_gate=matmul.gelu_gate,
     normed_sum=norm.normed_sum,
     per_layer_inputs=norm.per_layer_inputs,
-    route=experts.route,
+    route=router.route,
     experts=experts.experts,
     mask=attention.attention_mask,
     attend=attention.attend,
@@ -81,7 +81,7 @@ KERNELS = Ops(
     gelu_gate=matmul.gelu_gate_triton,
     normed_sum=norm.normed_sum_triton,
     per_layer_inputs=norm.per_layer_inputs_triton,
-    route=experts.route_triton,
+    route=router.route_triton,
     experts=experts.experts_triton,
     mask=attention.no_mask,
     attend=attention.attend_triton,

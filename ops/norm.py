@@ -39,7 +39,7 @@ def embed(tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, sca
     the host's memory while tokens are on a GPU; a kernel then needs it pinned.
     """
     if weight.device != tokens.device:
-        return (F.embedding(tokens.to(weight.device), weight).to(tokens.device)) * factor
+        return F.embedding(tokens.to(weight.device), weight).to(tokens.device) * factor
     if scale is None:
         return F.embedding(tokens, weight) * factor
     if weight.dtype == torch.int8:
@@ -358,7 +358,7 @@ def geglu(y: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> T
     y, gate and then up, is [M, 2 * F] in `dtype` or float32 partial sums [split_k, M, 2 * F].
     """
     gate, up = summed(y, dtype).chunk(2, dim=-1)
-    h = F.gelu(gate, approximate="tanh") * up
+    h = gelu_product(gate, up)
     return h if input_scale is None else round_fp8(h, input_scale)
 
 

@@ -253,6 +253,18 @@ def assert_not_finite_ends_a_run(model, prompts, at: int, **options):
     assert generate(model, prompts, 40, **options) == expected
 
 
+def fake_input(monkeypatch, lines: list[str]):
+    lines = iter(lines)
+
+    def read(prompt=""):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+
+
 def made_once(tmp_path_factory, name: str, make) -> Path:
     """A directory that `make`(directory) filled, once for all of xdist's workers. Whoever changes it takes a copy."""
     base = tmp_path_factory.getbasetemp()
@@ -280,6 +292,23 @@ def tiny():
 def json_tokenizer(tmp_path_factory):
     """A directory with a small tokenizer.json, its settings and a chat template."""
     return made_once(tmp_path_factory, "json_tokenizer", save_json_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def from_json(json_tokenizer):
+    from tokenizer import JsonTokenizer
+
+    return JsonTokenizer(json_tokenizer / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def transformers_tokenizer(json_tokenizer):
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(json_tokenizer / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    reference.chat_template = CHAT_TEMPLATE
+    return reference
 
 
 @pytest.fixture(scope="session")

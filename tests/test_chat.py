@@ -6,7 +6,7 @@ import random
 import shutil
 
 import pytest
-from conftest import CASES, CHAT_TEMPLATE, GEMMA4_SPECIAL, SIZES, TINY_GEMMA, copy_tiny_gemma, small_model
+from conftest import CASES, CHAT_TEMPLATE, GEMMA4_SPECIAL, SIZES, TINY_GEMMA, copy_tiny_gemma, fake_input, small_model
 from safetensors.torch import save_file
 
 import chat
@@ -27,18 +27,8 @@ def user(text: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(json_tokenizer):
-    return JsonTokenizer(json_tokenizer / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def transformers_tokenizer(json_tokenizer):
-    transformers = pytest.importorskip("transformers")
-    reference = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(json_tokenizer / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
-    reference.chat_template = CHAT_TEMPLATE
-    return reference
+def tokenizer(from_json):
+    return from_json
 
 
 def rendered(reference, messages: list[dict], **options) -> list[int]:
@@ -113,7 +103,7 @@ def test_what_a_user_types_is_text(tokenizer, special):
     if special not in ("<|channel>", "<channel|>"):  # of an answer, they are a thought's
         assert controls(tokens) == controls(tokenizer.encode_chat(plain, thinking=True))
     spelled = b"".join(
-        tokenizer.library.id_to_token(token).encode() if token in tokenizer.special else tokenizer._bytes(token)
+        tokenizer.bpe.id_to_token(token).encode() if token in tokenizer.special else tokenizer._bytes(token)
         for token in tokenizer.encode_chat(user(text))
     )
     assert spelled.decode() == f"<bos><|turn>user\n{text.strip()}<turn|>\n<|turn>model\n"
@@ -350,18 +340,6 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     status = program.main([*map(str, arguments), "--device", "cpu", "--precision", "fp32"])
     out, err = capsys.readouterr()
     return status, out, err
-
-
-def fake_input(monkeypatch, lines: list[str]):
-    lines = iter(lines)
-
-    def read(prompt=""):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", read)
 
 
 def test_the_end_of_a_turn_stops(checkpoint, tokenizer):

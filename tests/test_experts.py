@@ -11,8 +11,10 @@ from test_ops import BF16, DEVICE, F32, assert_near, assert_same, exact_interpre
 from formats import FORMATS, Weight
 from ops import common
 from ops import experts as moe
+from ops import router as routing
 from ops.common import round_fp8
-from ops.experts import GroupedConfig, RouterConfig
+from ops.experts import GroupedConfig
+from ops.router import RouterConfig
 
 EPS = 1e-6
 FORMATS_IN = pytest.mark.parametrize(
@@ -115,8 +117,8 @@ def test_experts_and_router_compile(format, group):
     compiled = torch.compile(moe.experts, fullgraph=True, backend="aot_eager")
     assert_agree(compiled(*arguments), moe.experts(*arguments), format, F32)
     arguments = (*router(F32, 3), 2, EPS)
-    compiled = torch.compile(moe.route, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments)[0], moe.route(*arguments)[0])
+    compiled = torch.compile(routing.route, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments)[0], routing.route(*arguments)[0])
 
 
 def test_gradients_of_experts_and_router():
@@ -135,7 +137,7 @@ def test_gradients_of_experts_and_router():
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
     x, scale, proj, expert_scale = router(BF16, 3)
-    moe.route(x.requires_grad_(), scale, proj, expert_scale, 2, EPS)[1].sum().backward()
+    routing.route(x.requires_grad_(), scale, proj, expert_scale, 2, EPS)[1].sum().backward()
     assert x.grad.abs().sum() > 0
 
 
@@ -157,7 +159,7 @@ def test_router_and_experts_are_transformers(dtype):
         x = normal(40, 64, dtype=dtype)
         _, expected_weights, expected_chosen = theirs[0](x)
         router = theirs[0].scale, Weight.of("bf16", theirs[0].proj.weight), theirs[0].per_expert_scale
-        chosen, weights = moe.route(x, *router, 2, config.rms_norm_eps)
+        chosen, weights = routing.route(x, *router, 2, config.rms_norm_eps)
         assert torch.equal(chosen.long(), expected_chosen)
         assert torch.equal(weights, expected_weights)
         expected = theirs[1](x, expected_chosen, expected_weights)
@@ -186,7 +188,7 @@ def router(dtype, m, n_experts=8, hidden=64):
 
 def test_route_is_the_formula():
     x, scale, proj, expert_scale = router(F32, 6)
-    chosen, weights = moe.route(x, scale, proj, expert_scale, 3, EPS)
+    chosen, weights = routing.route(x, scale, proj, expert_scale, 3, EPS)
     assert (chosen.dtype, weights.dtype) == (torch.int32, F32)
     for row, its, its_weights in zip(x.double(), chosen.long(), weights, strict=True):
         logits = proj.data.double() @ (row / (row.square().mean() + EPS).sqrt() * scale.double() / 8)
@@ -207,14 +209,14 @@ CONFIGS = [
 @pytest.mark.parametrize(("m", "n_experts", "top_k", "hidden"), [(1, 8, 2, 64), (5, 128, 8, 72), (17, 6, 3, 40)])
 def test_route(dtype, config, m, n_experts, top_k, hidden):
     arguments = (*router(dtype, m, n_experts, hidden), top_k, EPS)
-    chosen, weights = moe.route_triton(*arguments, config)
-    expected_chosen, expected_weights = moe.route(*arguments)
+    chosen, weights = routing.route_triton(*arguments, config)
+    expected_chosen, expected_weights = routing.route(*arguments)
     assert (chosen.dtype, weights.dtype) == (torch.int32, F32)
     assert torch.equal(chosen, expected_chosen)
     torch.testing.assert_close(weights, expected_weights, rtol=0.02 if dtype == BF16 else 1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("route", [moe.route, pytest.param(moe.route_triton, marks=needs_triton)])
+@pytest.mark.parametrize("route", [routing.route, pytest.param(routing.route_triton, marks=needs_triton)])
 def test_of_equal_experts_the_first_are_taken(route):
     """Logits of one product each, so that they are the same in any order of summation."""
     x, scale, _, expert_scale = router(BF16, 4, 16)
@@ -234,7 +236,7 @@ def test_a_router_without_numbers_names_experts_all_the_same():
     """Weights of NaN end a run with a message; an expert that doesn't exist would end the process."""
     x, *rest = router(BF16, 3, 16)
     x[0], x[1, 2] = float("nan"), float("inf")
-    chosen, weights = moe.route_triton(x, *rest, 4, EPS)
+    chosen, weights = routing.route_triton(x, *rest, 4, EPS)
     assert weights[:2].isnan().all()
     assert ((chosen >= 0) & (chosen < 16)).all()
     assert all(len(set(row)) == 4 for row in chosen.tolist())
@@ -358,18 +360,18 @@ def test_full_size_in_a_graph(full_size, m):
         h = x if format != "fp8" else round_fp8(x, w13.input_scale)
         return chosen, weights, experts(h, w13, w2, chosen, weights, BF16)
 
-    run(moe.route_triton, moe.experts_triton)
+    run(routing.route_triton, moe.experts_triton)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = run(moe.route_triton, moe.experts_triton)
+        results = run(routing.route_triton, moe.experts_triton)
     x.copy_(torch.randn(m, 2816))
     graph.replay()
     first = [result.clone() for result in results]
     graph.replay()
     assert all(torch.equal(result, again) for result, again in zip(first, results, strict=True))
     chosen, weights, y = results
-    expected_chosen, expected_weights = moe.route(x, *router)
+    expected_chosen, expected_weights = routing.route(x, *router)
     same = (chosen == expected_chosen).all(1)  # not where logits were rounded to neighbours
     assert same.float().mean() > 0.9
     torch.testing.assert_close(weights[same], expected_weights[same], rtol=0.02, atol=0.002)

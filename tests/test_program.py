@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ONE_LAYER, ROOT, SIZES, TINY_GEMMA, copy_tiny_gemma, small_model
+from conftest import ONE_LAYER, ROOT, SIZES, TINY_GEMMA, copy_tiny_gemma, fake_input, small_model
 from safetensors.torch import save_file
 
 import chat
@@ -139,7 +139,7 @@ def test_interactive_chat_keeps_its_cache_between_turns(monkeypatch):
         admit(self, model, pieces, retired)
 
     monkeypatch.setattr(Runner, "admit", record)
-    monkeypatch.setattr("builtins.input", fake_input(["Sort a list.", "", "Reverse it.", "Thanks."]))
+    fake_input(monkeypatch, ["Sort a list.", "", "Reverse it.", "Thanks."])
     assert program.main(["--interactive", "--temperature", "0", "--max_new_tokens", "8", "--device", "cpu"]) == 0
     assert len(prefills) == 3
     tokenizer = program.Tokenizer(TINY_GEMMA / "tokenizer.model")
@@ -151,21 +151,9 @@ def test_interactive_chat_keeps_its_cache_between_turns(monkeypatch):
         assert tokenizer.bos_id not in tokens[1:]
 
 
-def fake_input(lines):
-    lines = iter(lines)
-
-    def read(prompt=""):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    return read
-
-
 def test_interactive_conversation_that_fills_the_context_starts_anew(monkeypatch, capsys):
     monkeypatch.setattr(chat, "CHAT_LENGTH", 96)
-    monkeypatch.setattr("builtins.input", fake_input(["one two three"] * 5 + ["word " * 90]))
+    fake_input(monkeypatch, ["one two three"] * 5 + ["word " * 90])
     assert program.main(["--interactive", "--max_new_tokens", "20", "--device", "cpu"]) == 0
     _, err = capsys.readouterr()
     assert "note: the conversation has filled its 96 tokens and starts anew" in err

@@ -40,17 +40,6 @@ def test_control_tokens_and_ids_without_a_piece_decode_to_nothing(tokenizer):
     assert tokenizer.decode([3]) == "\N{REPLACEMENT CHARACTER}"
 
 
-@pytest.fixture(scope="module")
-def from_json(json_tokenizer):
-    return JsonTokenizer(json_tokenizer / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def transformers_tokenizer(json_tokenizer):
-    transformers = pytest.importorskip("transformers")
-    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(json_tokenizer / "tokenizer.json"))
-
-
 MORE_TEXTS = [
     *TEXTS,
     "a\n\n\n\n\nb\n \n\n  c\n",
@@ -193,7 +182,7 @@ def test_a_tokenizer_of_another_model_is_refused(json_tokenizer, tmp_path, chang
 def test_bytes_of_a_json_file_decode_as_they_come(from_json):
     """Also those that never become a character."""
     rng = random.Random(0)
-    first_byte = from_json.library.token_to_id("<0x00>")
+    first_byte = from_json.bpe.token_to_id("<0x00>")
     for _ in range(200):
         tokens = rng.choices([*range(first_byte, first_byte + 256), 300, 500, 2, 8, 10_000], k=12)
         stream = from_json.stream()
