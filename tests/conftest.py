@@ -186,7 +186,8 @@ def save_json_tokenizer(directory: Path, vocab_size: int = 640) -> Path:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokens = [*GEMMA4_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=tokens, show_progress=False)
-    texts = [file.read_text() for file in (ROOT / "tokenizer.py", ROOT / "LICENSE")]
+    # None of the program's own, whose edits would make other pieces; pieces of newlines are those of the next line alone
+    texts = [" ".join((ROOT / "LICENSE").read_text().split())]
     tokenizer.train_from_iterator([*texts, "user model system\n\n\n\n <end_of_turn> é" * 20], trainer)
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = content["added_tokens"][: len(GEMMA4_SPECIAL)]  # bytes are pieces like others

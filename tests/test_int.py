@@ -429,10 +429,12 @@ def test_hessians_of_experts_are_those_of_the_tokens_that_each_meets(moe):
 
 
 def test_experts_that_meet_few_tokens_are_rounded_and_named(moe, capsys):
-    """Of 64 tokens, the fewest that GPTQ takes here, two experts each: at random 16 an expert; 8 are few."""
+    """Of 64 tokens, the fewest that GPTQ takes here, two experts each; 8 are few. Tokens that are all alike go to few
+    experts."""
+    (moe / "alike.txt").write_text("x" * 200)
     arguments = ["--checkpoint_path", str(moe), "--mode"]
     assert quantize.main([*arguments, "int4"]) == 0
-    options = ["--text", str(moe / "text.txt"), "--max_tokens", "64", "--window", "64", "--device", "cpu"]
+    options = ["--text", str(moe / "alike.txt"), "--max_tokens", "64", "--window", "64", "--device", "cpu"]
     assert quantize.main([*arguments, "int4-gptq", *options]) == 0
     notes = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "note: experts" in line]
     assert len(notes) == 1
