@@ -12,6 +12,7 @@ from torch import Tensor
 
 from config import PAGE, ModelConfig
 from ops.common import round_fp8
+from ops.rope import rope, rope_frequency
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cache dtypes
@@ -81,6 +82,9 @@ class KVScales:
 class LayerCache:
     """Keys and values of one layer, in pages of `PAGE` tokens: k and v are [P, K, PAGE, D], zeros at first.
 
+    With a `rotation` [S or more, 2, R], keys are made of values when they are read, as `ops.rope.keys_of_values` makes
+    them, and k is None: it has cosines and sines, at each position, of the R first pairs of a head; others don't turn.
+
     The token at position p of row b lies at place p % PAGE of page table[b, p % S // PAGE], with table [B, S / PAGE] in
     int32. Most layers have S slots a row for as many positions. Where a window is shorter than that, they are a ring of
     at least the window, so that an arriving token replaces one that has left it. Nothing is ever read from page 0: rows
@@ -101,12 +105,18 @@ class LayerCache:
         codec: Codec,
         scales: tuple[float, float] = (1.0, 1.0),
         ring: bool = False,
+        rotation: Tensor | None = None,
     ):
         self.codec, self.ring, self.table, self.slots = codec, ring, table, PAGE * table.shape[1]
-        self.k_scale, self.v_scale = scales
-        shape = (pages, heads, PAGE, head_dim)
-        self.k = torch.zeros(shape, dtype=codec.dtype, device=table.device)
+        self.k_scale, self.v_scale = scales if rotation is None else scales[1:] * 2
+        shape, self.rotation = (pages, heads, PAGE, head_dim), rotation
+        self.k = None if rotation is not None else torch.zeros(shape, dtype=codec.dtype, device=table.device)
         self.v = torch.zeros(shape, dtype=codec.dtype, device=table.device)
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """k and v, or v alone."""
+        return (self.v,) if self.k is None else (self.k, self.v)
 
     def with_table(self, table: Tensor, slot_table: Tensor | None = None) -> "LayerCache":
         """The same memory, seen through another table."""
@@ -119,24 +129,24 @@ class LayerCache:
         last = end[:, None] - 1
         return last - (last - torch.arange(self.slots, device=end.device)) % self.slots
 
-    def held(self, end: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, K, S, D] of all rows in `dtype`, as they are stored, once each row has `end` [B] tokens;
-        zeros where none is."""
+    def held(self, end: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Keys and values, or values alone, [B, K, S, D] of all rows in `dtype`, as they are stored, once each row has
+        `end` [B] tokens; zeros where none is."""
         empty = (self.held_positions(end) < 0)[:, None, :, None]
         if self.slot_table is not None:
             page, place = self.slot_table // PAGE, self.slot_table % PAGE
-            found = [_as_words(x)[page, :, place].transpose(1, 2) for x in (self.k, self.v)]
+            found = [_as_words(x)[page, :, place].transpose(1, 2) for x in self.stored]
         else:  # [B, S / PAGE, K, PAGE, D]; by whole pages, where an index of two dimensions goes an element at a time
             pages = self.table.flatten()
-            found = [_as_words(x) for x in (self.k, self.v)]
+            found = [_as_words(x) for x in self.stored]
             found = [x.flatten(1).index_select(0, pages).view(*self.table.shape, *x.shape[1:]) for x in found]
             found = [x.transpose(1, 2).flatten(2, 3) for x in found]
-        k, v = (x.view(self.codec.dtype).to(dtype).masked_fill_(empty, 0) for x in found)  # each a copy of its own
-        return k, v
+        return tuple(x.view(self.codec.dtype).to(dtype).masked_fill_(empty, 0) for x in found)  # copies of their own
 
-    def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v as they are stored."""
-        return self.codec.encode(k, self.k_scale), self.codec.encode(v, self.v_scale)
+    def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """k and v, or v alone, as they are stored."""
+        v = self.codec.encode(v, self.v_scale)
+        return (v,) if self.k is None else (self.codec.encode(k, self.k_scale), v)
 
     def slots_for(self, row: Tensor, position: Tensor, end: Tensor | int) -> Tensor:
         """Where tokens at `position` [M] of rows `row` [M] go, as page * PAGE + place: in page 0 those that are not
@@ -147,16 +157,18 @@ class LayerCache:
     def copied(self) -> "LayerCache":
         """The pages of its rows, in memory of their own."""
         view = copy(self)
-        view.k, view.v = (_as_words(x)[self.table.flatten()].view(x.dtype) for x in (self.k, self.v))
+        *k, view.v = (_as_words(x)[self.table.flatten()].view(x.dtype) for x in self.stored)
+        view.k = k[0] if k else None
         view.table = torch.arange(self.table.numel(), dtype=torch.int32, device=self.table.device).view_as(self.table)
         return view
 
-    def write(self, k: Tensor, v: Tensor, slot: Tensor):
-        """Stores encoded k and v [M, K, D] of tokens at slot [M], as `slots_for` counts them."""
+    def write(self, *kv_slot: Tensor):
+        """Stores encoded k and v, or v alone, [M, K, D] of tokens at slot [M], as `slots_for` counts them."""
         # Indexed without a transpose: Inductor writes this in place, and else copies the whole cache.
+        *kv, slot = kv_slot
         index = slot // PAGE, slice(None), slot % PAGE
-        self.k[index] = k
-        self.v[index] = v
+        for stored, x in zip(self.stored, kv, strict=True):
+            stored[index] = x
 
 
 def _as_words(x: Tensor) -> Tensor:
@@ -192,7 +204,7 @@ class KVCache:
         """
         scales = KVScales() if scales is None else scales
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
-            tables, layers = {}, []
+            tables, layers, rotation = {}, [], None
             for layer in range(config.n_layers):
                 if config.is_shared(layer):
                     layers.append(layers[config.donor_of(layer)])
@@ -203,7 +215,10 @@ class KVCache:
                     tables[ring] = own if ring or pages is None else torch.zeros_like(own)
                 all_pages = 1 + batch_size * count if ring or pages is None else pages
                 shape = all_pages, config.kv_heads_of(layer), config.head_dim_of(layer)
-                layers.append(LayerCache(*shape, tables[ring], codec, scales.of(layer, codec), ring))
+                if alone := config.keys_of_values(layer):
+                    rotation = _rotation(config, count * PAGE, device) if rotation is None else rotation
+                options = scales.of(layer, codec), ring, rotation if alone else None
+                layers.append(LayerCache(*shape, tables[ring], codec, *options))
         return cls(layers, tables)
 
     def with_tables(self, tables: dict[bool, Tensor], slot_tables: dict[bool, Tensor] | None = None) -> "KVCache":
@@ -228,24 +243,33 @@ class KVCache:
         """
         for mine, other in zip(self.own_layers, source.own_layers):
             to, pages = mine.table[:, : other.table.shape[1]].flatten(), other.table[rows].flatten()
-            for stored, x in ((mine.k, other.k), (mine.v, other.v)):
+            for stored, x in zip(mine.stored, other.stored):
                 _as_words(stored)[to] = _as_words(x)[pages]
 
     def copy_pages(self, ring: bool, source: Tensor, to: Tensor):
         """Copies pages of all layers with a ring, or of all others, by their numbers [N]."""
         for layer in self.own_layers:
             if layer.ring == ring:
-                for x in map(_as_words, (layer.k, layer.v)):
+                for x in map(_as_words, layer.stored):
                     x[to] = x[source]
 
     @property
     def own_layers(self) -> list[LayerCache]:
         """Each once."""
-        return list({layer.k.data_ptr(): layer for layer in self.layers}.values())
+        return list({layer.v.data_ptr(): layer for layer in self.layers}.values())
 
     @property
     def bytes(self) -> int:
-        return sum(2 * layer.k.nbytes for layer in self.own_layers)
+        rotation = next((layer.rotation.nbytes for layer in self.layers if layer.rotation is not None), 0)
+        return rotation + sum(x.nbytes for layer in self.own_layers for x in layer.stored)
+
+
+def _rotation(config: ModelConfig, slots: int, device: torch.device) -> Tensor:
+    """The `LayerCache.rotation` of a model's layers [slots, 2, R]."""
+    size, pairs = config.global_group[1], config.rotated_pairs
+    frequency = rope_frequency(size, config.rope_theta, config.rope_scale, config.rotated_share)
+    frequency = frequency[size // 2 :][:pairs].to(device)
+    return rope(torch.arange(slots, device=device), frequency)[0].transpose(0, 1).contiguous()
 
 
 def pages_of(config: ModelConfig, layer: int, length: int) -> tuple[int, bool]:
@@ -262,6 +286,8 @@ def cache_bytes(config: ModelConfig, batch_size: int, length: int, codec: Codec,
         count, ring = pages_of(config, layer, length)
         count = 1 + batch_size * count if ring or pages is None else pages
         total += count * PAGE * _token_bytes(config, layer, codec)
+    if any(map(config.keys_of_values, range(config.n_layers))):
+        total += -(-length // PAGE) * PAGE * 2 * config.rotated_pairs * torch.float32.itemsize
     return total
 
 
@@ -277,4 +303,5 @@ def _token_bytes(config: ModelConfig, layer: int, codec: Codec) -> int:
     """Bytes that a token has in the cache of a layer."""
     if config.is_shared(layer):
         return 0
-    return 2 * config.kv_heads_of(layer) * config.head_dim_of(layer) * codec.dtype.itemsize
+    stored = 1 if config.keys_of_values(layer) else 2
+    return stored * config.kv_heads_of(layer) * config.head_dim_of(layer) * codec.dtype.itemsize

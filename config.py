@@ -102,6 +102,17 @@ class ModelConfig:
         """How many products of the normed stream its keys and values are made of: 2, 1 where they are the same, 0."""
         return 0 if self.is_shared(layer) else 1 if self.k_eq_v and not self.is_local(layer) else 2
 
+    def keys_of_values(self, layer: int) -> bool:
+        """Whether the cache of a layer keeps values alone, since its keys are those, weighted and rotated. Not where
+        other layers attend to them, too, which don't have the weights."""
+        made_of_one = self.kv_products_of(layer) == 1 and self.qk_norm and self.v_norm
+        return made_of_one and not self.n_shared_layers
+
+    @property
+    def rotated_pairs(self) -> int:
+        """Of a global layer's head."""
+        return int(self.rotated_share * self.global_group[1] // 2)
+
     def intermediate_size_of(self, layer: int) -> int:
         return (
             self.shared_intermediate_size or self.intermediate_size if self.is_shared(layer) else self.intermediate_size

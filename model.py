@@ -14,7 +14,7 @@ from cache import KVCache, KVScales
 from config import ModelConfig
 from formats import FORMATS, LINEAR, Weight
 from ops import Ops
-from ops.rope import AttentionLayer, Positions, Shared
+from ops.rope import AttentionLayer, Positions, Shared, rope_frequency
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers, in the order in which data meets them
@@ -438,13 +438,3 @@ class Transformer(nn.Module):
             kept = {} if config.n_shared_layers and not decoding else None
             kinds[kind] = Positions(batch, count, position, lengths, ropes[int(kind)], mask, slot, first, shared, kept)
         return kinds
-
-
-def rope_frequency(head_dim: int, theta: float, scale: float, share: float = 1.0) -> Tensor:
-    """Radians a token [D] of each pair of a head, of which a share is rotated: the first half negative, whose sines then
-    carry the sign that `ops.rope.rotate` wants; cosines don't mind."""
-    # Explicitly on the CPU, so that building the model on the meta device leaves it real.
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    frequency = 1.0 / (theta**exponent) / scale  # [D / 2]
-    frequency[int(share * head_dim // 2) :] = 0
-    return torch.cat((-frequency, frequency))

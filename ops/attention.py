@@ -10,7 +10,15 @@ from ops.common import summed
 from ops.decode_attention import decode_attention
 from ops.norm import rescale, rescale_triton, rms_norm
 from ops.prefill_attention import prefill_attention
-from ops.rope import AttentionLayer, Positions, prefill_rope, rotate
+from ops.rope import (
+    AttentionLayer,
+    Positions,
+    keys_of_values,
+    materialised,
+    prefill_rope,
+    rotate,
+    rotation_of_heads,
+)
 
 
 def attend(
@@ -46,7 +54,7 @@ def attend(
     q, k = qk.split_with_sizes([layer.n_heads, n_keys], dim=2)
 
     if layer.kv_products:
-        keys, values = _seen(k, v, cache, positions, dtype)
+        keys, values = _seen(k, v, layer, cache, positions, dtype)
         if positions.kept is not None and not decoding:
             positions.kept["kv"] = keys, values
     else:
@@ -57,21 +65,32 @@ def attend(
     return rescale(y.transpose(1, 2).reshape(batch * tokens, -1), v_scale, output_scale)
 
 
-def _seen(k: Tensor, v: Tensor, cache, positions: Positions, dtype: torch.dtype):
+def _seen(k: Tensor, v: Tensor, layer: AttentionLayer, cache, positions: Positions, dtype: torch.dtype):
     """Writes new k and v [B, T, K, D] to the cache, if there is one, and returns the keys and values [B, K, S, D] that
     there are for queries: those held before, and the new ones as the cache stores them."""
     if cache is None:
         return k.transpose(1, 2), v.transpose(1, 2)
-    k_stored, v_stored = cache.encode(k, v)
+    stored = cache.encode(k, v)
     if positions.decoding:
-        cache.write(k_stored[:, 0], v_stored[:, 0], positions.slot)
-        return cache.held(positions.position + 1, dtype)
-    seen = [x.to(dtype).transpose(1, 2) for x in (k_stored, v_stored)]
+        cache.write(*(x[:, 0] for x in stored), positions.slot)
+        return _with_keys(cache.held(positions.position + 1, dtype), layer, cache)
+    seen = [x.to(dtype).transpose(1, 2) for x in stored]
+    if len(seen) == 1:
+        cos, sin = positions.rope.view(2, len(v), 1, -1, layer.head_dim).unbind()
+        seen = [keys_of_values(*seen, layer, cos, sin), *seen]
     if positions.position is not None:  # behind cached tokens; the ring may drop some that are seen here
-        held = cache.held(positions.position, dtype)
+        held = _with_keys(cache.held(positions.position, dtype), layer, cache)
         seen = [torch.cat(pair, dim=2) for pair in zip(held, seen)]
-    cache.write(k_stored.flatten(0, 1), v_stored.flatten(0, 1), positions.slot)
+    cache.write(*(x.flatten(0, 1) for x in stored), positions.slot)
     return seen
+
+
+def _with_keys(held: tuple[Tensor, ...], layer: AttentionLayer, cache) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, K, S, D] of a cache, which holds both or values alone."""
+    if len(held) == 2:
+        return held
+    cos, sin = rotation_of_heads(cache.rotation[: cache.slots], layer.head_dim)  # slots of such layers are positions
+    return keys_of_values(*held, layer, cos, sin), *held
 
 
 def attend_triton(
@@ -94,6 +113,8 @@ def attend_triton(
     context = cache
     if layer.kv_products and cache is not None and cache.ring and positions.position is not None:
         context = cache.copied()  # new tokens replace some that are seen here
+    elif cache is not None and cache.k is None and positions.position is not None:
+        context = materialised(cache, layer, positions.position, dtype)
     q, k, v = prefill_rope(qkv, layer, cache, positions, dtype)
     if layer.kv_products == 0:
         k, v, context = positions.kept["kv"]

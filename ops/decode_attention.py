@@ -31,7 +31,16 @@ from ops.common import (
     wait_for_previous,
 )
 from ops.prefix_attention import prefix_attention, prefix_config
-from ops.rope import AttentionLayer, Positions, _normed_rotated, _values, _write
+from ops.rope import (
+    AttentionLayer,
+    Positions,
+    _norm_factor,
+    _normed_rotated,
+    _rotated_keys,
+    _values,
+    _write,
+    _written_kv_of_values,
+)
 
 
 class AttentionConfig(NamedTuple):
@@ -55,18 +64,21 @@ def attention_config(
     cache_dtype: torch.dtype,
     head_dim: int = 256,
     dtype: torch.dtype = torch.bfloat16,
+    values_alone: bool = False,
 ) -> AttentionConfig:
-    """Picks how `group` query heads on each of `pairs` rows' key heads attend: what was fastest on an H100 or H200."""
+    """Picks how `group` query heads on each of `pairs` rows' key heads attend: what was fastest on an H100 or H200.
+
+    Keys that are made of a cache of values alone are not multiplied by sums."""
     is_fp8 = cache_dtype.itemsize == 1
     if head_dim > 256:
-        if group == 1:
+        if group == 1 and not values_alone:
             return AttentionConfig(block_s=8, num_warps=4, num_stages=2, by_sums=True, ahead=64)
         if dtype == torch.float32:
             return AttentionConfig(block_s=16, num_warps=8, num_stages=2, by_sums=False, ahead=64)
         if is_fp8:
             return AttentionConfig(block_s=64, num_warps=8, num_stages=2, by_sums=False, ahead=64)
         return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
-    if group > 1:
+    if group > 1 or values_alone:
         return AttentionConfig(block_s=64, num_warps=4, num_stages=2, by_sums=False, ahead=64)
     if pairs >= SMS:
         if slots > 512:  # rows are of unlike lengths, and the longest must not be the last
@@ -110,6 +122,40 @@ def _page(table_ptr, s, PAGE: tl.constexpr):
 
 
 @jit
+def _places(
+    slots_ptr,
+    page,
+    s,
+    end,
+    slot,
+    S,
+    lane,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KV_PRODUCTS: tl.constexpr,
+):
+    """Says where keys and values of slots s + lane begin [BLOCK_S, 1], and which of them are seen.
+
+    They are in `page` or, with slots_ptr, wherever it says of each. The new token's slot is not seen where its key and
+    value come from registers.
+    """
+    used = s + lane < end
+    if KV_PRODUCTS > 0:
+        used = used & (s + lane != slot)
+    if WINDOW > 0:  # what is in a slot is so many tokens older than the new one
+        used = used & ((slot - s - lane + S) % S < WINDOW)
+    if slots_ptr is None:
+        base = ((page * KV_HEADS + tl.program_id(1)) * PAGE + s % PAGE) * D
+        places = base + lane[:, None] * D
+    else:
+        at = tl.load(slots_ptr + s + lane, mask=used, other=0).to(tl.int64)
+        places = (((at // PAGE * KV_HEADS + tl.program_id(1)) * PAGE + at % PAGE) * D)[:, None]
+    return places, used
+
+
+@jit
 def _block(
     k_ptr,
     v_ptr,
@@ -128,23 +174,10 @@ def _block(
     WINDOW: tl.constexpr,
     KV_PRODUCTS: tl.constexpr,
 ):
-    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them are seen.
-
-    They are in `page` or, with slots_ptr, wherever it says of each. The new token's slot is not seen where its key and
-    value come from registers.
-    """
-    used = s + lane < end
-    if KV_PRODUCTS > 0:
-        used = used & (s + lane != slot)
-    if WINDOW > 0:  # what is in a slot is so many tokens older than the new one
-        used = used & ((slot - s - lane + S) % S < WINDOW)
+    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them are seen."""
+    places, used = _places(slots_ptr, page, s, end, slot, S, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS)
     mask = used[:, None] & (d < D)[None, :] if D < BLOCK_D else used[:, None]
-    if slots_ptr is None:
-        base = ((page * KV_HEADS + tl.program_id(1)) * PAGE + s % PAGE) * D
-        offsets = base + lane[:, None] * D + d[None, :]
-    else:
-        at = tl.load(slots_ptr + s + lane, mask=used, other=0).to(tl.int64)
-        offsets = (((at // PAGE * KV_HEADS + tl.program_id(1)) * PAGE + at % PAGE) * D)[:, None] + d[None, :]
+    offsets = places + d[None, :]
     return tl.load(k_ptr + offsets, mask=mask, other=0.0), tl.load(v_ptr + offsets, mask=mask, other=0.0), used
 
 
@@ -178,10 +211,11 @@ def _prefetch_slots(
     """Has keys and values of the first AHEAD slots of [start, end) brought to L2, as far as they are in `page`."""
     if PDL and AHEAD > 0:
         PIECE: tl.constexpr = 1024
-        ITEM: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
+        ITEM: tl.constexpr = v_ptr.dtype.element_ty.primitive_bitwidth // 8
         first = (page * KV_HEADS + tl.program_id(1)) * PAGE * D + (start % PAGE) * D
         count = tl.minimum(tl.minimum(end - start, AHEAD), PAGE - start % PAGE) * (D * ITEM) // PIECE
-        prefetch_l2(k_ptr + first, PIECE, count, PIECE, PDL)
+        if k_ptr is not None:
+            prefetch_l2(k_ptr + first, PIECE, count, PIECE, PDL)
         prefetch_l2(v_ptr + first, PIECE, count, PIECE, PDL)
 
 
@@ -251,6 +285,7 @@ def _attention_by_sums_kernel(
     k_norm_ptr,
     k_ptr,
     v_ptr,
+    rotation_ptr,
     position_ptr,
     table_ptr,
     slots_ptr,
@@ -271,8 +306,10 @@ def _attention_by_sums_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     KV_SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -369,6 +406,7 @@ def _attention_kernel(
     k_norm_ptr,
     k_ptr,
     v_ptr,
+    rotation_ptr,
     position_ptr,
     table_ptr,
     slots_ptr,
@@ -389,8 +427,10 @@ def _attention_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     KV_SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -407,11 +447,12 @@ def _attention_kernel(
 ):
     """Attends where each key head has GROUP queries, which tensor cores take as rows of one matrix.
 
-    The programs are those of `_attention_by_sums_kernel`.
+    The programs are those of `_attention_by_sums_kernel`. Where the cache keeps values alone (k_ptr is None), what keys
+    are multiplied by is the queries' matter instead, but for the R pairs of a head that turn: those are loaded again.
     """
     launch_dependents(PDL)
     # FP8 is exact in float16, and converted faster than to bfloat16
-    is_fp8: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 8
+    is_fp8: tl.constexpr = v_ptr.dtype.element_ty.primitive_bitwidth == 8
     factor: tl.constexpr = tl.float16 if is_fp8 and dtype == tl.bfloat16 else dtype
     WIDTH: tl.constexpr = (GROUP + KV_PRODUCTS) * KV_HEADS * D
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -455,18 +496,48 @@ def _attention_kernel(
     acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
     if KV_PRODUCTS > 0:
         own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
-        own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
+        if k_ptr is None:
+            columns = (GROUP * KV_HEADS + head) * D
+            new = (qkv_ptr, row, rows, columns, d, in_head, cos, sin, k_norm_ptr, eps)
+            to = (v_ptr, own_at + d, d < tl.where(first, D, 0), inverse_v_scale)
+            own_k, own_v = _written_kv_of_values(*new, *to, WIDTH, D, 0, SPLIT_K, OFFSET, LIMIT, dtype)
+        else:
+            own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
         m = tl.where(first, log2_scores(tl.sum(q * own_k[None, :], axis=1), scale, softcap), LOWEST)
         l += tl.where(first, 1.0, 0.0)
         acc += tl.where(first, own_v[None, :], 0.0)
     else:
         m = tl.full([BLOCK_GROUP], LOWEST, tl.float32)
-    query = q.to(factor)
     memory = (k_ptr, v_ptr, slots_ptr)
+    if k_ptr is None:
+        r = tl.arange(0, BLOCK_R)
+        low_factor, high_factor = (
+            _norm_factor(k_norm_ptr, r, D, OFFSET),
+            _norm_factor(k_norm_ptr, D // 2 + r, D, OFFSET),
+        )
+        low_d = tl.minimum(r, D - 1)[None, :] + tl.zeros([BLOCK_GROUP, 1], tl.int32)
+        high_d = tl.minimum(D // 2 + r, D - 1)[None, :] + tl.zeros([BLOCK_GROUP, 1], tl.int32)
+        low, high = tl.gather(q, low_d, axis=1).to(factor), tl.gather(q, high_d, axis=1).to(factor)
+        still = tl.where(d % (D // 2) < R, 0.0, _norm_factor(k_norm_ptr, d, D, OFFSET))
+        query = (q * still[None, :]).to(factor)
+    else:
+        query = q.to(factor)
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
-        k, v, used = _block(*memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS)
-        scores = log2_scores(tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee"), scale, softcap)
+        if k_ptr is None:
+            places, used = _places(slots_ptr, at, s, end, slot, S, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS)
+            v = tl.load(v_ptr + places + d[None, :], mask=used[:, None] & in_head[None, :], other=0.0)
+            mask = used[:, None] & (r < R)[None, :]
+            low_k, high_k = _rotated_keys(
+                v_ptr, rotation_ptr, places, s + lane, mask, r, low_factor, high_factor, R, D, factor
+            )
+            products = tl.dot(low, tl.trans(low_k), input_precision="ieee")
+            products = tl.dot(high, tl.trans(high_k), products, input_precision="ieee")
+            products = tl.dot(query, tl.trans(v.to(factor)), products, input_precision="ieee")
+        else:
+            k, v, used = _block(*memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS)
+            products = tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee")
+        scores = log2_scores(products, scale, softcap)
         scores = tl.where(used[None, :], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1))
         alpha = tl.exp2(m - m_new)
@@ -549,13 +620,14 @@ def decode_attention(
     PAGE of page slot_table[b, s] // PAGE, whosever that is, and the new one is written through `table` all the same.
     Layers whose slots are no ring attend to `positions.shared` once for its rows.
     """
-    (m, _), slots, (_, kv_heads, _, d) = cache.table.shape, cache.slots, cache.k.shape
+    (m, _), slots, (_, kv_heads, _, d) = cache.table.shape, cache.slots, cache.v.shape
     n_heads = layer.n_heads
     group = n_heads // kv_heads
+    rotation = cache.rotation if cache.k is None else None
     windowed = layer.window is not None and layer.window < slots
     shared = None if windowed or getattr(cache, "ring", False) else positions.shared
     if config is None:
-        config = attention_config(m * kv_heads, group, slots, cache.k.dtype, d, dtype)
+        config = attention_config(m * kv_heads, group, slots, cache.v.dtype, d, dtype, rotation is not None)
         if shared is not None and config.by_sums and m * kv_heads >= SMS:  # a row's own keys are few
             config = AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
     warps = config.num_warps if d <= 256 else 4  # a program of larger heads has an SM, however many its warps
@@ -565,7 +637,7 @@ def decode_attention(
     q = prefix = acc = stats = None
     if shared is not None:
         rows, prefix = shared.rows, shared.prefix
-        of_prefix = prefix_config(-(-m // rows), rows * group, kv_heads, d, slots, dtype, cache.k.dtype)
+        of_prefix = prefix_config(-(-m // rows), rows * group, kv_heads, d, slots, dtype, cache.v.dtype)
         splits += of_prefix.splits
         q = torch.empty(m, n_heads, d, dtype=dtype, device=qkv.device)
     if splits > 1:
@@ -575,14 +647,16 @@ def decode_attention(
     launch(
         _attention_by_sums_kernel if config.by_sums else _attention_kernel,
         (m, kv_heads, kv_splits),
-        *(qkv, positions.rope, layer.q_norm, layer.k_norm, cache.k, cache.v, positions.position, cache.table),
-        *(slot_table, prefix, output_scale, out, q, acc, stats, layer.scale * k_scale, v_scale, layer.softcap),
-        *(1 / k_scale, 1 / v_scale, layer.eps, m, slots),
+        *(qkv, positions.rope, layer.q_norm, layer.k_norm, cache.k, cache.v, rotation),
+        *(positions.position, cache.table, slot_table, prefix, output_scale, out, q, acc, stats),
+        *(layer.scale * k_scale, v_scale, layer.softcap, 1 / k_scale, 1 / v_scale, layer.eps, m, slots),
         KV_HEADS=kv_heads,
         GROUP=group,
         D=d,
+        R=0 if rotation is None else rotation.shape[2],
         BLOCK_GROUP=max(16, power_of_2(group)),
         BLOCK_D=max(16, power_of_2(d)),
+        BLOCK_R=0 if rotation is None else max(16, power_of_2(rotation.shape[2])),
         BLOCK_S=config.block_s,
         KV_SPLITS=kv_splits,
         STAGES=config.num_stages,
@@ -591,7 +665,7 @@ def decode_attention(
         V_NORM=layer.v_norm,
         OFFSET=layer.norm_offset,
         LIMIT=cache.codec.limit,
-        AHEAD=config.ahead if d * cache.k.dtype.itemsize % 16 == 0 and slot_table is None else 0,
+        AHEAD=config.ahead if d * cache.v.dtype.itemsize % 16 == 0 and slot_table is None else 0,
         PAGE=PAGE,
         WINDOW=layer.window if windowed else 0,
         dtype=triton_dtype(dtype),

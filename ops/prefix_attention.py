@@ -25,7 +25,7 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.rope import AttentionLayer, Shared
+from ops.rope import AttentionLayer, Shared, _norm_factor, _rotated_keys
 
 
 class PrefixConfig(NamedTuple):
@@ -98,6 +98,8 @@ def _prefix_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    rotation_ptr,
+    k_norm_ptr,
     table_ptr,
     prefix_ptr,
     order_ptr,
@@ -111,9 +113,12 @@ def _prefix_attention_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    OFFSET: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -124,7 +129,7 @@ def _prefix_attention_kernel(
     """Program (tile of rows, key head, split); tiles of one prefix, side by side, find its keys in L2."""
     launch_dependents(PDL)
     # FP8 is exact in float16, and converted faster than to bfloat16
-    is_fp8: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 8
+    is_fp8: tl.constexpr = v_ptr.dtype.element_ty.primitive_bitwidth == 8
     factor: tl.constexpr = tl.float16 if is_fp8 and dtype == tl.bfloat16 else dtype
     HEADS: tl.constexpr = KV_HEADS * GROUP
     head = tl.program_id(1)
@@ -138,12 +143,13 @@ def _prefix_attention_kernel(
     end = tl.minimum(start + size, prefix)
     if PDL:
         PIECE: tl.constexpr = 1024
-        PIECES: tl.constexpr = PAGE * D * k_ptr.dtype.element_ty.primitive_bitwidth // 8 // PIECE
+        PIECES: tl.constexpr = PAGE * D * v_ptr.dtype.element_ty.primitive_bitwidth // 8 // PIECE
         for ahead in tl.static_range(AHEAD):
             s = start + ahead * PAGE
             page = tl.load(table_ptr + s // PAGE, mask=s < end, other=0).to(tl.int64)
             pieces = tl.where(s < end, PIECES, 0)
-            prefetch_l2(k_ptr + (page * KV_HEADS + head) * PAGE * D, PIECE, pieces, PIECE, PDL)
+            if k_ptr is not None:
+                prefetch_l2(k_ptr + (page * KV_HEADS + head) * PAGE * D, PIECE, pieces, PIECE, PDL)
             prefetch_l2(v_ptr + (page * KV_HEADS + head) * PAGE * D, PIECE, pieces, PIECE, PDL)
     i, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     used = i // GROUP < count
@@ -154,6 +160,17 @@ def _prefix_attention_kernel(
     if count == 0:
         return
     q = tl.load(q_ptr + entry[:, None] * D + d[None, :], mask=mask, other=0.0).to(factor)
+    if k_ptr is None:  # as in ops/decode_attention.py
+        r = tl.arange(0, BLOCK_R)
+        low_factor, high_factor = (
+            _norm_factor(k_norm_ptr, r, D, OFFSET),
+            _norm_factor(k_norm_ptr, D // 2 + r, D, OFFSET),
+        )
+        turning = used[:, None] & (r < R)[None, :]
+        low_q = tl.load(q_ptr + entry[:, None] * D + r[None, :], mask=turning, other=0.0).to(factor)
+        high_q = tl.load(q_ptr + entry[:, None] * D + D // 2 + r[None, :], mask=turning, other=0.0).to(factor)
+        still = tl.where(d % (D // 2) < R, 0.0, _norm_factor(k_norm_ptr, d, D, OFFSET))
+        q = (q.to(tl.float32) * still[None, :]).to(factor)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -161,13 +178,23 @@ def _prefix_attention_kernel(
     for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         base = ((page.to(tl.int64) * KV_HEADS + head) * PAGE + s % PAGE) * D
         page = tl.load(table_ptr + (s + BLOCK_N) // PAGE, mask=s + BLOCK_N < end, other=0)
-        if D < BLOCK_D:
-            k = tl.load(k_ptr + base + at, mask=(d < D)[None, :], other=0.0).to(factor)
+        if k_ptr is None:
             v = tl.load(v_ptr + base + at, mask=(d < D)[None, :], other=0.0).to(factor)
+            places, turning = base + n[:, None] * D, (r < R)[None, :]
+            low_k, high_k = _rotated_keys(
+                v_ptr, rotation_ptr, places, s + n, turning, r, low_factor, high_factor, R, D, factor
+            )
+            products = tl.dot(low_q, tl.trans(low_k), input_precision="ieee")
+            products = tl.dot(high_q, tl.trans(high_k), products, input_precision="ieee")
+            products = tl.dot(q, tl.trans(v), products, input_precision="ieee")
         else:
-            k = tl.load(k_ptr + base + at).to(factor)
-            v = tl.load(v_ptr + base + at).to(factor)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if D < BLOCK_D:
+                k = tl.load(k_ptr + base + at, mask=(d < D)[None, :], other=0.0).to(factor)
+                v = tl.load(v_ptr + base + at, mask=(d < D)[None, :], other=0.0).to(factor)
+            else:
+                k = tl.load(k_ptr + base + at).to(factor)
+                v = tl.load(v_ptr + base + at).to(factor)
+            products = tl.dot(q, tl.trans(k), input_precision="ieee")
         m_new = tl.maximum(m, log2_scores(tl.max(products, axis=1), scale, softcap))
         p = tl.exp2(log2_scores(products, scale, softcap) - m_new[:, None])
         alpha = tl.exp2(m - m_new)
@@ -190,22 +217,26 @@ def prefix_attention(
     Leaves unscaled results in acc [splits, B, HEADS, D], and maxima and sums in stats [splits, B, HEADS, 2]: nothing
     for rows without a prefix, and no results, with a sum of 0, where a split has no keys.
     """
-    (m, n_heads, d), kv_heads = q.shape, cache.k.shape[1]
-    group = n_heads // kv_heads
+    (m, n_heads, d), kv_heads = q.shape, cache.v.shape[1]
+    group, rotation = n_heads // kv_heads, cache.rotation if cache.k is None else None
     launch(
         _prefix_attention_kernel,
         (len(shared.tiles), kv_heads, config.splits),
-        *(q, cache.k, cache.v, cache.table, shared.prefix, shared.order, shared.tiles, acc, stats),
+        *(q, cache.k, cache.v, rotation, layer.k_norm if cache.k is None else None, cache.table),
+        *(shared.prefix, shared.order, shared.tiles, acc, stats),
         *(layer.scale * cache.k_scale, layer.softcap, m, cache.slots),
         KV_HEADS=kv_heads,
         GROUP=group,
         D=d,
+        R=0 if rotation is None else rotation.shape[2],
         BLOCK_M=max(16, power_of_2(shared.rows * group)),
         BLOCK_N=config.block_n,
         BLOCK_D=max(16, power_of_2(d)),
+        BLOCK_R=0 if rotation is None else max(16, power_of_2(rotation.shape[2])),
+        OFFSET=layer.norm_offset,
         SPLITS=config.splits,
         STAGES=config.num_stages,
-        AHEAD=config.ahead if d * cache.k.dtype.itemsize % 16 == 0 else 0,
+        AHEAD=config.ahead if d * cache.v.dtype.itemsize % 16 == 0 else 0,
         PAGE=PAGE,
         dtype=triton_dtype(q.dtype),
         num_warps=config.num_warps,

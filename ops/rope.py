@@ -1,8 +1,10 @@
 """Rotary embedding, and what queries, keys and values go through before attention: norms, rotation, rounding."""
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import PAGE
@@ -96,6 +98,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     y = x.float()
     return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+
+
+def rope_frequency(head_dim: int, theta: float, scale: float, share: float = 1.0) -> Tensor:
+    """Radians a token [D] of each pair of a head, of which a share is rotated: the first half negative, whose sines then
+    carry the sign that `rotate` wants; cosines don't mind."""
+    # Explicitly on the CPU, so that building the model on the meta device leaves it real.
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    frequency = 1.0 / (theta**exponent) / scale  # [D / 2]
+    frequency[int(share * head_dim // 2) :] = 0
+    return torch.cat((-frequency, frequency))
+
+
+def keys_of_values(v: Tensor, layer: AttentionLayer, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys of a layer whose cache keeps values v [..., D] alone: v times what the norm of keys multiplies by, rotated by
+    cos and sin, as `rotate` wants them; in float32, rounded once."""
+    weight = 1.0 if layer.k_norm is None else layer.norm_offset + layer.k_norm.float()
+    return rotate(v.float() * weight, cos, sin).to(v.dtype)
+
+
+def rotation_of_heads(rotation: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [S, D], as `rotate` wants them, of a cache's `rotation` [S, 2, R]."""
+    still = head_dim // 2 - rotation.shape[2]
+    cos, sin = F.pad(rotation[:, 0], (0, still), value=1.0), F.pad(rotation[:, 1], (0, still))
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rope(position: Tensor, *frequencies: Tensor) -> list[Tensor]:
@@ -211,13 +237,144 @@ def _values(
 
 
 @jit
-def _write(x, cache_ptr, offsets, inverse_scale, mask, LIMIT: tl.constexpr):
-    """Rounds x as the cache stores it, writes it where mask allows it, and returns what was rounded."""
+def _stored(x, cache_ptr, inverse_scale, LIMIT: tl.constexpr):
+    """Rounds x as the cache stores it."""
     if LIMIT > 0:
         x = tl.clamp(x * inverse_scale, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    x = x.to(cache_ptr.dtype.element_ty)
+    return x.to(cache_ptr.dtype.element_ty)
+
+
+@jit
+def _write(x, cache_ptr, offsets, inverse_scale, mask, LIMIT: tl.constexpr):
+    """Rounds x as the cache stores it, writes it where mask allows it, and returns what was rounded."""
+    x = _stored(x, cache_ptr, inverse_scale, LIMIT)
     tl.store(cache_ptr + offsets, x, mask=mask)
     return x.to(tl.float32)
+
+
+@jit
+def _norm_factor(norm_ptr, d, D: tl.constexpr, OFFSET: tl.constexpr):
+    """Loads what a norm multiplies elements d of a head by."""
+    factor = tl.where(d < D, 1.0, 0.0)
+    if norm_ptr is not None:
+        factor = OFFSET + tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    return factor
+
+
+@jit
+def _written_kv_of_values(
+    qkv_ptr,
+    row,
+    rows,
+    first,
+    d,
+    mask,
+    cos,
+    sin,
+    k_norm_ptr,
+    eps,
+    v_ptr,
+    offsets,
+    written,
+    inverse_v_scale,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    AXIS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    OFFSET: tl.constexpr,
+    LIMIT: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Norms the heads that begin at column `first` of a row of qkv, writes them as values where `written` allows it,
+    and returns the keys that `keys_of_values` makes of them, and what was written."""
+    partner = (d + D // 2) % D
+    x = load_sum(qkv_ptr, row, rows, first + d, mask, WIDTH, SPLIT_K, dtype)
+    y = load_sum(qkv_ptr, row, rows, first + partner, mask, WIDTH, SPLIT_K, dtype)
+    inverse_rms = tl.rsqrt(tl.sum(x * x, axis=AXIS, keep_dims=True) / D + eps)
+    x = _write(normed(x, inverse_rms, None, dtype), v_ptr, offsets, inverse_v_scale, written, LIMIT)
+    y = _stored(normed(y, inverse_rms, None, dtype), v_ptr, inverse_v_scale, LIMIT).to(tl.float32)
+    k = x * _norm_factor(k_norm_ptr, d, D, OFFSET) * cos + y * _norm_factor(k_norm_ptr, partner, D, OFFSET) * sin
+    return k.to(dtype).to(tl.float32), x
+
+
+@jit
+def _rotated_keys(
+    v_ptr, rotation_ptr, at, position, mask, r, low_factor, high_factor, R: tl.constexpr, D: tl.constexpr, dtype
+):
+    """Makes those parts of keys that turn, pairs r of R, of the values that begin at v_ptr + `at` [BLOCK, 1]: the
+    lower elements of pairs, and the higher ones."""
+    low = tl.load(v_ptr + at + r[None, :], mask=mask, other=0.0).to(tl.float32) * low_factor[None, :]
+    high = tl.load(v_ptr + at + D // 2 + r[None, :], mask=mask, other=0.0).to(tl.float32) * high_factor[None, :]
+    angles = rotation_ptr + position[:, None] * (2 * R) + r[None, :]
+    cos, sin = tl.load(angles, mask=mask, other=0.0), tl.load(angles + R, mask=mask, other=0.0)
+    return (low * cos - high * sin).to(dtype), (high * cos + low * sin).to(dtype)
+
+
+@jit
+def _materialise_kernel(
+    v_ptr,
+    table_ptr,
+    rotation_ptr,
+    k_norm_ptr,
+    position_ptr,
+    k_out_ptr,
+    v_out_ptr,
+    S,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (row and block of slots, key head)."""
+    launch_dependents(PDL)
+    row, s = tl.program_id(0) // (S // BLOCK_S), tl.program_id(0) % (S // BLOCK_S) * BLOCK_S
+    lane, d = tl.arange(0, BLOCK_S)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    partner, pair = (d + D // 2) % D, d % (D // 2)
+    wait_for_previous(PDL)
+    entry = row * (S // PAGE) + s // PAGE
+    page = tl.load(table_ptr + entry).to(tl.int64)
+    used = s + lane < tl.load(position_ptr + row)
+    mask = used & (d < D)
+    inside = s % PAGE + lane
+    at = ((page * KV_HEADS + tl.program_id(1)) * PAGE + inside) * D
+    v = tl.load(v_ptr + at + d, mask=mask, other=0.0)
+    x = v.to(tl.float32) * _norm_factor(k_norm_ptr, d, D, OFFSET)
+    y = tl.load(v_ptr + at + partner, mask=mask, other=0.0).to(tl.float32)
+    y *= _norm_factor(k_norm_ptr, partner, D, OFFSET)
+    angles, turns = rotation_ptr + (s + lane) * (2 * R) + pair, mask & (pair < R)
+    cos, sin = tl.load(angles, mask=turns, other=1.0), tl.load(angles + R, mask=turns, other=0.0)
+    k = x * cos + y * tl.where(d < D // 2, -sin, sin)
+    to = ((entry.to(tl.int64) * KV_HEADS + tl.program_id(1)) * PAGE + inside) * D + d
+    tl.store(k_out_ptr + to, k.to(k_out_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_out_ptr + to, v, mask=mask)
+
+
+def materialised(cache, layer: AttentionLayer, position: Tensor, dtype: torch.dtype):
+    """The pages of the rows of a cache that keeps values alone, and the keys of these in `dtype`, both in memory of
+    their own, with nothing in it from `position` [B] of a row on."""
+    view, (rows, pages), (_, kv_heads, _, d) = copy(cache), cache.table.shape, cache.v.shape
+    shape, block = (rows * pages, kv_heads, PAGE, d), 16
+    view.k = torch.empty(shape, dtype=dtype, device=cache.v.device)
+    view.v = torch.empty(shape, dtype=cache.v.dtype, device=cache.v.device)
+    view.table = torch.arange(rows * pages, dtype=torch.int32, device=cache.v.device).view(rows, pages)
+    launch(
+        _materialise_kernel,
+        (rows * cache.slots // block, kv_heads),
+        *(cache.v, cache.table, cache.rotation, layer.k_norm, position, view.k, view.v, cache.slots),
+        KV_HEADS=kv_heads,
+        D=d,
+        R=cache.rotation.shape[2],
+        BLOCK_S=block,
+        BLOCK_D=power_of_2(d),
+        PAGE=PAGE,
+        OFFSET=layer.norm_offset,
+        num_warps=8,
+    )
+    return view
 
 
 @jit
@@ -246,6 +403,7 @@ def _prefill_rope_kernel(
     V_NORM: tl.constexpr,
     OFFSET: tl.constexpr,
     LIMIT: tl.constexpr,
+    VALUES_ALONE: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -269,16 +427,23 @@ def _prefill_rope_kernel(
         head = tl.arange(0, BLOCK_KV_HEADS)[:, None]
         mask = (head < KV_HEADS) & (d < D)
         first = (HEADS + head) * D
-        k = _normed_rotated(
-            qkv_ptr, token, rows, first, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, OFFSET, dtype
-        )
-        columns = first + (KV_PRODUCTS - 1) * KV_HEADS * D + d
-        v = _values(qkv_ptr, token, rows, columns, mask, eps, WIDTH, D, 1, SPLIT_K, V_NORM, dtype)
-        if k_ptr is not None:
+        if VALUES_ALONE:
             slot = tl.load(slot_ptr + token)
             offsets = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D + d
-            k = _write(k, k_ptr, offsets, inverse_k_scale, mask, LIMIT)
-            v = _write(v, v_ptr, offsets, inverse_v_scale, mask, LIMIT)
+            heads = (qkv_ptr, token, rows, first, d, mask, cos, sin, k_norm_ptr, eps)
+            to = (v_ptr, offsets, mask, inverse_v_scale)
+            k, v = _written_kv_of_values(*heads, *to, WIDTH, D, 1, SPLIT_K, OFFSET, LIMIT, dtype)
+        else:
+            k = _normed_rotated(
+                qkv_ptr, token, rows, first, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, OFFSET, dtype
+            )
+            columns = first + (KV_PRODUCTS - 1) * KV_HEADS * D + d
+            v = _values(qkv_ptr, token, rows, columns, mask, eps, WIDTH, D, 1, SPLIT_K, V_NORM, dtype)
+            if k_ptr is not None:
+                slot = tl.load(slot_ptr + token)
+                offsets = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D + d
+                k = _write(k, k_ptr, offsets, inverse_k_scale, mask, LIMIT)
+                v = _write(v, v_ptr, offsets, inverse_v_scale, mask, LIMIT)
         tl.store(out_ptr + token * OUT + first + d, k.to(dtype), mask=mask)
         tl.store(out_ptr + token * OUT + first + KV_HEADS * D + d, v.to(dtype), mask=mask)
 
@@ -287,7 +452,7 @@ def prefill_rope(
     qkv: Tensor, layer: AttentionLayer, cache, positions: Positions, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norms and rotates queries and keys of prompts, rounds keys and values as the cache stores them, and writes them
-    to `positions.slot`.
+    to `positions.slot`. For a cache of values alone, keys are made of the rounded ones.
 
     qkv is [M, (HEADS + kv_products * KV_HEADS) * D] in `dtype` or partial sums of it. Returns q [M, HEADS, D], and k
     and v [M, KV_HEADS, D] as the cache stores them, divided by their scales; without products of them they have no
@@ -316,6 +481,7 @@ def prefill_rope(
         V_NORM=layer.v_norm,
         OFFSET=layer.norm_offset,
         LIMIT=limit,
+        VALUES_ALONE=cache is not None and cache.k is None,
         dtype=triton_dtype(dtype),
         num_warps=4 if layer.n_heads * d <= 8192 else 8,
     )

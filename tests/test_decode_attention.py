@@ -58,7 +58,8 @@ class Step:
     """A decode step's attention of rows of which some share prefixes: its arguments, and what it has to make of them.
 
     groups are (prefix, positions of its rows), with a prefix of 0 for rows that share nothing; rows are shuffled.
-    Tiles of `tile` rows are followed by unused ones. With `beams`, keys behind the prefix are anywhere.
+    Tiles of `tile` rows are followed by unused ones. With `beams`, keys behind the prefix are anywhere. With `turning`
+    pairs the cache keeps values alone.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Step:
         beams=False,
         ring=False,
         unit=None,
+        turning=None,
     ):
         self.layer, self.dtype, self.slots, self.ring = layer, dtype, slots, ring
         d, kv_heads = layer.head_dim, layer.n_kv_heads
@@ -104,9 +106,15 @@ class Step:
                 normal(len(filled), kv_heads, d), scale, cache_dtype
             ).view(torch.uint8)
         codec = next(codec for codec in CODECS.values() if codec.dtype == cache_dtype)
+        frequency, rotation = frequencies(d), None
+        if turning is not None:
+            frequency.view(2, -1)[:, turning:] = 0
+            rotation = rope.rope(torch.arange(slots, device=DEVICE), frequency[d // 2 :][:turning])[0]
+            rotation, k, scales = rotation.transpose(0, 1).contiguous(), None, scales[1:] * 2
         self.cache = SimpleNamespace(
             k=k, v=v, table=table.to(DEVICE), slots=slots, codec=codec, k_scale=scales[0], v_scale=scales[1], ring=ring
         )
+        self.cache.rotation, self.cache.stored = rotation, [x for x in (k, v) if x is not None]
         self.slot_of = table.long().repeat_interleave(PAGE, dim=1) * PAGE + torch.arange(slots) % PAGE
         if beams:  # the new token's slot has no source yet, unless its key has been written
             for row, p in enumerate(position):
@@ -121,7 +129,7 @@ class Step:
         self.position = integers(position, torch.long)
         self.qkv = partial_sums(normal(b, (layer.n_heads + layer.kv_products * kv_heads) * d, dtype=dtype), split_k)
         self.output_scale = None if unit is None else scalar(unit)
-        self.angles = rope.rope(self.position, frequencies(d))[0]
+        self.angles = rope.rope(self.position, frequency)[0]
 
     def become(self, other):
         """Takes over what another step of as many rows has, in place."""
@@ -147,14 +155,16 @@ class Step:
         for row, p in enumerate(self.position.tolist()):
             oldest, end = max(0, p - min(self.slots, layer.window or p + 1) + 1), p + (layer.kv_products == 0)
             at = self.slot_of[row, [t % self.slots for t in range(oldest, end)]].to(DEVICE)
-            scales = cache.k_scale, cache.v_scale
-            new = [stored_as(x[row].float(), scale, cache.k.dtype) for x, scale in zip(new_kv, scales)]
-            k, v = (
-                torch.cat((stored.float()[at // PAGE, :, at % PAGE], *(x.float()[None] for x in own)))
-                .repeat_interleave(layer.n_heads // kv_heads, dim=1)
-                .transpose(0, 1)  # [H, tokens, D]
-                for stored, own in ((cache.k, new[:1]), (cache.v, new[1:]))
-            )
+            stored, scales = cache.stored, (cache.k_scale, cache.v_scale)
+            new = [stored_as(x[row].float(), scale, cache.v.dtype) for x, scale in zip(new_kv, scales)][-len(stored) :]
+            kv = [
+                torch.cat((x.float()[at // PAGE, :, at % PAGE], *[y.float()[None] for y in new[i : i + 1]]))
+                for i, x in enumerate(stored)
+            ]
+            if len(kv) == 1:
+                cos, sin = (x[oldest : p + 1, None] for x in rope.rotation_of_heads(cache.rotation, d))
+                kv = [rope.keys_of_values(*kv, layer, cos, sin), *kv]
+            k, v = (x.repeat_interleave(layer.n_heads // kv_heads, dim=1).transpose(0, 1) for x in kv)  # [H, tokens, D]
             scores = q[row].float()[:, None] @ k.mT * (layer.scale * cache.k_scale)
             if layer.softcap is not None:
                 scores = layer.softcap * torch.tanh(scores / layer.softcap)
@@ -167,7 +177,7 @@ class Step:
         """Checks the result, of some rows or all, and that nothing but the new keys and values is written."""
         cache, rows = self.cache, range(self.rows) if rows is None else rows
         y, written = self.expected()
-        after = [x.view(torch.uint8).clone() for x in (cache.k, cache.v)]
+        after = [x.view(torch.uint8).clone() for x in cache.stored]
         for row, p in enumerate(self.position.tolist()):
             page = cache.table[row, p % self.slots // PAGE]
             for x, new in zip(after, written[row]):
@@ -175,9 +185,9 @@ class Step:
         actual = self.run(**options)
         assert actual.shape == y.shape
         assert_near(actual[rows], y[rows], self.dtype)
-        for x, stored in zip(after, (cache.k, cache.v)):
-            x, stored = (each.view(cache.k.dtype).float() for each in (x, stored.view(torch.uint8)))
-            step = 2**-2 if cache.k.element_size() == 1 else 2**-6
+        for x, stored in zip(after, cache.stored):
+            x, stored = (each.view(cache.v.dtype).float() for each in (x, stored.view(torch.uint8)))
+            step = 2**-2 if cache.v.element_size() == 1 else 2**-6
             torch.testing.assert_close(stored, x, rtol=step, atol=1e-5, equal_nan=True)
         return actual
 
@@ -239,6 +249,28 @@ def test_shared_prefix(case, dtypes):
     slots = 768 if groups == "long" else 256
     step = Step(layer, *dtypes, GROUPS[groups], slots, split_k=split_k, scales=scales)
     step.check(kv_splits=2 if groups == "several" else 1, config=config)
+
+
+ALONE = {  # heads, D, pairs that turn, groups, beams, partial sums
+    "mha": (MHA, 24, 12, "several", False, 0),
+    "gqa": (GQA, 64, 32, "long", False, 2),
+    "mqa": (MQA, 32, 3, "two", False, 0),
+    "beams": (MQA, 24, 5, "several", True, 0),
+}
+
+
+@pytest.mark.usefixtures("few_splits")
+@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, F32), (BF16, E4M3), (F32, E5M2)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_values_alone(case, dtypes, shared):
+    """Keys are made of the values that a cache holds."""
+    heads, d, turning, groups, beams, split_k = ALONE[case]
+    layer = layer_of(heads, d, dtypes[0], kv_products=1, v_norm=True, norm_offset=0.0 if beams else 1.0)
+    scale = 0.5 if dtypes[1].itemsize == 1 else 1.0
+    slots = 768 if groups == "long" else 256
+    step = Step(layer, *dtypes, GROUPS[groups], slots, 4, split_k, (1.0, scale), beams, turning=turning)
+    step.check(shared=shared, kv_splits=2, config=DOTS if case != "mha" else None)
 
 
 @pytest.mark.usefixtures("few_splits")
@@ -305,11 +337,14 @@ def test_slot_table_of_another_layers_keys(config, window):
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, E4M3), (F32, E5M2)])
-@pytest.mark.parametrize(("heads", "products"), [((8, 1), 1), ((16, 2), 0), ((2, 2), 2)])
-def test_heads_of_512(heads, products, dtypes):
+@pytest.mark.parametrize(
+    ("heads", "products", "turning"), [((8, 1), 1, None), ((16, 2), 0, None), ((2, 2), 2, None), ((8, 1), 1, 64)]
+)
+def test_heads_of_512(heads, products, turning, dtypes):
     """By what is picked for them."""
     layer = layer_of(heads, 512, dtypes[0], v_norm=True, norm_offset=0.0, kv_products=products)
-    Step(layer, *dtypes, [(0, [70, 3])], 128, split_k=2, scales=(0.02, 0.5)).check(shared=False, kv_splits=2)
+    step = Step(layer, *dtypes, [(0, [70, 3])], 128, split_k=2, scales=(0.02, 0.5), turning=turning)
+    step.check(shared=False, kv_splits=2)
 
 
 @pytest.mark.usefixtures("few_splits")
