@@ -272,19 +272,28 @@ def frequencies(d):
     return (torch.rand(d // 2).repeat(2) * torch.tensor([-1.0, 1]).repeat_interleave(d // 2)).to(DEVICE)
 
 
-def layer_cache(rows, heads, slots, d, dtype, scales=(1.0, 1.0), fill=True):
+def turning_frequencies(d, pairs):
+    """Of which only the first pairs turn, and the rotation of a cache of values alone at 128 positions."""
+    frequency = frequencies(d)
+    frequency.view(2, -1)[:, pairs:] = 0
+    rotation = rope.rope(torch.arange(128, device=DEVICE), frequency[d // 2 :][:pairs])[0]
+    return frequency, rotation.transpose(0, 1).contiguous()
+
+
+def layer_cache(rows, heads, slots, d, dtype, scales=(1.0, 1.0), fill=True, rotation=None):
     """A cache as if there had been tokens in every slot, or full of zeros; its pages are in no order."""
     count = rows * slots // PAGE
     table = (1 + torch.randperm(count)).int().view(rows, -1).to(DEVICE)
-    cache = LayerCache(1 + count, heads, d, table, codec_of(dtype, dtype), scales)
+    cache = LayerCache(1 + count, heads, d, table, codec_of(dtype, dtype), scales, rotation=rotation)
     if fill:
-        cache.k, cache.v = (normal(*cache.k.shape).to(dtype) for _ in range(2))
+        for stored in cache.stored:
+            stored.copy_(normal(*stored.shape))
     return cache
 
 
 def copy_of(cache):
     copy = cache.with_table(cache.table)
-    copy.k, copy.v = cache.k.clone(), cache.v.clone()
+    copy.k, copy.v = None if cache.k is None else cache.k.clone(), cache.v.clone()
     return copy
 
 
@@ -314,17 +323,20 @@ def normed_and_rotated(heads, layer, angles):
 
 def attention_in_float32(qkv, layer, cache, positions, dtype, output_scale=None):
     """What decode_attention and, for one new token a row, attend stand for: of a softmax that nothing is rounded in."""
-    (_, kv_heads, _, d), position, slots = cache.k.shape, positions.position, cache.slots
+    (_, kv_heads, _, d), position, slots = cache.v.shape, positions.position, cache.slots
     m = len(position)
     q, *new = normed_and_rotated(common.summed(qkv, dtype).view(m, -1, d), layer, positions.rope[:, :, None])
     page = cache.table[torch.arange(m, device=qkv.device), position % slots // PAGE]
-    for stored, x, scale in zip((cache.k, cache.v), new, (cache.k_scale, cache.v_scale)):
+    for stored, x, scale in ((cache.k, new[0], cache.k_scale), (cache.v, new[-1], cache.v_scale)) if new else ():
+        if stored is None:
+            continue
         x = common.round_fp8(x, scale, stored.dtype) if stored.dtype.itemsize == 1 else x.to(stored.dtype)
         stored.view(torch.uint8)[page, :, position % PAGE] = x.view(torch.uint8)
     slot = torch.arange(slots, device=qkv.device)
     age = (position[:, None] - slot) % slots  # tokens since the one in a slot
     used = ((age <= position[:, None]) & (age < (layer.window or slots)))[:, None, :, None]  # [B, 1, S, 1]
-    k, v = (torch.where(used, slots_in_order(stored, cache).float(), 0.0) for stored in (cache.k, cache.v))
+    *k, v = (torch.where(used, slots_in_order(stored, cache).float(), 0.0) for stored in cache.stored)
+    k = k[0] if k else rope.keys_of_values(v, layer, *rope.rotation_of_heads(cache.rotation[:slots], d))
     scores = q.float().view(m, kv_heads, -1, d) @ k.mT * (layer.scale * cache.k_scale)  # [B, K, G, S]
     if layer.softcap is not None:
         scores = layer.softcap * torch.tanh(scores / layer.softcap)
@@ -345,6 +357,7 @@ ATTENTION = {  # by_sums, B, H, K, D, S, window, products of K and V, norm of V,
     "no-kv-sums-global": (True, 3, 2, 2, 24, 128, None, 0, True, 0.0),
     "v-norm": (False, 3, 4, 2, 24, 64, 50, 2, True, 0.0),
     "k-is-v": (False, 3, 4, 1, 24, 128, None, 1, True, 0.0),
+    "values-alone": (False, 3, 4, 1, 24, 128, None, 1, True, 0.0),
     "no-kv": (False, 5, 4, 2, 24, 64, 9, 0, True, 0.0),
     "no-kv-global": (False, 3, 4, 1, 24, 128, None, 0, True, 0.0),
 }
@@ -358,7 +371,8 @@ def test_decode_attention(case, dtypes):
     # one key; a ring that is full, and has come round; between
     come_round = slots + 9 if window else slots - 2
     position = torch.tensor([0, come_round, slots // 2, slots - 1, 7][-m:], device=DEVICE)
-    angles = rope.rope(position, frequencies(d))[0]
+    frequency, rotation = turning_frequencies(d, 3) if case == "values-alone" else (frequencies(d), None)
+    angles = rope.rope(position, frequency)[0]
     config = AttentionConfig(block_s=16, num_warps=4, num_stages=2, by_sums=by_sums)
     unit = 0.004
     norms = dict(q_norm=normal(d, dtype=dtype), k_norm=normal(d, dtype=dtype) if products else None)
@@ -372,13 +386,15 @@ def test_decode_attention(case, dtypes):
         layer = AttentionLayer(heads, kv_heads, d, scale, softcap, window, **options, **(norms if normed else {}))
         output_scale = scalar(unit) if rounded else None
         qkv = partial_sums(normal(m, (heads + products * kv_heads) * d, dtype=dtype), split_k)
-        cache = layer_cache(m, kv_heads, slots, d, cache_dtype, (0.02, 0.5) if rounded else (1.0, 1.0))
+        scales = (0.02, 0.5) if rounded else (1.0, 1.0)
+        cache = layer_cache(m, kv_heads, slots, d, cache_dtype, scales, rotation=rotation)
         mask = attention.attention_mask(cache, window, position[:, None], position, dtype)
         slot = cache.slots_for(torch.arange(m, device=DEVICE), position, position + 1)
         positions = Positions(m, 1, position, None, angles, mask, slot)
-        cache.k[0], cache.v[0] = float("nan"), float("nan")  # nobody's
+        for stored in cache.stored:
+            stored[0] = float("nan")  # nobody's
         for row, p in enumerate(position.tolist()):
-            for stored in (cache.k, cache.v):  # what is not in use yet, and the slot that is about to be written
+            for stored in cache.stored:  # what is not in use yet, and the slot that is about to be written
                 for slot in (*range(p + 1, slots), *[p % slots] * (products > 0)):
                     stored[cache.table[row, slot // PAGE], :, slot % PAGE] = float("nan")
         finite, expected_cache = copy_of(cache), copy_of(cache)
@@ -387,8 +403,8 @@ def test_decode_attention(case, dtypes):
         )
         defined = attention.attend(qkv, layer, finite, positions, dtype, output_scale)
         expected = attention_in_float32(qkv, layer, expected_cache, positions, dtype, output_scale)
-        for name in ("k", "v"):
-            of_all = [slots_in_order(getattr(each, name), each) for each in (expected_cache, cache, finite)]
+        for i in range(len(cache.stored)):
+            of_all = [slots_in_order(each.stored[i], each) for each in (expected_cache, cache, finite)]
             for row, p in enumerate(position.tolist()):
                 for actual in of_all[1:]:
                     assert_same(actual[row, :, : p + 1], of_all[0][row, :, : p + 1])
@@ -428,21 +444,26 @@ def test_kv_splits_fill_the_gpu():
     ],
 )
 @pytest.mark.parametrize("cached", [None, (3, 70, 0)])
-def test_attention_of_prompts(dtype, cache_dtype, split_k, window, ragged, cached):
-    """What new tokens get, behind cached ones or not, and what a later query will see of the cache; packed, too."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_attention_of_prompts(dtype, cache_dtype, split_k, window, ragged, cached, alone):
+    """What new tokens get, behind cached ones or not, and what a later query will see of the cache; packed, too. Global
+    layers' caches may keep values alone."""
+    window = None if alone else window
     rows, tokens, heads, kv_heads, d, slots = 3, 11, 4, 2, 24, 64 if window else 128
     lengths = torch.tensor([tokens, 3, 9] if ragged else [tokens] * 3, device=DEVICE)
     position = None if cached is None else torch.tensor(cached, device=DEVICE)
-    qkv = partial_sums(normal(rows * tokens, (heads + 2 * kv_heads) * d, dtype=dtype), split_k)
+    qkv = partial_sums(normal(rows * tokens, (heads + (2 - alone) * kv_heads) * d, dtype=dtype), split_k)
     norms = dict(q_norm=normal(d, dtype=dtype), k_norm=normal(d, dtype=dtype)) if split_k else dict(softcap=5.0)
+    norms |= dict(kv_products=1, v_norm=True, norm_offset=0.0) if alone else {}
     layer = AttentionLayer(heads, kv_heads, d, 0.3, window=window, **norms)
     row, query = torch.arange(rows, device=DEVICE).repeat_interleave(tokens), torch.arange(tokens).repeat(rows)
     query, end = query.to(DEVICE), lengths
     if cached is not None:
         query, end = query + position[row], end + position
-    angles = rope.rope(query, frequencies(d))[0]
+    frequency, rotation = turning_frequencies(d, 5) if alone else (frequencies(d), None)
+    angles = rope.rope(query, frequency)[0]
     output_scale = scalar(0.01) if cache_dtype == E4M3 else None
-    before = layer_cache(rows, kv_heads, slots, d, cache_dtype, (0.02, 0.5), fill=cached is not None)
+    before = layer_cache(rows, kv_heads, slots, d, cache_dtype, (0.02, 0.5), cached is not None, rotation)
     before.ring = window is not None
     valid = torch.arange(tokens, device=DEVICE) < lengths[:, None]
     results = []
@@ -468,7 +489,7 @@ def test_attention_of_prompts(dtype, cache_dtype, split_k, window, ragged, cache
         assert not packed or not y[-2:].float().any()  # a NaN in padding would not stay there
         y = y[:-2] if packed else y[valid.flatten()]
         held = cache.held_positions(end) >= 0
-        stored = [slots_in_order(x, cache).transpose(1, 2)[held] for x in (cache.k, cache.v)]
+        stored = [slots_in_order(x, cache).transpose(1, 2)[held] for x in cache.stored]
         assert all(x.float().abs().sum(-1).count_nonzero() == x[..., 0].numel() for x in stored)
         results.append((y, *stored))
     for actual in results[1:]:
