@@ -166,9 +166,11 @@ def _prefix_attention_kernel(
             _norm_factor(k_norm_ptr, r, D, OFFSET),
             _norm_factor(k_norm_ptr, D // 2 + r, D, OFFSET),
         )
-        turning = used[:, None] & (r < R)[None, :]
-        low_q = tl.load(q_ptr + entry[:, None] * D + r[None, :], mask=turning, other=0.0).to(factor)
-        high_q = tl.load(q_ptr + entry[:, None] * D + D // 2 + r[None, :], mask=turning, other=0.0).to(factor)
+        turning = (r < R)[None, :]
+        low_q = tl.load(q_ptr + entry[:, None] * D + r[None, :], mask=used[:, None] & turning, other=0.0).to(factor)
+        high_q = tl.load(q_ptr + entry[:, None] * D + D // 2 + r[None, :], mask=used[:, None] & turning, other=0.0).to(
+            factor
+        )
         still = tl.where(d % (D // 2) < R, 0.0, _norm_factor(k_norm_ptr, d, D, OFFSET))
         q = (q.to(tl.float32) * still[None, :]).to(factor)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -180,9 +182,8 @@ def _prefix_attention_kernel(
         page = tl.load(table_ptr + (s + BLOCK_N) // PAGE, mask=s + BLOCK_N < end, other=0)
         if k_ptr is None:
             v = tl.load(v_ptr + base + at, mask=(d < D)[None, :], other=0.0).to(factor)
-            places, turning = base + n[:, None] * D, (r < R)[None, :]
             low_k, high_k = _rotated_keys(
-                v_ptr, rotation_ptr, places, s + n, turning, r, low_factor, high_factor, R, D, factor
+                v_ptr, rotation_ptr, base + n[:, None] * D, s + n, turning, r, low_factor, high_factor, R, D, factor
             )
             products = tl.dot(low_q, tl.trans(low_k), input_precision="ieee")
             products = tl.dot(high_q, tl.trans(high_k), products, input_precision="ieee")
