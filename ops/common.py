@@ -219,4 +219,4 @@ def split_k_of(y: Tensor | None) -> int:
 
 def triton_dtype(dtype: torch.dtype):
     """Triton's name of a dtype of activations."""
-    return {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]

@@ -40,6 +40,7 @@ from ops.rope import (
     _values,
     _write,
     _written_kv_of_values,
+    keys_and_rotation,
 )
 
 
@@ -447,8 +448,9 @@ def _attention_kernel(
 ):
     """Attends where each key head has GROUP queries, which tensor cores take as rows of one matrix.
 
-    The programs are those of `_attention_by_sums_kernel`. Where the cache keeps values alone (k_ptr is None), what keys
-    are multiplied by is the queries' matter instead, but for the R pairs of a head that turn: those are loaded again.
+    The programs are those of `_attention_by_sums_kernel`. Where the cache keeps values alone, there is a rotation_ptr:
+    what keys are multiplied by is the queries' matter then, but for the R pairs of a head that turn and are loaded again.
+    With a k_ptr all values are loaded again, for the product with queries.
     """
     launch_dependents(PDL)
     # FP8 is exact in float16, and converted faster than to bfloat16
@@ -465,7 +467,7 @@ def _attention_kernel(
         slots_ptr += row * S
     own_page = _page(table_ptr, slot, PAGE)
     page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
-    _prefetch_slots(k_ptr, v_ptr, page, start, end, KV_HEADS, D, PAGE, AHEAD, PDL)
+    _prefetch_slots(k_ptr if rotation_ptr is None else None, v_ptr, page, start, end, KV_HEADS, D, PAGE, AHEAD, PDL)
     wait_for_previous(PDL)
     inputs = (qkv_ptr, rope_ptr, k_norm_ptr, eps, rows)
     cos, sin, own_k, own_v = _new_kv(*inputs, d, KV_HEADS, GROUP, D, SPLIT_K, KV_PRODUCTS, V_NORM, OFFSET, dtype)
@@ -489,14 +491,20 @@ def _attention_kernel(
         dtype,
     )
     first = tl.program_id(2) == 0
+    if rotation_ptr is not None:
+        turning = (d % (D // 2) < R)[None, :]
+        weighted = tl.where(turning, q, q * _norm_factor(k_norm_ptr, d, D, OFFSET)[None, :])
+    else:
+        weighted = q.to(dtype)
     if q_ptr is not None:
         mask = (g < tl.where(first, GROUP, 0))[:, None] & in_head[None, :]
-        tl.store(q_ptr + heads + row * GROUP * KV_HEADS * D + d[None, :], q.to(dtype), mask=mask)
+        at = heads + row * GROUP * KV_HEADS * D + d[None, :]
+        tl.store(q_ptr + at, weighted.to(q_ptr.dtype.element_ty), mask=mask)
     l = tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
     if KV_PRODUCTS > 0:
         own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
-        if k_ptr is None:
+        if rotation_ptr is not None:
             columns = (GROUP * KV_HEADS + head) * D
             new = (qkv_ptr, row, rows, columns, d, in_head, cos, sin, k_norm_ptr, eps)
             to = (v_ptr, own_at + d, d < tl.where(first, D, 0), inverse_v_scale)
@@ -509,31 +517,34 @@ def _attention_kernel(
     else:
         m = tl.full([BLOCK_GROUP], LOWEST, tl.float32)
     memory = (k_ptr, v_ptr, slots_ptr)
-    if k_ptr is None:
+    if rotation_ptr is not None:
         r = tl.arange(0, BLOCK_R)
         low_factor, high_factor = (
             _norm_factor(k_norm_ptr, r, D, OFFSET),
             _norm_factor(k_norm_ptr, D // 2 + r, D, OFFSET),
         )
-        low_d = tl.minimum(r, D - 1)[None, :] + tl.zeros([BLOCK_GROUP, 1], tl.int32)
-        high_d = tl.minimum(D // 2 + r, D - 1)[None, :] + tl.zeros([BLOCK_GROUP, 1], tl.int32)
-        low, high = tl.gather(q, low_d, axis=1).to(factor), tl.gather(q, high_d, axis=1).to(factor)
-        still = tl.where(d % (D // 2) < R, 0.0, _norm_factor(k_norm_ptr, d, D, OFFSET))
-        query = (q * still[None, :]).to(factor)
+        low_d, high_d = tl.minimum(r, D - 1)[None, :], tl.minimum(D // 2 + r, D - 1)[None, :]
+        every = tl.zeros([BLOCK_GROUP, 1], tl.int32)
+        low, high = tl.gather(q, low_d + every, axis=1).to(factor), tl.gather(q, high_d + every, axis=1).to(factor)
+        query = tl.where(turning, 0.0, weighted).to(factor)
     else:
         query = q.to(factor)
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
-        if k_ptr is None:
+        if rotation_ptr is not None:
             places, used = _places(slots_ptr, at, s, end, slot, S, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS)
-            v = tl.load(v_ptr + places + d[None, :], mask=used[:, None] & in_head[None, :], other=0.0)
+            mask = used[:, None] & in_head[None, :]
+            v = tl.load(v_ptr + places + d[None, :], mask=mask, other=0.0)
+            k = v
+            if k_ptr is not None:
+                k = tl.load(k_ptr + places + d[None, :], mask=mask, other=0.0)
             mask = used[:, None] & (r < R)[None, :]
             low_k, high_k = _rotated_keys(
                 v_ptr, rotation_ptr, places, s + lane, mask, r, low_factor, high_factor, R, D, factor
             )
             products = tl.dot(low, tl.trans(low_k), input_precision="ieee")
             products = tl.dot(high, tl.trans(high_k), products, input_precision="ieee")
-            products = tl.dot(query, tl.trans(v.to(factor)), products, input_precision="ieee")
+            products = tl.dot(query, tl.trans(k.to(factor)), products, input_precision="ieee")
         else:
             k, v, used = _block(*memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS)
             products = tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee")
@@ -623,7 +634,7 @@ def decode_attention(
     (m, _), slots, (_, kv_heads, _, d) = cache.table.shape, cache.slots, cache.v.shape
     n_heads = layer.n_heads
     group = n_heads // kv_heads
-    rotation = cache.rotation if cache.k is None else None
+    k, rotation = keys_and_rotation(cache)
     windowed = layer.window is not None and layer.window < slots
     shared = None if windowed or getattr(cache, "ring", False) else positions.shared
     if config is None:
@@ -637,9 +648,11 @@ def decode_attention(
     q = prefix = acc = stats = None
     if shared is not None:
         rows, prefix = shared.rows, shared.prefix
-        of_prefix = prefix_config(-(-m // rows), rows * group, kv_heads, d, slots, dtype, cache.v.dtype)
+        tiles, alone = -(-m // rows), rotation is not None
+        of_prefix = prefix_config(tiles, rows * group, kv_heads, d, slots, dtype, cache.v.dtype, alone)
         splits += of_prefix.splits
-        q = torch.empty(m, n_heads, d, dtype=dtype, device=qkv.device)
+        of_products = torch.float16 if rotation is not None and k is not None and dtype == torch.bfloat16 else dtype
+        q = torch.empty(m, n_heads, d, dtype=of_products, device=qkv.device)
     if splits > 1:
         acc = torch.empty(splits, m, n_heads, d, dtype=torch.float32, device=qkv.device)
         stats = torch.empty(splits, m, n_heads, 2, dtype=torch.float32, device=qkv.device)  # maximum and sum
@@ -647,7 +660,7 @@ def decode_attention(
     launch(
         _attention_by_sums_kernel if config.by_sums else _attention_kernel,
         (m, kv_heads, kv_splits),
-        *(qkv, positions.rope, layer.q_norm, layer.k_norm, cache.k, cache.v, rotation),
+        *(qkv, positions.rope, layer.q_norm, layer.k_norm, k, cache.v, rotation),
         *(positions.position, cache.table, slot_table, prefix, output_scale, out, q, acc, stats),
         *(layer.scale * k_scale, v_scale, layer.softcap, 1 / k_scale, 1 / v_scale, layer.eps, m, slots),
         KV_HEADS=kv_heads,

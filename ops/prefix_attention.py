@@ -25,7 +25,7 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.rope import AttentionLayer, Shared, _norm_factor, _rotated_keys
+from ops.rope import AttentionLayer, Shared, _norm_factor, _rotated_keys, keys_and_rotation
 
 
 class PrefixConfig(NamedTuple):
@@ -64,6 +64,7 @@ def prefix_config(
     slots: int,
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
+    values_alone: bool = False,
 ) -> PrefixConfig:
     """Picks how tiles of at most `queries` queries a key head attend to their prefix, which has less than `slots` keys.
 
@@ -81,8 +82,8 @@ def prefix_config(
         if head_dim > 256:
             return PrefixConfig(block_n=32, num_warps=4, num_stages=4 if is_fp8 else 2, splits=splits, ahead=2)
         return PrefixConfig(block_n=64 if is_fp8 else 32, num_warps=4, num_stages=4, splits=splits, ahead=2)
-    if head_dim > 256:
-        return PrefixConfig(block_n=32, num_warps=8, num_stages=2, splits=splits, ahead=1)
+    if head_dim > 256:  # keys that are made of values take registers
+        return PrefixConfig(block_n=16 if values_alone else 32, num_warps=8, num_stages=2, splits=splits, ahead=1)
     return PrefixConfig(block_n=64, num_warps=4 if queries <= 64 else 8, num_stages=2, splits=splits, ahead=1)
 
 
@@ -148,7 +149,7 @@ def _prefix_attention_kernel(
             s = start + ahead * PAGE
             page = tl.load(table_ptr + s // PAGE, mask=s < end, other=0).to(tl.int64)
             pieces = tl.where(s < end, PIECES, 0)
-            if k_ptr is not None:
+            if rotation_ptr is None:
                 prefetch_l2(k_ptr + (page * KV_HEADS + head) * PAGE * D, PIECE, pieces, PIECE, PDL)
             prefetch_l2(v_ptr + (page * KV_HEADS + head) * PAGE * D, PIECE, pieces, PIECE, PDL)
     i, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -159,20 +160,16 @@ def _prefix_attention_kernel(
     wait_for_previous(PDL)
     if count == 0:
         return
-    q = tl.load(q_ptr + entry[:, None] * D + d[None, :], mask=mask, other=0.0).to(factor)
-    if k_ptr is None:  # as in ops/decode_attention.py
+    if rotation_ptr is not None:  # as in ops/decode_attention.py, which has multiplied queries by what keys are
         r = tl.arange(0, BLOCK_R)
-        low_factor, high_factor = (
-            _norm_factor(k_norm_ptr, r, D, OFFSET),
-            _norm_factor(k_norm_ptr, D // 2 + r, D, OFFSET),
-        )
+        low_factor = _norm_factor(k_norm_ptr, r, D, OFFSET)
+        high_factor = _norm_factor(k_norm_ptr, D // 2 + r, D, OFFSET)
         turning = (r < R)[None, :]
-        low_q = tl.load(q_ptr + entry[:, None] * D + r[None, :], mask=used[:, None] & turning, other=0.0).to(factor)
-        high_q = tl.load(q_ptr + entry[:, None] * D + D // 2 + r[None, :], mask=used[:, None] & turning, other=0.0).to(
-            factor
-        )
-        still = tl.where(d % (D // 2) < R, 0.0, _norm_factor(k_norm_ptr, d, D, OFFSET))
-        q = (q.to(tl.float32) * still[None, :]).to(factor)
+        low_q = tl.load(q_ptr + entry[:, None] * D + r[None, :], mask=used[:, None] & turning, other=0.0)
+        high_q = tl.load(q_ptr + entry[:, None] * D + D // 2 + r[None, :], mask=used[:, None] & turning, other=0.0)
+        q = tl.load(q_ptr + entry[:, None] * D + d[None, :], mask=mask & (d % (D // 2) >= R)[None, :], other=0.0)
+    else:
+        q = tl.load(q_ptr + entry[:, None] * D + d[None, :], mask=mask, other=0.0).to(factor)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -180,14 +177,17 @@ def _prefix_attention_kernel(
     for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         base = ((page.to(tl.int64) * KV_HEADS + head) * PAGE + s % PAGE) * D
         page = tl.load(table_ptr + (s + BLOCK_N) // PAGE, mask=s + BLOCK_N < end, other=0)
-        if k_ptr is None:
+        if rotation_ptr is not None:
             v = tl.load(v_ptr + base + at, mask=(d < D)[None, :], other=0.0).to(factor)
+            k = v
+            if k_ptr is not None:
+                k = tl.load(k_ptr + base + at, mask=(d < D)[None, :], other=0.0).to(factor)
             low_k, high_k = _rotated_keys(
                 v_ptr, rotation_ptr, base + n[:, None] * D, s + n, turning, r, low_factor, high_factor, R, D, factor
             )
             products = tl.dot(low_q, tl.trans(low_k), input_precision="ieee")
             products = tl.dot(high_q, tl.trans(high_k), products, input_precision="ieee")
-            products = tl.dot(q, tl.trans(v), products, input_precision="ieee")
+            products = tl.dot(q, tl.trans(k), products, input_precision="ieee")
         else:
             if D < BLOCK_D:
                 k = tl.load(k_ptr + base + at, mask=(d < D)[None, :], other=0.0).to(factor)
@@ -215,15 +215,16 @@ def prefix_attention(
 ):
     """Attends from queries q [B, HEADS, D], normed and rotated, to the keys of each row's shared prefix.
 
-    Leaves unscaled results in acc [splits, B, HEADS, D], and maxima and sums in stats [splits, B, HEADS, 2]: nothing
+    For a cache of values alone, queries are multiplied by what keys are, except where they turn, and in the dtype that
+    values are multiplied in. Leaves unscaled results in acc [splits, B, HEADS, D], and maxima and sums in stats [splits, B, HEADS, 2]: nothing
     for rows without a prefix, and no results, with a sum of 0, where a split has no keys.
     """
     (m, n_heads, d), kv_heads = q.shape, cache.v.shape[1]
-    group, rotation = n_heads // kv_heads, cache.rotation if cache.k is None else None
+    group, (k, rotation) = n_heads // kv_heads, keys_and_rotation(cache)
     launch(
         _prefix_attention_kernel,
         (len(shared.tiles), kv_heads, config.splits),
-        *(q, cache.k, cache.v, rotation, layer.k_norm if cache.k is None else None, cache.table),
+        *(q, k, cache.v, rotation, None if rotation is None else layer.k_norm, cache.table),
         *(shared.prefix, shared.order, shared.tiles, acc, stats),
         *(layer.scale * cache.k_scale, layer.softcap, m, cache.slots),
         KV_HEADS=kv_heads,

@@ -124,6 +124,17 @@ def rotation_of_heads(rotation: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
+def keys_and_rotation(cache) -> tuple[Tensor | None, Tensor | None]:
+    """What decode kernels load keys from, and the rotation of those that they make of values, where there is one.
+
+    Values in FP8 are loaded once as keys and once as values: a load that two products take in different layouts is not
+    pipelined, and the second finds in L2 what the first has brought.
+    """
+    if cache.k is not None:
+        return cache.k, None
+    return cache.v if cache.v.dtype.itemsize == 1 else None, cache.rotation
+
+
 def rope(position: Tensor, *frequencies: Tensor) -> list[Tensor]:
     """Cosines and sines of angles: [2, M, D] in float32 for each of one or two frequencies, whose D may differ.
 
