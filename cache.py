@@ -234,7 +234,8 @@ class KVCache:
     def shortened(self, length: int) -> "KVCache":
         """The same memory, as if sequences could have `length` tokens only, which they don't exceed."""
         pages = -(-length // PAGE)
-        return self.with_tables({ring: table if ring else table[:, :pages] for ring, table in self.tables.items()})
+        tables = {ring: table if ring else table[:, :pages].contiguous() for ring, table in self.tables.items()}
+        return self.with_tables(tables)
 
     def copy_rows(self, source: "KVCache", rows: Tensor):
         """Fills its rows with those of `source`, a cache of the same length or a smaller one, at index `rows`.

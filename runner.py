@@ -363,6 +363,7 @@ class Runner:
             tokens = self.sent([token for text in texts for token in text] + [0] * (width - total))
             if record:
                 return self._recorded_prefill(model, tokens, cache, position, lengths, max(16, power_of_2(longest)))
+            cache = cache.shortened(max(piece.begin for piece in pieces) + longest)  # keys made of values take memory
             return self._logits(model, tokens, cache, position, lengths, False, longest)
         if self.compile_prefill:
             longest = max(longest, 2)  # a length of 1 would be compiled apart

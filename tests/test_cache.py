@@ -5,7 +5,7 @@ import torch
 from conftest import GREEDY, TINY_GEMMA, small_model
 
 import ops
-from cache import CODECS, KV_CACHE_DTYPES, KVCache, LayerCache, cache_bytes, codec_of, context_bytes
+from cache import CODECS, KV_CACHE_DTYPES, KVCache, KVScales, LayerCache, cache_bytes, codec_of, context_bytes
 from config import PAGE, ModelConfig
 from generate import generate, load_model
 from ops.attention import softmax_attention
@@ -67,16 +67,52 @@ def test_local_layers_keep_only_their_window():
     assert context_bytes(config, 1000, CODECS["bf16"]) == per_token * (4 * 1000 + 22 * 512)
 
 
+def test_layers_whose_keys_are_their_values_keep_values_alone():
+    config = ModelConfig.from_name("gemma-4-31B")
+    ours = [i for i in range(60) if config.keys_of_values(i)]
+    assert ours == [i for i in range(60) if not config.is_local(i)] and len(ours) == 10
+    per_token, local = 10 * 4 * 512 * 2, 50 * 2 * 16 * 256 * 2
+    assert context_bytes(config, 5000, CODECS["bf16"]) == 5000 * per_token + 1024 * local
+    rotation = 8192 * 2 * 64 * 4  # cosines and sines at each position, once
+    pages = (1 + 3 * 8192 // PAGE) * PAGE * per_token + (1 + 3 * 1024 // PAGE) * PAGE * local
+    assert cache_bytes(config, 3, 8192, CODECS["bf16"]) == pages + rotation
+    for name in ("gemma-4-E2B", "gemma-4-E4B", "gemma-3-27b"):
+        config = ModelConfig.from_name(name)
+        assert not any(map(config.keys_of_values, range(config.n_layers)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp8_e4m3"])
+def test_keys_are_the_same_however_a_prompt_is_cut(name):
+    model, x = small_model(case="gemma4-unified"), tokens(2, 90, 120)
+    model.kv_scales = KVScales([(0.3, 0.02)] * model.config.n_layers)
+    caches = [KVCache.empty(model.config, 2, 90, CODECS[name], model.device, model.kv_scales) for _ in range(2)]
+    expected = model(x, caches[0], all_logits=True)
+    assert [layer.k is None for layer in caches[0].layers] == [
+        not model.config.is_local(i) for i in range(model.config.n_layers)
+    ]
+    model(x[:, :50], caches[1])
+    model(x[:, 50:88], caches[1], torch.full((2,), 50))
+    for i in (88, 89):
+        logits = model(x[:, i : i + 1], caches[1], torch.full((2,), i))
+        torch.testing.assert_close(logits, expected[:, i], atol=1e-5 if name == "fp32" else 0.02, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["gemma3-window-half", "gemma4-unified"])
 @pytest.mark.parametrize("pages", [None, 7])
 @pytest.mark.parametrize("name", CODECS)
-def test_what_is_allocated_is_what_was_said(name, pages):
-    config = small_model(case="gemma3-window-half").config
+def test_what_is_allocated_is_what_was_said(name, pages, case):
+    config = small_model(case=case).config
     cache = KVCache.empty(config, 3, 130, CODECS[name], torch.device("cpu"), pages=pages)
     assert cache.bytes == cache_bytes(config, 3, 130, CODECS[name], pages)
-    assert cache.bytes == sum(each.k.nbytes + each.v.nbytes for each in cache.layers)
-    assert {each.k.dtype for each in cache.layers} == {CODECS[name].dtype}
+    rotations = {each.rotation.data_ptr(): each.rotation.nbytes for each in cache.layers if each.rotation is not None}
+    assert len(rotations) == (case == "gemma4-unified")
+    rotation = sum(rotations.values())
+    assert cache.bytes == rotation + sum(x.nbytes for each in cache.layers for x in each.stored)
+    assert {x.dtype for each in cache.layers for x in each.stored} == {CODECS[name].dtype}
     assert {each.slots for each in cache.layers} == {64, 192}
-    assert cache.bytes == CODECS[name].dtype.itemsize * cache_bytes(config, 3, 130, CODECS["fp8_e5m2"], pages)
+    in_bytes = cache_bytes(config, 3, 130, CODECS["fp8_e5m2"], pages) - rotation
+    assert cache.bytes - rotation == CODECS[name].dtype.itemsize * in_bytes
 
 
 @torch.no_grad()
@@ -90,15 +126,15 @@ def test_rows_of_a_smaller_cache_go_on_in_a_larger_one():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["gemma-mqa", "gemma3-window-half", "gemma4-shared"])
+@pytest.mark.parametrize("case", ["gemma-mqa", "gemma3-window-half", "gemma4-shared", "gemma4-unified"])
 def test_rows_are_views_that_share_pages(case):
     """Rows in any order, a prefix that two of them share, and pages that nobody has full of NaN."""
     model, x = small_model(case=case), tokens(3, 130, 120)
     expected = model(x, all_logits=True)
     cache = KVCache.empty(model.config, 4, 130, CODECS["fp32"], model.device, pages=20)
     for layer in cache.layers:
-        layer.k.fill_(float("nan"))
-        layer.v.fill_(float("nan"))
+        for stored in layer.stored:
+            stored.fill_(float("nan"))
     pages = torch.tensor([[3, 9, 1], [3, 9, 2], [19, 4, 17]], dtype=torch.int32)
     cache.tables[False][[2, 0, 3]] = pages
     x[1, :128] = x[0, :128]
@@ -113,7 +149,7 @@ def test_rows_are_views_that_share_pages(case):
     for i in (128, 129):
         logits = model(x[:, i : i + 1], view, torch.full((3,), i))
         torch.testing.assert_close(logits, expected[:, i], atol=1e-4, rtol=0)
-    assert cache.layers[0].k[5:9].isnan().all()
+    assert cache.layers[0].v[5:9].isnan().all()
 
 
 def test_codecs_by_name_and_dtype():

@@ -125,7 +125,8 @@ def test_prompts_that_share_pages_have_the_texts_that_they_have_alone(case, chun
         rings = [1 + ring * width + i for ring in runner.free_rings for i in range(width)]
         for layer in runner.whole_cache.layers:
             nobodys = [0, *(rings if layer.ring else pages.unused)]
-            layer.k[nobodys], layer.v[nobodys] = float("nan"), float("nan")
+            for stored in layer.stored:
+                stored[nobodys] = float("nan")
 
     seeds = [(7, i) for i in range(8)]
     options = dict(sampling=samplings, num_samples=counts, seed=seeds, stop_ids=(5, 6), on_step=poison)
