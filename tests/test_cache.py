@@ -95,7 +95,7 @@ def test_keys_are_the_same_however_a_prompt_is_cut(name):
     model(x[:, 50:88], caches[1], torch.full((2,), 50))
     for i in (88, 89):
         logits = model(x[:, i : i + 1], caches[1], torch.full((2,), i))
-        torch.testing.assert_close(logits, expected[:, i], atol=1e-5 if name == "fp32" else 0.02, rtol=0)
+        torch.testing.assert_close(logits, expected[:, i], atol=1e-4 if name == "fp32" else 0.02, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["gemma3-window-half", "gemma4-unified"])
