@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CASES, SIZES
+from conftest import CASES, SIZES, small_model
 
 import ops
-from cache import KVCache, KVScales, LayerCache, codec_of
+from cache import CODECS, KVCache, KVScales, LayerCache, codec_of
 from config import PAGE, ModelConfig
 from formats import Weight
 from model import Transformer
@@ -1073,3 +1073,21 @@ def test_steps_that_start_early(case, rows, dtype, format, cache_dtype, monkeypa
         results.append([state.position, state.count, state.done, state.log, *layers])
     for with_, without in zip(*results):
         assert torch.equal(with_, without)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp8_e4m3"])
+@torch.no_grad()
+def test_model_whose_caches_keep_values_alone(name):
+    """A prompt, a piece behind it and a step: by kernels as by their definitions."""
+    model, results = small_model(case="gemma4-unified").to(DEVICE), []
+    model.kv_scales = KVScales([(0.3, 0.02)] * model.config.n_layers)
+    x = torch.randint(3, 120, (2, 70)).to(DEVICE)
+    for kind in ("torch", "kernels"):
+        model.ops = ops.choose(kind, DEVICE)
+        cache = KVCache.empty(model.config, 2, 130, CODECS[name], DEVICE, model.kv_scales)
+        position = torch.full((2,), 66, device=DEVICE)
+        logits = [model(x[:, :66], cache), model(x[:, 66:69], cache, position)]
+        results.append(torch.stack([*logits, model(x[:, 69:], cache, position + 3)]))
+    # what lies between two codes may be rounded to either
+    difference = (results[1] - results[0]).abs()
+    assert difference.mean() < (1e-5 if name == "fp32" else 0.02)
