@@ -498,8 +498,8 @@ def _attention_kernel(
         weighted = q.to(dtype)
     if q_ptr is not None:
         mask = (g < tl.where(first, GROUP, 0))[:, None] & in_head[None, :]
-        at = heads + row * GROUP * KV_HEADS * D + d[None, :]
-        tl.store(q_ptr + at, weighted.to(q_ptr.dtype.element_ty), mask=mask)
+        q_offsets = heads + row * GROUP * KV_HEADS * D + d[None, :]
+        tl.store(q_ptr + q_offsets, weighted.to(q_ptr.dtype.element_ty), mask=mask)
     l = tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
     if KV_PRODUCTS > 0:
@@ -519,10 +519,8 @@ def _attention_kernel(
     memory = (k_ptr, v_ptr, slots_ptr)
     if rotation_ptr is not None:
         r = tl.arange(0, BLOCK_R)
-        low_factor, high_factor = (
-            _norm_factor(k_norm_ptr, r, D, OFFSET),
-            _norm_factor(k_norm_ptr, D // 2 + r, D, OFFSET),
-        )
+        low_factor = _norm_factor(k_norm_ptr, r, D, OFFSET)
+        high_factor = _norm_factor(k_norm_ptr, D // 2 + r, D, OFFSET)
         low_d, high_d = tl.minimum(r, D - 1)[None, :], tl.minimum(D // 2 + r, D - 1)[None, :]
         every = tl.zeros([BLOCK_GROUP, 1], tl.int32)
         low, high = tl.gather(q, low_d + every, axis=1).to(factor), tl.gather(q, high_d + every, axis=1).to(factor)
@@ -533,14 +531,13 @@ def _attention_kernel(
         at = _page(table_ptr, s, PAGE)
         if rotation_ptr is not None:
             places, used = _places(slots_ptr, at, s, end, slot, S, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS)
-            mask = used[:, None] & in_head[None, :]
-            v = tl.load(v_ptr + places + d[None, :], mask=mask, other=0.0)
+            kv_mask, pairs = used[:, None] & in_head[None, :], used[:, None] & (r < R)[None, :]
+            v = tl.load(v_ptr + places + d[None, :], mask=kv_mask, other=0.0)
             k = v
             if k_ptr is not None:
-                k = tl.load(k_ptr + places + d[None, :], mask=mask, other=0.0)
-            mask = used[:, None] & (r < R)[None, :]
+                k = tl.load(k_ptr + places + d[None, :], mask=kv_mask, other=0.0)
             low_k, high_k = _rotated_keys(
-                v_ptr, rotation_ptr, places, s + lane, mask, r, low_factor, high_factor, R, D, factor
+                v_ptr, rotation_ptr, places, s + lane, pairs, r, low_factor, high_factor, R, D, factor
             )
             products = tl.dot(low, tl.trans(low_k), input_precision="ieee")
             products = tl.dot(high, tl.trans(high_k), products, input_precision="ieee")
