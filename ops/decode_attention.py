@@ -80,6 +80,8 @@ def attention_config(
             return AttentionConfig(block_s=64, num_warps=8, num_stages=2, by_sums=False, ahead=64)
         return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
     if group > 1 or values_alone:
+        if pairs <= 16 and slots <= 512:  # more programs of fewer slots
+            return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
         return AttentionConfig(block_s=64, num_warps=4, num_stages=2, by_sums=False, ahead=64)
     if pairs >= SMS:
         if slots > 512:  # rows are of unlike lengths, and the longest must not be the last
