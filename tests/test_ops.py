@@ -12,7 +12,7 @@ from cache import CODECS, KVCache, KVScales, LayerCache, codec_of
 from config import PAGE, ModelConfig
 from formats import Weight
 from model import Transformer
-from ops import attention, common, decode_attention, integer, matmul, next_token, norm, rope
+from ops import attention, common, decode_attention, integer, lookup, matmul, next_token, norm, rope
 from ops.common import E4M3
 from ops.decode_attention import AttentionConfig
 from ops.integer import IntGemvConfig
@@ -871,6 +871,34 @@ def test_runs_end_where_they_have_to(greedy):
         assert state.history[row, : 3 + len(appended)].tolist() == [0, 0, 0, *appended]
         assert state.token[row] == state.history[row, 2 + count] or not count
     assert state.step == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drafts
+
+
+def looked_up(tokens: list[int], count: int) -> list[int]:
+    """What `prompt_lookup` is to find behind these tokens."""
+    for n in (3, 2, 1):
+        for end in range(len(tokens) - 1, n - 1, -1):
+            if tokens[end - n : end] == tokens[-n:]:
+                for i in range(count):
+                    tokens = [*tokens, tokens[end + i]]
+                return tokens[-count:]
+    return tokens[-1:] * count
+
+
+@pytest.mark.parametrize("block", [16, 4096])
+def test_prompt_lookup(block, monkeypatch):
+    monkeypatch.setattr(lookup, "LOOKUP_BLOCK", block)
+    for length, alphabet, count in [(50, 2, 3), (50, 4, 1), (37, 12, 6), (3, 1, 2)]:
+        history = torch.randint(alphabet, (24, length)) + 100_000
+        position = torch.randint(length, (24,))
+        position[:3], position[3] = torch.arange(3), length - 1
+        expected = torch.tensor([looked_up(row[: i + 1].tolist(), count) for row, i in zip(history, position)])
+        history, position = history.to(DEVICE), position.to(DEVICE)
+        assert torch.equal(lookup.prompt_lookup(history, position, count).cpu(), expected)
+        assert torch.equal(lookup.prompt_lookup_triton(history, position, count).cpu(), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
