@@ -17,16 +17,17 @@ from config import MAX_STOP_IDS, PAGE
 from device import free_memory
 from model import Transformer
 from ops.common import power_of_2
-from ops.next_token import append_token, log_step
+from ops.next_token import append_run, log_step
 from ops.prefix_attention import tile_rows
 from ops.rope import Shared
 from pages import Pages
-from sampling import ALL_GREEDY, SETTINGS, DrawKind, draw, penalize
+from sampling import ALL_GREEDY, SETTINGS, DrawKind, draw, penalize, penalize_drafts
 
 
 @dataclass
 class State:
-    """What a decode step reads and writes, all on the device, for B rows of at most L tokens.
+    """What a decode step reads and writes, all on the device, for B rows of at most L tokens, to which a step appends
+    runs of at most R.
 
     A row that is done keeps its position and count; a step still writes a slot of its cache, behind its tokens, or page
     0 if it has none.
@@ -37,17 +38,18 @@ class State:
     count: Tensor  # [B], how many new ones it has
     max_new_tokens: Tensor  # [B], how many they may be
     done: Tensor  # [B], bool
-    finite: Tensor  # [B], bool: whether the logits of its newest token were
+    finite: Tensor  # [B], bool: whether the logits of its newest run were
     noise: Tensor  # [B, L + 1], float64 in [0, 1), one for each new token
     seen: Tensor | None  # [B, V], bool: what repetition_penalty is for
+    history: Tensor | None  # [B, L + R], all its tokens, the newest at its position: what lookup is for
     settings: Tensor  # [B, len(SETTINGS)], float64: Sampling's values in their order
     stop_ids: Tensor  # [MAX_STOP_IDS], -1 where there is none
-    log: Tensor  # [L + 1, B, 4], int32, an entry a step, in turn: done, count, token, finite
+    log: Tensor  # [L + 1, B, 3 + R], int32, an entry a step, in turn: done, count, finite, and its run's tokens first
     step: Tensor  # [1], how many entries were written
 
     @classmethod
-    def empty(cls, batch_size: int, length: int, device: torch.device) -> "State":
-        """The state of batch_size rows of at most `length` tokens, all of them done."""
+    def empty(cls, batch_size: int, length: int, device: torch.device, run: int = 1, history: bool = False) -> "State":
+        """The state of batch_size rows of at most `length` tokens, `run` a step at most, all of them done."""
 
         def zeros(*shape, dtype=torch.long):
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -61,9 +63,10 @@ class State:
             finite=torch.ones(batch_size, dtype=torch.bool, device=device),
             noise=zeros(batch_size, length + 1, dtype=torch.float64),
             seen=None,
+            history=zeros(batch_size, length + run) if history else None,
             settings=zeros(batch_size, len(SETTINGS), dtype=torch.float64),
             stop_ids=zeros(MAX_STOP_IDS),
-            log=zeros(length + 1, batch_size, 4, dtype=torch.int32),
+            log=zeros(length + 1, batch_size, 3 + run, dtype=torch.int32),
             step=zeros(1),
         )
 
@@ -89,21 +92,34 @@ def decode_step(model: Transformer, cache: KVCache, state: State, kind: DrawKind
     if kind == ALL_GREEDY:
         model.ops.greedy(logits, state)
     else:
-        state.position += ~state.done
-        next_token(state, logits.float(), kind)
-        log_step(state)
+        log_step(state, next_token(state, logits.float(), kind))
 
 
-def next_token(state: State, logits: Tensor, kind: DrawKind):
-    """Draws a token for each row from logits [B, V] in float32 and appends it."""
-    settings, computed = dict(zip(SETTINGS, state.settings.split(1, dim=1))), logits
+def next_token(state: State, logits: Tensor, kind: DrawKind, drafts: Tensor | None = None) -> Tensor:
+    """Draws a token for each of T places of each row from logits [B * T, V] in float32, behind drafts [B, T - 1], and
+    appends each row's run of them. Returns all tokens [B, T] that were drawn.
+
+    A place's noise is that of the token's number, and what is penalized there is what the row has seen and the drafts
+    before it: it draws what a step of its own would, had the drafts been drawn.
+    """
+    rows, computed = len(state.token), logits
+    place = torch.arange(len(logits) // rows, device=logits.device)
+    settings = state.settings[:, None].expand(-1, len(place), -1).flatten(0, 1)
+    settings = dict(zip(SETTINGS, settings.split(1, dim=1)))
     if kind.penalize:
-        logits = penalize(logits, state.seen, settings["repetition_penalty"])
-    token = draw(logits, state.noise.gather(1, state.count[:, None])[:, 0], settings, kind)
+        penalty = settings["repetition_penalty"].view(rows, -1, 1)
+        at_places = logits.view(rows, len(place), -1)
+        logits = penalize(at_places, state.seen[:, None], penalty)
+        if drafts is not None:
+            penalize_drafts(logits, at_places, drafts, penalty)
+        logits = logits.flatten(0, 1)
+    number = (state.count[:, None] + place).clamp(max=state.noise.shape[1] - 1)
+    token = draw(logits, state.noise.gather(1, number).flatten(), settings, kind).view(rows, -1)
+    length = append_run(state, computed, token, drafts)
     if kind.penalize:  # what a row draws that is done is not seen: a conversation goes on with the others
-        before = state.seen.gather(1, token[:, None])
-        state.seen.scatter_(1, token[:, None], before | ~state.done[:, None])
-    append_token(state, computed, token)
+        appended = token.gather(1, place.minimum((length - 1).clamp(min=0)[:, None]))
+        state.seen.scatter_(1, appended, state.seen.gather(1, appended) | (length > 0)[:, None])
+    return token
 
 
 class Runner:
@@ -281,7 +297,7 @@ class Runner:
                 logits, cache = logits[self.sent(ending)], cache.rows(self.sent(ending))
             if ending:
                 self._start_rows([pieces[i].running for i in ending], logits, cache)
-            log_step(self.state)
+            log_step(self.state, self.state.token[:, None])
 
         with _range("prefill", self.device):
             self._event(run, prefill=True)
@@ -290,11 +306,14 @@ class Runner:
         """Starts rows [N] whose prompts' last tokens have these logits [N, V], and whose tables `cache` has."""
         index, state = self.sent([each.row for each in started]), self._state_of([each.request for each in started])
         prompts = [each.request.prompt for each in started]
-        state.position.copy_(self.sent(list(map(len, prompts))))
-        if self.kind.penalize:
-            longest = max(map(len, prompts))  # padded by a token of its own: none that would count as seen besides
-            tokens = self.sent([[*prompt, *prompt[:1] * (longest - len(prompt))] for prompt in prompts])
-            state.seen = torch.zeros_like(self.state.seen[: len(prompts)]).scatter_(1, tokens, True)
+        state.position.copy_(self.sent([len(prompt) - 1 for prompt in prompts]))
+        if self.kind.penalize or self.state.history is not None:
+            width = 1 + max(map(len, prompts))  # padded by a token of its own: none that would count as seen besides
+            tokens = self.sent([[*prompt, *prompt[:1] * (width - len(prompt))] for prompt in prompts])
+            if self.kind.penalize:
+                state.seen = torch.zeros_like(self.state.seen[: len(prompts)]).scatter_(1, tokens, True)
+            if self.state.history is not None:
+                state.history = tokens
         next_token(state, logits.float(), self.kind)
         for name in ROW_FIELDS:
             mine, value = getattr(self.state, name), getattr(state, name)
@@ -520,7 +539,8 @@ class Runner:
         self.events += 1
 
     def read(self) -> list[list[int]]:
-        """[done, count, token, finite] of each row after the next event whose entry of the log was not read yet.
+        """[done, count, finite, *tokens] of each row after the next event whose entry of the log was not read yet.
+        The tokens that the event has appended are the first of these, as many as the count has grown by.
 
         Raises ValueError if the logits of a row that was not done are not finite."""
         if self.device.type == "cuda":
@@ -528,7 +548,7 @@ class Runner:
                 self.landed[self.entries % 2].synchronize()
         entry = self.log[self.entries % len(self.log), : len(self.state.token)].tolist()
         self.entries += 1
-        if not all(finite for *_, finite in entry):
+        if not all(finite for _, _, finite, *_ in entry):
             raise ValueError(NOT_FINITE)
         return entry
 

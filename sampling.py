@@ -105,10 +105,25 @@ def needs_order(top_k, top_p, vocab_size: int):
     return (0 < top_k) & (top_k < vocab_size) | (top_p < 1)
 
 
+def penalized(logits: Tensor, repetition_penalty: Tensor) -> Tensor:
+    """Logits in float32, made smaller by the penalty."""
+    return torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty).float()
+
+
 def penalize(logits: Tensor, seen: Tensor, repetition_penalty: Tensor) -> Tensor:
-    """Logits [B, V] in float32, made smaller by the penalty for tokens that are `seen` [B, V]."""
-    penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
-    return torch.where(seen, penalized.float(), logits)
+    """Logits [..., V] in float32, made smaller by the penalty for tokens that are `seen` [..., V]."""
+    return torch.where(seen, penalized(logits, repetition_penalty), logits)
+
+
+def penalize_drafts(result: Tensor, logits: Tensor, drafts: Tensor, repetition_penalty: Tensor):
+    """Writes to result [B, T, V], at each place, the penalized logits [B, T, V] of the drafts [B, T - 1] before it.
+
+    They are taken from what is not penalized yet: a draft that was seen before, or comes twice, is penalized once. At a
+    place before the last, its newest draft stands for those that come later.
+    """
+    number = torch.arange(drafts.shape[1], device=drafts.device)
+    index = drafts[:, number.minimum(number[:, None])]  # [B, T - 1, T - 1]: in place i + 1 the drafts 0 to i
+    result[:, 1:].scatter_(2, index, penalized(logits[:, 1:].gather(2, index), repetition_penalty[:, 1:]))
 
 
 def draw(

@@ -54,7 +54,7 @@ class Running:
     first: float = inf
     tokens: list[int] = field(default_factory=list)
     last: float = inf
-    planned: int = 1  # tokens that it has after all events so far, unless it stops
+    planned: int = 1  # tokens that it has after all events so far at least, unless it stops
 
 
 class Piece(NamedTuple):
@@ -313,14 +313,16 @@ class Scheduler:
             for each in list(self.running):
                 if not each.first <= event <= each.last:
                     continue
-                done, count, token, _ = entry[each.row]
-                if count > len(each.tokens):
+                done, count, _, *run = entry[each.row]
+                stops = each.request.stops
+                for token in run[: count - len(each.tokens)]:
                     each.tokens.append(token)
                     if on_token is not None:
                         on_token(token)
-                    stops = each.request.stops
-                    if not done and stops is not None and stops(each.tokens):
+                    ended = done and len(each.tokens) == count  # on the device, with this token
+                    if not ended and stops is not None and stops(each.tokens):
                         done = True
+                        break
                 if done:
                     self.running.remove(each)
                     if each.last == inf:

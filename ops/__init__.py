@@ -18,7 +18,8 @@ TransformerEngine's modules. model.py is written over `Ops` and knows none of th
 | experts          | the weighted sum of what a token's experts make        | experts.py                   |
 | mask             | which keys a query sees                                | attention.py                 |
 | attend           | norms, rotation, cache write and attention             | attention.py, *_attention.py |
-| greedy           | the most probable token, appended to each row          | next_token.py                |
+| greedy           | the most probable tokens, appended to each row         | next_token.py                |
+| lookup           | drafts of what comes next, from a row's own text       | lookup.py                    |
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ops import attention, common, experts, matmul, next_token, norm, rope, router
+from ops import attention, common, experts, lookup, matmul, next_token, norm, rope, router
 
 NAMES = ("auto", "kernels", "te", "torch")
 
@@ -51,6 +52,7 @@ class Ops:
     mask: Callable
     attend: Callable
     greedy: Callable
+    lookup: Callable
 
 
 TORCH = Ops(
@@ -69,6 +71,7 @@ TORCH = Ops(
     mask=attention.attention_mask,
     attend=attention.attend,
     greedy=next_token.greedy_next_token,
+    lookup=lookup.prompt_lookup,
 )
 KERNELS = Ops(
     "kernels",
@@ -86,6 +89,7 @@ KERNELS = Ops(
     mask=attention.no_mask,
     attend=attention.attend_triton,
     greedy=next_token.greedy_next_token_triton,
+    lookup=lookup.prompt_lookup_triton,
 )
 
 

@@ -12,7 +12,7 @@ from cache import CODECS, KVCache, KVScales, LayerCache, codec_of
 from config import PAGE, ModelConfig
 from formats import Weight
 from model import Transformer
-from ops import attention, common, decode_attention, integer, matmul, next_token, norm, rope
+from ops import attention, common, decode_attention, integer, lookup, matmul, next_token, norm, rope
 from ops.common import E4M3
 from ops.decode_attention import AttentionConfig
 from ops.integer import IntGemvConfig
@@ -768,12 +768,12 @@ def test_matmul_by_integers(m, group):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The next token
+# The next tokens
 
 
-def decode_states(m, max_new_tokens, stop_ids=()):
+def decode_states(m, max_new_tokens, stop_ids=(), **options):
     """Two equal ones."""
-    states = [State.empty(m, 8, DEVICE) for _ in range(2)]
+    states = [State.empty(m, 8, DEVICE, **options) for _ in range(2)]
     for state in states:
         state.max_new_tokens.copy_(max_new_tokens)
         state.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=DEVICE)
@@ -812,22 +812,93 @@ def test_logits_that_are_not_finite_are_logged(dtype, value, monkeypatch):
         next_token.greedy_next_token_triton(bad, states[0])
         next_token.greedy_next_token(bad, states[1])
         for state in states:
-            assert state.log[0, :, 3].tolist() == [row in (None, 1) or each != row for each in range(3)]  # 1 is done
+            assert state.log[0, :, 2].tolist() == [row in (None, 1) or each != row for each in range(3)]  # 1 is done
             assert 0 <= state.token.min() <= state.token.max() < 900
 
 
 @pytest.mark.parametrize("stop_ids", [(), (5,), (5, 9, 30), (9, 5, *[-1] * 14)])
-@pytest.mark.parametrize("m", [1, 3, 7])
-def test_greedy_next_token(stop_ids, m):
-    states = decode_states(m, torch.arange(m) % 4 + 2, stop_ids)
+@pytest.mark.parametrize("m, drafted", [(1, 0), (3, 0), (7, 0), (3, 2)])
+def test_greedy_next_token(stop_ids, m, drafted):
+    options = dict(run=drafted + 2, history=True) if drafted else {}
+    states = decode_states(m, torch.arange(m) % 4 + 2, stop_ids, **options)
     for i in range(6):
-        logits = normal(m, 40, dtype=BF16)
+        logits = normal(m * (1 + drafted), 40, dtype=BF16)
         logits[:, 5] += i / 2
-        next_token.greedy_next_token_triton(logits, states[0])
-        next_token.greedy_next_token(logits, states[1])
+        token = logits.argmax(-1).view(m, -1)
+        drafts = torch.where(torch.rand(m, drafted) < 0.7, token[:, :-1].cpu(), 3).to(DEVICE) if drafted else None
+        next_token.greedy_next_token_triton(logits, states[0], drafts)
+        next_token.greedy_next_token(logits, states[1], drafts)
         for actual, expected in zip(*(vars(state).values() for state in states)):
             assert actual is expected is None or torch.equal(actual, expected)
     assert states[0].done.all()
+
+
+@pytest.mark.parametrize("greedy", [next_token.greedy_next_token, next_token.greedy_next_token_triton])
+def test_runs_end_where_they_have_to(greedy):
+    """Rows that would each go on with 11, 12, 13, 14, from position 2 with 3 new tokens."""
+    cases = [  # drafts, what else is so, how many are appended, done and finite after it
+        ([11, 12, 13], {}, 4, False, True),
+        ([9, 12, 13], {}, 1, False, True),
+        ([11, 12, 9], {}, 3, False, True),
+        ([11, 9, 13], {}, 2, False, True),
+        ([11, 12, 13], dict(stop=1), 2, True, True),
+        ([9, 12, 13], dict(stop=1), 1, False, True),
+        ([11, 12, 13], dict(limit=6), 3, True, True),
+        ([11, 12, 9], dict(limit=7), 3, False, True),
+        ([11, 12, 13], dict(done=True, bad=0), 0, True, True),
+        ([11, 9, 13], dict(bad=2), 2, False, True),
+        ([11, 12, 13], dict(bad=3), 4, False, False),
+    ]
+    state, _ = decode_states(len(cases), 20, (5, -1), run=5, history=True)
+    state.position.fill_(2)
+    state.count.fill_(3)
+    tokens = torch.tensor([[11, 12, 13, 14]] * len(cases))
+    for row, (drafts, what, *_) in enumerate(cases):
+        state.done[row], state.max_new_tokens[row] = what.get("done", False), what.get("limit", 20)
+        if "stop" in what:
+            tokens[row, what["stop"]] = drafts[what["stop"]] = 5
+    logits = F.one_hot(tokens, 40).float()
+    for row, (_, what, *_) in enumerate(cases):
+        if "bad" in what:
+            logits[row, what["bad"], 20] = float("nan")
+    drafts = torch.tensor([drafts for drafts, *_ in cases])
+    greedy(logits.flatten(0, 1).to(DEVICE), state, drafts.to(DEVICE))
+    for row, (_, what, count, done, finite) in enumerate(cases):
+        values = [x[row].item() for x in (state.done, state.finite, state.count, state.position)]
+        assert values == [done, finite, 3 + count, 2 + count]
+        appended = tokens[row, :count].tolist()[: what.get("bad")]  # but which of logits with a NaN is the largest?
+        assert state.log[0, row, : 3 + len(appended)].tolist() == [done, 3 + count, finite, *appended]
+        assert state.history[row, : 3 + len(appended)].tolist() == [0, 0, 0, *appended]
+        assert state.token[row] == state.history[row, 2 + count] or not count
+    assert state.step == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drafts
+
+
+def looked_up(tokens: list[int], count: int) -> list[int]:
+    """What `prompt_lookup` is to find behind these tokens."""
+    for n in (3, 2, 1):
+        for end in range(len(tokens) - 1, n - 1, -1):
+            if tokens[end - n : end] == tokens[-n:]:
+                for i in range(count):
+                    tokens = [*tokens, tokens[end + i]]
+                return tokens[-count:]
+    return tokens[-1:] * count
+
+
+@pytest.mark.parametrize("block", [16, 4096])
+def test_prompt_lookup(block, monkeypatch):
+    monkeypatch.setattr(lookup, "LOOKUP_BLOCK", block)
+    for length, alphabet, count in [(50, 2, 3), (50, 4, 1), (37, 12, 6), (3, 1, 2)]:
+        history = torch.randint(alphabet, (24, length)) + 100_000
+        position = torch.randint(length, (24,))
+        position[:3], position[3] = torch.arange(3), length - 1
+        expected = torch.tensor([looked_up(row[: i + 1].tolist(), count) for row, i in zip(history, position)])
+        history, position = history.to(DEVICE), position.to(DEVICE)
+        assert torch.equal(lookup.prompt_lookup(history, position, count).cpu(), expected)
+        assert torch.equal(lookup.prompt_lookup_triton(history, position, count).cpu(), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -113,11 +113,49 @@ def test_a_step_penalizes_first_and_filters_in_the_order_of_the_table():
     assert (state.count == 1).all()
 
 
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0, 5, repetition_penalty=1.5), Sampling(0, repetition_penalty=1.5), Sampling(1.0, 0)]
+)
+def test_a_run_is_what_steps_of_one_token_are(sampling):
+    """Four places at once, behind drafts that are right, or wrong from some place on, against one step after another."""
+    rows, vocabulary, kind = 61, 12, DrawKind.of(12, sampling)  # so few that tokens and drafts come twice
+    source = torch.Generator().manual_seed(1)
+    logits = torch.randn(rows, 5, vocabulary, generator=source)
+    noise = torch.rand(rows, 9, generator=source, dtype=torch.float64)
+
+    def new_state() -> State:
+        state = State.empty(rows, 8, torch.device("cpu"), run=4, history=True)
+        state.done[:60], state.max_new_tokens[:], state.stop_ids[:] = False, 20, -1
+        state.noise, state.seen = noise.clone(), torch.zeros(rows, vocabulary, dtype=torch.bool)
+        state.seen[:, ::2] = True
+        state.settings[:] = torch.tensor([getattr(sampling, name) for name in SETTINGS]).double()
+        return state
+
+    def kept(state: State, row: int) -> list:
+        known = state.history[row, : state.position[row] + 1].tolist()
+        return [known, *(getattr(state, name)[row].tolist() for name in ("token", "position", "count", "done", "seen"))]
+
+    single, steps = new_state(), []
+    for i in range(5):
+        next_token(single, logits[:, i], kind)
+        steps.append([kept(single, row) for row in range(rows)])
+    drafts = single.history[:, 2:5].clone()
+    for row in range(rows):
+        if row % 4 < 3:
+            drafts[row, row % 4] = (drafts[row, row % 4] + 1) % vocabulary
+    state = new_state()
+    next_token(state, logits[:, 0], kind)
+    next_token(state, logits[:, 1:].flatten(0, 1), kind, drafts)
+    for row in range(rows):  # the last one is done
+        assert kept(state, row) == steps[1 + row % 4][row]
+
+
 def test_rows_that_are_not_used_stay_done(tiny, prompts):
     model, _ = tiny
     runner = Runner(model, 4, 64, FP32)
     requests = [Request((i, 0), prompt, 6, Sampling(temperature=0)) for i, prompt in enumerate(prompts[:2])]
     with torch.inference_mode():
+        runner.whole_state.history = torch.zeros(4, 65, dtype=torch.long)
         runner.start(model, 3, ALL_GREEDY, ())
         runner.admit(model, [piece_of(runner, *each) for each in zip(requests, [2, 0])])
         assert runner.state.done.tolist() == [False, True, False]
@@ -126,7 +164,9 @@ def test_rows_that_are_not_used_stay_done(tiny, prompts):
         entries = [runner.read() for _ in range(6)]
         runner.finish()
     expected = generate(model, prompts[:2], 6, **GREEDY)
-    assert [[entry[row][2] for entry in entries] for row in (2, 0)] == expected
+    assert [[entry[row][3] for entry in entries] for row in (2, 0)] == expected
+    for i, row in enumerate((2, 0)):
+        assert runner.state.history[row, : len(prompts[i]) + 6].tolist() == prompts[i] + expected[i]
     assert [[entry[row][:2] for entry in entries] for row in (0, 1)] == [
         [[count == 6, count] for count in range(1, 7)],
         [[1, 0]] * 6,

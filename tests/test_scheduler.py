@@ -18,10 +18,10 @@ def following(tokens: list[int]) -> int:
 
 
 class Rows:
-    """What Scheduler needs of a `runner.Runner`; `late` entries of the log are there only when more events come."""
+    """What Scheduler needs of a `runner.Runner`, whose steps append runs of at most `run` tokens."""
 
-    def __init__(self, rows: int, pages: int | None = None):
-        self.rows, self.events, self.entries, self.log, self.admitted = [None] * rows, 0, 0, [], []
+    def __init__(self, rows: int, pages: int | None = None, run: int = 1):
+        self.rows, self.run, self.events, self.entries, self.log, self.admitted = [None] * rows, run, 0, 0, [], []
         self.length, self.groups, self.free_rings = 30, [], []
         self.padded = lambda rows: 1 << (rows - 1).bit_length()
         self.pages, self.packs = Pages(1 + (2 * rows if pages is None else pages)), True
@@ -36,7 +36,7 @@ class Rows:
                 self.rows[piece.running.row] = SimpleNamespace(
                     tokens=list(request.prompt), new=0, limit=request.max_new_tokens, done=False
                 )
-                self._append(self.rows[piece.running.row])
+                self._append(self.rows[piece.running.row], 1)
         self._write()
 
     def fewer_rows(self, rows):
@@ -51,16 +51,21 @@ class Rows:
             self.groups.append(groups)
         for row in self.rows:
             if row is not None and not row.done:
-                self._append(row)
+                self._append(row, 1 + sum(row.tokens) % self.run)
         self._write()
 
-    def _append(self, row):
-        row.tokens.append(following(row.tokens))
-        row.new += 1
-        row.done = row.new >= row.limit or row.tokens[-1] == STOP
+    def _append(self, row, count):
+        row.appended = []
+        while len(row.appended) < count and not row.done:
+            row.appended.append(following(row.tokens))
+            row.tokens.append(row.appended[-1])
+            row.new += 1
+            row.done = row.new >= row.limit or row.tokens[-1] == STOP
 
     def _write(self):
-        self.log.append([[1, 0, 0, 1] if r is None else [r.done, r.new, r.tokens[-1], 1] for r in self.rows])
+        more = [STOP] * self.run  # what stands behind a run
+        entry = [[1, 0, 1] if r is None else [r.done, r.new, 1, *r.appended] for r in self.rows]
+        self.log.append([(each + more)[: 3 + self.run] for each in entry])
         self.events += 1
         assert self.events - self.entries <= self.length + 1  # entries of the log
 
@@ -105,6 +110,18 @@ def test_every_request_gets_its_own_tokens_once(rows, check):
         assert sorted({*scheduler.free}) == sorted({*scheduler.rings}) == list(range(rows)) and not scheduler.running
         scheduler.pages.check()
         assert not scheduler.pages.held
+
+
+def test_runs_of_tokens_come_in_order_and_are_cut_where_a_request_stops():
+    for seed in range(10):
+        requests, seen = requests_of(random.Random(seed), 40), []
+        for check in ("every", "ping-pong", "never"):
+            scheduler = Scheduler(Rows(5, run=4), None, requests, 5, check)
+            assert all(tokens == expected(request) for request, tokens in scheduler.run())
+            assert not scheduler.running
+        request = requests[seed]
+        ((_, tokens),) = Scheduler(Rows(1, run=4), None, [request], 1).run(on_token=seen.append)
+        assert tokens == seen == expected(request)
 
 
 def test_a_row_is_refilled_in_the_event_after_its_limit():
