@@ -462,13 +462,14 @@ def _gemma_4_settings(config: dict, local_layers: tuple[bool, ...]) -> dict:
 
 def _global_heads(config: dict, local_layers: tuple[bool, ...], k_eq_v: bool) -> dict:
     """Head size and key/value heads of global layers: from keys of their own or, as newer files have them, from what
-    per_layer_config says of each."""
+    per_layer_config says of each, by its number, which may be padded with zeros."""
     names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
     defaults = {"head_dim": _integer(config, "global_head_dim")}
     defaults["num_key_value_heads"] = _integer(config, "num_key_value_heads")
     if k_eq_v and config.get(names["num_key_value_heads"]) is not None:
         defaults["num_key_value_heads"] = _integer(config, names["num_key_value_heads"])
     layers, found = object_of(config, "per_layer_config"), {}
+    layers = {key.lstrip("0") or "0": value for key, value in layers.items()}
     for layer, local in enumerate(local_layers):
         own = object_of(layers, str(layer))
         if unknown := own.keys() - names.keys():

@@ -175,3 +175,19 @@ def test_a_published_models_wrong_setting_is_followed_with_a_warning():
     assert right.differences_from_published() == ""
     first = replace(right, query_pre_attn_scalar=224)
     assert first.differences_from_published() == "query_pre_attn_scalar 224 (gemma-2-9b: 256)"
+
+
+def test_global_heads_as_transformers_writes_them():
+    """Its numbers of layers are padded with zeros."""
+    import transformers
+
+    layers = [f"{'full' if i % 6 == 5 else 'sliding'}_attention" for i in range(60)]
+    sizes = dict(hidden_size=5376, intermediate_size=21504, num_hidden_layers=60, num_attention_heads=32)
+    heads = dict(num_key_value_heads=16, num_global_key_value_heads=4, attention_k_eq_v=True, layer_types=layers)
+    rest = dict(sliding_window=1024, hidden_size_per_layer_input=0, final_logit_softcapping=30.0)
+    config = transformers.AutoConfig.for_model("gemma4_text", **sizes, **heads, **rest).to_dict()
+    assert "05" in config["per_layer_config"]
+    ours, named = ModelConfig.from_hf(config), ModelConfig.from_name("gemma-4-31B")
+    for layer in range(60):
+        assert ours.head_dim_of(layer) == named.head_dim_of(layer)
+        assert ours.kv_heads_of(layer) == named.kv_heads_of(layer)

@@ -24,6 +24,7 @@ from conftest import (
     small_model,
 )
 
+import arguments as arguments_file
 import calibrate
 import device as device_file
 import generate as program
@@ -552,7 +553,7 @@ def test_too_little_memory_says_what_to_lower(on_gpu, prompts, monkeypatch):
     for free, message in ((2**20, "not enough cuda memory: a batch of 1"), (2**60, "out of cuda memory with 20000")):
         with monkeypatch.context() as patch:  # a wrong estimate
             patch.setattr(device_file, "free_memory", lambda device, free=free: free)
-            patch.setattr(program, "free_memory", lambda device, free=free: free)
+            patch.setattr(arguments_file, "free_memory", lambda device, free=free: free)
             runner_file.release(model)
             with pytest.raises(ValueError, match=rf"{message}.* rows .* lower --batch_size"):
                 generate(model, prompts[:1], 8000, num_samples=20000, batch_size=20000 if free > 2**30 else None)
