@@ -64,8 +64,8 @@ class Beams:
     """
 
     cache: KVCache  # of the rows, with the two below
-    tables: dict[bool, Tensor]  # where the rows write: as `KVCache.tables`
-    slot_tables: dict[bool, Tensor]  # [B, S] each, int32: where they read
+    tables: dict[int, Tensor]  # where the rows write: as `KVCache.tables`
+    slot_tables: dict[int, Tensor]  # [B, S] each, int32: where they read
     shared: Shared | None  # the prompts' whole pages, where attention takes them apart
     token: Tensor  # [B], each beam's newest
     start: Tensor  # [G], the place of a prompt's last token

@@ -104,7 +104,7 @@ class LayerCache:
         table: Tensor,
         codec: Codec,
         scales: tuple[float, float] = (1.0, 1.0),
-        ring: bool = False,
+        ring: int = 0,
         rotation: Tensor | None = None,
     ):
         self.codec, self.ring, self.table, self.slots = codec, ring, table, PAGE * table.shape[1]
@@ -180,11 +180,12 @@ def _as_words(x: Tensor) -> Tensor:
 
 @dataclass
 class KVCache:
-    """The caches of all layers of a model; a layer without keys and values of its own has that of another. `tables` are
-    those of layers without (False) and with rings (True), one row of each for a sequence."""
+    """The caches of all layers of a model, or of some; a layer without keys and values of its own has that of another.
+    `tables` are those of layers without rings (0) and of layers with rings of so many pages, one row of each for a
+    sequence."""
 
     layers: list[LayerCache]
-    tables: dict[bool, Tensor]
+    tables: dict[int, Tensor]
 
     @classmethod
     def empty(
@@ -196,11 +197,13 @@ class KVCache:
         device: torch.device,
         scales: KVScales | None = None,
         pages: int | None = None,
+        ahead: int = 0,
     ) -> "KVCache":
         """Allocates the caches of a model with these settings for batch_size sequences of at most `length` tokens.
 
         Each row has its own pages in all tables. With `pages`, so many are allocated for a layer without a ring, page 0
-        included, and it is the caller's to say in its table which rows have which.
+        included, and it is the caller's to say in its table which rows have which. Rings have room for `ahead` tokens
+        more than windows: drafts, which may be rejected.
         """
         scales = KVScales() if scales is None else scales
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
@@ -209,7 +212,7 @@ class KVCache:
                 if config.is_shared(layer):
                     layers.append(layers[config.donor_of(layer)])
                     continue
-                count, ring = pages_of(config, layer, length)
+                count, ring = pages_of(config, layer, length, ahead)
                 if ring not in tables:
                     own = 1 + torch.arange(batch_size * count, dtype=torch.int32, device=device).view(batch_size, count)
                     tables[ring] = own if ring or pages is None else torch.zeros_like(own)
@@ -221,7 +224,15 @@ class KVCache:
                 layers.append(LayerCache(*shape, tables[ring], codec, *options))
         return cls(layers, tables)
 
-    def with_tables(self, tables: dict[bool, Tensor], slot_tables: dict[bool, Tensor] | None = None) -> "KVCache":
+    def joined(self, other: "KVCache") -> "KVCache":
+        """Both caches as one, of sequences that have the same pages in both."""
+        return KVCache(self.layers + other.layers, other.tables | self.tables).with_tables(other.tables | self.tables)
+
+    def part(self, first: int, last: int | None = None) -> "KVCache":
+        """The caches of layers [first, last)."""
+        return KVCache(self.layers[first:last], self.tables)
+
+    def with_tables(self, tables: dict[int, Tensor], slot_tables: dict[int, Tensor] | None = None) -> "KVCache":
         """The same memory, for the sequences of other tables; with slot tables, one of each kind, for beams."""
         slot_tables = slot_tables or {}
         layers = [layer.with_table(tables[layer.ring], slot_tables.get(layer.ring)) for layer in self.layers]
@@ -247,8 +258,8 @@ class KVCache:
             for stored, x in zip(mine.stored, other.stored):
                 _as_words(stored)[to] = _as_words(x)[pages]
 
-    def copy_pages(self, ring: bool, source: Tensor, to: Tensor):
-        """Copies pages of all layers with a ring, or of all others, by their numbers [N]."""
+    def copy_pages(self, ring: int, source: Tensor, to: Tensor):
+        """Copies pages of all layers with rings of so many pages, or of those without (0), by their numbers [N]."""
         for layer in self.own_layers:
             if layer.ring == ring:
                 for x in map(_as_words, layer.stored):
@@ -273,18 +284,20 @@ def _rotation(config: ModelConfig, slots: int, device: torch.device) -> Tensor:
     return rope(torch.arange(slots, device=device), frequency)[0].transpose(0, 1).contiguous()
 
 
-def pages_of(config: ModelConfig, layer: int, length: int) -> tuple[int, bool]:
-    """Pages that a row of `length` tokens needs in a layer, and whether they are a ring."""
+def pages_of(config: ModelConfig, layer: int, length: int, ahead: int = 0) -> tuple[int, int]:
+    """Pages that a row of `length` tokens needs in a layer, and the same if they are a ring, else 0."""
     pages = -(-length // PAGE)
-    ring = -(-config.window // PAGE) if config.is_local(layer) else pages
-    return min(pages, ring), ring < pages
+    ring = -(-(config.window + ahead) // PAGE) if config.is_local(layer) else pages
+    return (ring, ring) if ring < pages else (pages, 0)
 
 
-def cache_bytes(config: ModelConfig, batch_size: int, length: int, codec: Codec, pages: int | None = None) -> int:
+def cache_bytes(
+    config: ModelConfig, batch_size: int, length: int, codec: Codec, pages: int | None = None, ahead: int = 0
+) -> int:
     """Bytes that `KVCache.empty` allocates for the same arguments."""
     total = 0
     for layer in range(config.n_layers):
-        count, ring = pages_of(config, layer, length)
+        count, ring = pages_of(config, layer, length, ahead)
         count = 1 + batch_size * count if ring or pages is None else pages
         total += count * PAGE * _token_bytes(config, layer, codec)
     if any(map(config.keys_of_values, range(config.n_layers))):
