@@ -142,7 +142,8 @@ class Step:
         self.slot_of = other.slot_of
 
     def run(self, shared=True, kv_splits=None, config=None):
-        positions = Positions(self.rows, 1, self.position, None, self.angles, shared=self.shared if shared else None)
+        shared = self.shared if shared else None
+        positions = Positions(self.rows, 1, self.position, None, self.angles, shared=shared, decoding=True)
         arguments = self.qkv, self.layer, self.cache, positions, self.dtype, self.output_scale, kv_splits, config
         return decode_attention.decode_attention(*arguments)
 

@@ -390,7 +390,7 @@ def test_decode_attention(case, dtypes):
         cache = layer_cache(m, kv_heads, slots, d, cache_dtype, scales, rotation=rotation)
         mask = attention.attention_mask(cache, window, position[:, None], position, dtype)
         slot = cache.slots_for(torch.arange(m, device=DEVICE), position, position + 1)
-        positions = Positions(m, 1, position, None, angles, mask, slot)
+        positions = Positions(m, 1, position, None, angles, mask, slot, decoding=True)
         for stored in cache.stored:
             stored[0] = float("nan")  # nobody's
         for row, p in enumerate(position.tolist()):
@@ -428,7 +428,7 @@ def test_kv_splits_fill_the_gpu():
     assert pick(1, 40, 32) == 1
     cache, position = layer_cache(1, 1, 128, 24, F32), torch.tensor([33], device=DEVICE)
     expected_cache, layer = copy_of(cache), AttentionLayer(1, 1, 24, 0.3)
-    arguments = layer, cache, Positions(1, 1, position, None, normal(2, 1, 24)), F32
+    arguments = layer, cache, Positions(1, 1, position, None, normal(2, 1, 24), decoding=True), F32
     qkv = normal(1, 72)
     expected = attention_in_float32(qkv, layer, expected_cache, *arguments[2:])
     assert_same(decode_attention.decode_attention(qkv, *arguments), expected)  # of two splits the second has no slots
