@@ -960,6 +960,19 @@ def test_prefill_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch)
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("case", "dtype", "cache_dtype"), [("gemma4-shared", F32, None), ("gemma-mha", BF16, E4M3)])
+def test_a_step_of_several_tokens(case, dtype, cache_dtype, monkeypatch):
+    model, tokens = tiny_model(case, dtype, "bf16", monkeypatch), torch.randint(2, 128, (2, 10), device=DEVICE)
+    position, logits = torch.tensor([7, 3], device=DEVICE), []
+    for operations in (ops.TORCH, ops.KERNELS):
+        cache, model.ops = new_cache(model, 2, cache_dtype), ops.TORCH
+        model.logits(tokens[:, :7], cache, None, position)
+        model.ops = operations
+        logits.append(model.logits(tokens[:, 7:], cache, position, all_logits=True, decoding=True).float())
+    assert_same_step(logits[1], logits[0], dtype, "bf16")
+
+
+@torch.inference_mode()
 def test_prompts_without_a_cache_and_in_pieces(monkeypatch):
     model = tiny_model("gemma3-window-half", F32, "bf16", monkeypatch)
     tokens = torch.randint(2, 128, (2, 7), device=DEVICE)
