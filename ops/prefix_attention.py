@@ -229,7 +229,8 @@ def prefix_attention(
 
     For a cache of values alone, queries are multiplied by what keys are, except where they turn, and in the dtype that
     values are multiplied in. Leaves unscaled results in acc [splits, M, HEADS, D], and maxima and sums in stats
-    [splits, M, HEADS, 2]: nothing for rows without a prefix, and no results, with a sum of 0, where a split has no keys.
+    [splits, M, HEADS, 2]: nothing for rows without a prefix, and no results, with a sum of 0, where a split has no
+    keys.
     """
     (m, n_heads, d), kv_heads = q.shape, cache.v.shape[1]
     group, (k, rotation) = n_heads // kv_heads, keys_and_rotation(cache)
