@@ -87,8 +87,8 @@ class LayerCache:
 
     The token at position p of row b lies at place p % PAGE of page table[b, p % S // PAGE], with table [B, S / PAGE] in
     int32. Most layers have S slots a row for as many positions. Where a window is shorter than that, they are a ring of
-    at least the window, so that an arriving token replaces one that has left it. Nothing is ever read from page 0: rows
-    without pages write there. Layers of a kind share their table.
+    at least the window, so that an arriving token replaces one that has left it; of T - 1 more where T arrive at once.
+    Nothing is ever read from page 0: rows without pages write there. Layers of a kind share their table.
 
     Beams of one prompt read what other rows wrote: with a `slot_table` [B, S] in int32, the token in slot s of row b is
     read at place n % PAGE of page n // PAGE, with n = slot_table[b, s]. Rows write through `table` all the same.

@@ -351,14 +351,18 @@ class Transformer(nn.Module):
         all_logits: bool = False,
         longest: int | None = None,
         shared: Shared | None = None,
+        decoding: bool = False,
     ) -> Tensor:
         """`forward`, in the dtype that the head's product has: that of activations, or float32 with a softcap.
 
         Where `ops.packs`, tokens may also be [M], those of B rows one after another, lengths [B] of each and at most
         `longest`; what is behind them is padding. `shared` says which rows of a decode step share a prefix.
+
+        One token a row behind cached ones is a decode step; with `decoding` T of them are, too, without lengths. They
+        attend through the cache, where the next step may overwrite the last ones of them.
         """
         dtype, ops, config = self.dtype, self.ops, self.config
-        kinds = self.positions(tokens, cache, position, lengths, longest, shared)
+        kinds = self.positions(tokens, cache, position, lengths, longest, shared, decoding)
         flat, embedding, inputs = tokens.flatten().contiguous(), self.embedding, None
         x = ops.embed(flat, embedding.data, self.normalizers[dtype], dtype, embedding.scale)
         if self.per_layer_inputs is not None:
@@ -397,6 +401,7 @@ class Transformer(nn.Module):
         lengths: Tensor | None = None,
         longest: int | None = None,
         shared: Shared | None = None,
+        decoding: bool = False,
     ) -> dict[bool, Positions]:
         """What all global (False) and all local (True) layers share in a forward."""
         config, device, first, row = self.config, tokens.device, None, None
@@ -410,9 +415,9 @@ class Transformer(nn.Module):
         else:
             batch, count = tokens.shape
             query = torch.arange(count, device=device).repeat(batch)
-        decoding = position is not None and tokens.shape == (batch, 1)
+        decoding |= position is not None and tokens.shape == (batch, 1)
         if decoding:
-            query = position
+            query = position if count == 1 else (position[:, None] + torch.arange(count, device=device)).flatten()
         elif cache is not None:
             row = torch.arange(batch, device=device).repeat_interleave(count) if row is None else row
             end = count if lengths is None else lengths[row]
@@ -430,11 +435,13 @@ class Transformer(nn.Module):
                 layer = cache.layers[index]
                 if position is not None and first is None:
                     window = config.window if kind else None
-                    mask = self.ops.mask(layer, window, query.view(batch, -1), position, self.dtype)
+                    mask = self.ops.mask(layer, window, query.view(batch, -1), position, self.dtype, decoding)
                 if decoding and mask is not None:
-                    slot = layer.slots_for(torch.arange(batch, device=device), position, position + 1)
+                    row = torch.arange(batch, device=device).repeat_interleave(count)
+                    slot = layer.slots_for(row, query, position[row] + count)
                 elif not decoding:
                     slot = layer.slots_for(row, query, end)
             kept = {} if config.n_shared_layers and not decoding else None
-            kinds[kind] = Positions(batch, count, position, lengths, ropes[int(kind)], mask, slot, first, shared, kept)
+            parts = batch, count, position, lengths, ropes[int(kind)], mask, slot, first, shared, kept, decoding
+            kinds[kind] = Positions(*parts)
         return kinds

@@ -58,7 +58,7 @@ def attend(
         if positions.kept is not None and not decoding:
             positions.kept["kv"] = keys, values
     else:
-        keys, values = cache.held(positions.position + 1, dtype) if decoding else positions.kept["kv"]
+        keys, values = cache.held(positions.position + tokens, dtype) if decoding else positions.kept["kv"]
     k_scale, v_scale = (1.0, 1.0) if cache is None else (cache.k_scale, cache.v_scale)
     scale = layer.scale * k_scale
     y = softmax_attention(q.transpose(1, 2), keys, values, scale, positions.mask, layer.window, layer.softcap)
@@ -72,8 +72,8 @@ def _seen(k: Tensor, v: Tensor, layer: AttentionLayer, cache, positions: Positio
         return k.transpose(1, 2), v.transpose(1, 2)
     stored = cache.encode(k, v)
     if positions.decoding:
-        cache.write(*(x[:, 0] for x in stored), positions.slot)
-        return _with_keys(cache.held(positions.position + 1, dtype), layer, cache)
+        cache.write(*(x.flatten(0, 1) for x in stored), positions.slot)
+        return _with_keys(cache.held(positions.position + positions.tokens, dtype), layer, cache)
     seen = [x.to(dtype).transpose(1, 2) for x in stored]
     if len(seen) == 1:
         cos, sin = positions.rope.view(2, len(v), 1, -1, layer.head_dim).unbind()
@@ -102,8 +102,8 @@ def attend_triton(
     output_scale: Tensor | None = None,
     fused: Callable | None = None,
 ) -> Tensor:
-    """Does what `attend` does, also for sequences of unlike lengths: with a kernel for one new token a row, and for
-    prompts with one for rotation and cache write and another for attention.
+    """Does what `attend` does, also for sequences of unlike lengths: with a kernel for decode steps, and for prompts
+    with one for rotation and cache write and another for attention.
 
     Prompts of one length that see nothing but themselves are left to `fused`(q, k, v, scale, mask, window, softcap),
     PyTorch's attention unless it is given.
@@ -130,14 +130,17 @@ def attend_triton(
     return prefill_attention(q, k, v, layer, context, positions, dtype, output_scale)
 
 
-def attention_mask(cache, window: int | None, query: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_mask(
+    cache, window: int | None, query: Tensor, position: Tensor, dtype: torch.dtype, decoding: bool = False
+) -> Tensor:
     """Which keys queries at positions query [N, T] see behind `position` [N] cached tokens.
 
-    The mask [N, 1, T, keys] in `dtype` is 0 where a query sees a key, else -inf. One query a row sees the cache, its
-    own token included. More of them see what the cache held before them, [0, S), and then each other, [S, S + T).
+    The mask [N, 1, T, keys] in `dtype` is 0 where a query sees a key, else -inf. Queries of a decode step, and one a
+    row, see the cache, with all T tokens in it. Those of prompts see what the cache held before them, [0, S), and then
+    each other, [S, S + T).
     """
-    if query.shape[1] == 1:
-        key = cache.held_positions(position + 1)[:, None, :]
+    if decoding or query.shape[1] == 1:
+        key = cache.held_positions(position + query.shape[1])[:, None, :]
     else:
         key = torch.cat((cache.held_positions(position), query), dim=1)[:, None, :]  # [N, 1, S + T]
     mask = (key >= 0) & (key <= query[:, :, None])

@@ -1,4 +1,4 @@
-"""Attention of one query a row over the KV cache, the decode step's: rotation, cache write and attention in one kernel.
+"""Attention of few queries a row over the KV cache, the decode step's: rotation, cache write and attention in a kernel.
 
 A program has one row and one key head, and `kv_splits` programs share the slots of those: each leaves a maximum, a sum
 and an unscaled result, which a second kernel combines (FlashDecoding,
@@ -66,11 +66,15 @@ def attention_config(
     head_dim: int = 256,
     dtype: torch.dtype = torch.bfloat16,
     values_alone: bool = False,
+    tokens: int = 1,
 ) -> AttentionConfig:
     """Picks how `group` query heads on each of `pairs` rows' key heads attend: what was fastest on an H100 or H200.
 
-    Keys that are made of a cache of values alone are not multiplied by sums."""
+    Keys that are made of a cache of values alone are not multiplied by sums, nor are those that several `tokens` of a
+    row see."""
     is_fp8 = cache_dtype.itemsize == 1
+    if tokens > 1:
+        return _config_of_tokens(group * tokens, is_fp8, head_dim, dtype)
     if head_dim > 256:
         if group == 1 and not values_alone:
             return AttentionConfig(block_s=8, num_warps=4, num_stages=2, by_sums=True, ahead=64)
@@ -98,6 +102,17 @@ def attention_config(
     return AttentionConfig(block_s=8, num_warps=1, num_stages=2, by_sums=True, ahead=64)
 
 
+def _config_of_tokens(queries: int, is_fp8: bool, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
+    """`attention_config` where rows have several tokens, with so many `queries` on each of a row's key heads: by the
+    registers and shared memory that a program takes."""
+    if dtype == torch.float32:
+        return AttentionConfig(block_s=16, num_warps=8, num_stages=2, by_sums=False, ahead=64)
+    if head_dim > 256:
+        block_s = 64 if is_fp8 and queries <= 16 else 32
+        return AttentionConfig(block_s=block_s, num_warps=8, num_stages=2, by_sums=False, ahead=64)
+    return AttentionConfig(block_s=64, num_warps=4 if queries <= 16 else 8, num_stages=2, by_sums=False, ahead=64)
+
+
 def pick_kv_splits(pairs: int, slots: int, block_s: int, num_warps: int = 4) -> int:
     """Picks how many programs share one row and key head, of which there are `pairs`: enough to fill the GPU."""
     programs = SMS * 4 // num_warps if pairs < SMS else SMS
@@ -110,9 +125,9 @@ def combine_block(heads: int) -> int:
 
 
 @jit
-def _kv_split(position, prefix, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr):
+def _kv_split(position, prefix, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr, TOKENS: tl.constexpr):
     """Returns the slots [start, end) of a program: its part, in whole blocks, of those from `prefix` on in use."""
-    used = tl.minimum(position + 1, S).to(tl.int32)
+    used = tl.minimum(position + TOKENS, S).to(tl.int32)
     size = tl.cdiv(tl.cdiv(used - prefix, BLOCK_S), KV_SPLITS) * BLOCK_S
     start = prefix + tl.program_id(2) * size
     return start, tl.minimum(start + size, used)
@@ -122,6 +137,27 @@ def _kv_split(position, prefix, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexp
 def _page(table_ptr, s, PAGE: tl.constexpr):
     """Loads the page of slot s of a row."""
     return tl.load(table_ptr + s // PAGE).to(tl.int64)
+
+
+@jit
+def _age(s, slot, S, WINDOW: tl.constexpr):
+    """How many tokens older than the newest one, which is in `slot`, is what slots s have. Only windows have rings."""
+    age = slot - s
+    if WINDOW > 0:
+        age = (age + S) % S
+    return age
+
+
+@jit
+def _seen(used, s, slot, S, token, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
+    """Says which of slots s [BLOCK_S], of those `used`, are seen by queries of new tokens `token` [BLOCK_GROUP]."""
+    seen = used[None, :]
+    if TOKENS > 1:
+        age = _age(s, slot, S, WINDOW)[None, :] - (TOKENS - 1 - token)[:, None]  # than the query's own token
+        seen = seen & (age >= 0)
+        if WINDOW > 0:
+            seen = seen & (age < WINDOW)
+    return seen
 
 
 @jit
@@ -138,17 +174,22 @@ def _places(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     KV_PRODUCTS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """Says where keys and values of slots s + lane begin [BLOCK_S, 1], and which of them are seen.
+    """Says where keys and values of slots s + lane begin [BLOCK_S, 1], and which of them any new token sees.
 
-    They are in `page` or, with slots_ptr, wherever it says of each. The new token's slot is not seen where its key and
-    value come from registers.
+    They are in `page` or, with slots_ptr, wherever it says of each. `slot` is the newest token's, which is not seen
+    where its key and value come from registers.
     """
     used = s + lane < end
-    if KV_PRODUCTS > 0:
-        used = used & (s + lane != slot)
-    if WINDOW > 0:  # what is in a slot is so many tokens older than the new one
-        used = used & ((slot - s - lane + S) % S < WINDOW)
+    if TOKENS > 1:
+        if WINDOW > 0:
+            used = used & (_age(s + lane, slot, S, WINDOW) < WINDOW + TOKENS - 1)
+    else:
+        if KV_PRODUCTS > 0:
+            used = used & (s + lane != slot)
+        if WINDOW > 0:  # what is in a slot is so many tokens older than the new one
+            used = used & ((slot - s - lane + S) % S < WINDOW)
     if slots_ptr is None:
         base = ((page * KV_HEADS + tl.program_id(1)) * PAGE + s % PAGE) * D
         places = base + lane[:, None] * D
@@ -176,17 +217,27 @@ def _block(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     KV_PRODUCTS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them are seen."""
-    places, used = _places(slots_ptr, page, s, end, slot, S, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS)
+    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them any new token sees."""
+    places, used = _places(slots_ptr, page, s, end, slot, S, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS, TOKENS)
     mask = used[:, None] & (d < D)[None, :] if D < BLOCK_D else used[:, None]
     offsets = places + d[None, :]
     return tl.load(k_ptr + offsets, mask=mask, other=0.0), tl.load(v_ptr + offsets, mask=mask, other=0.0), used
 
 
 @jit
-def _place(position_ptr, table_ptr, prefix_ptr, S, BLOCK_S: tl.constexpr, KV_SPLITS: tl.constexpr, PAGE: tl.constexpr):
-    """Returns where program (row, key head, split) works: the slot of the row's new token, the row's table, and the
+def _place(
+    position_ptr,
+    table_ptr,
+    prefix_ptr,
+    S,
+    BLOCK_S: tl.constexpr,
+    KV_SPLITS: tl.constexpr,
+    PAGE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Returns where program (row, key head, split) works: the slot of the row's newest token, the row's table, and the
     program's slots [start, end)."""
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(position_ptr + row).to(tl.int32)
@@ -194,8 +245,8 @@ def _place(position_ptr, table_ptr, prefix_ptr, S, BLOCK_S: tl.constexpr, KV_SPL
     if prefix_ptr is not None:
         prefix = tl.load(prefix_ptr + row)
         prefix = tl.where(prefix <= position, prefix, 0)  # a row that has ended is at position 0
-    start, end = _kv_split(position, prefix, S, BLOCK_S, KV_SPLITS)
-    return position % S, table_ptr + row * (S // PAGE), start, end
+    start, end = _kv_split(position, prefix, S, BLOCK_S, KV_SPLITS, TOKENS)
+    return (position + TOKENS - 1) % S, table_ptr + row * (S // PAGE), start, end
 
 
 @jit
@@ -270,6 +321,52 @@ def _write_new(k, v, k_ptr, v_ptr, own, inverse_k_scale, inverse_v_scale, d, D: 
 
 
 @jit
+def _write_tokens(
+    qkv_ptr,
+    rope_ptr,
+    k_norm_ptr,
+    k_ptr,
+    v_ptr,
+    rotation_ptr,
+    own,
+    mine,
+    inverse_k_scale,
+    inverse_v_scale,
+    eps,
+    rows,
+    d,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    KV_PRODUCTS: tl.constexpr,
+    V_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    LIMIT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Makes the keys and values of those of a row's new tokens that are `mine` [BLOCK_TOKENS], and writes them from
+    offsets `own` [BLOCK_TOKENS] on; what the program loads afterwards has them."""
+    WIDTH: tl.constexpr = (GROUP + KV_PRODUCTS) * KV_HEADS * D
+    d, to, mask = d[None, :], own[:, None] + d[None, :], mine[:, None] & (d < D)[None, :]
+    row = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, BLOCK_TOKENS))[:, None]
+    head = (GROUP * KV_HEADS + tl.program_id(1)) * D
+    if rotation_ptr is None:
+        cos = tl.load(rope_ptr + row * D + d, mask=mask, other=0.0)
+        sin = tl.load(rope_ptr + (rows + row) * D + d, mask=mask, other=0.0)
+        k = _normed_rotated(
+            qkv_ptr, row, rows, head, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, OFFSET, dtype
+        )
+        _write(k, k_ptr, to, inverse_k_scale, mask, LIMIT)
+    columns = head + (KV_PRODUCTS - 1) * KV_HEADS * D + d
+    v = _values(qkv_ptr, row, rows, columns, mask, eps, WIDTH, D, 1, SPLIT_K, V_NORM, dtype)
+    _write(v, v_ptr, to, inverse_v_scale, mask, LIMIT)
+    tl.debug_barrier()
+
+
+@jit
 def _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap):
     """Adds a block of slots to each lane's running softmax: its maximum m, its sum l and its unscaled result acc."""
     scores = log2_scores(tl.sum(q[None, :] * k.to(tl.float32), axis=1), scale, softcap)
@@ -311,6 +408,7 @@ def _attention_by_sums_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -324,10 +422,11 @@ def _attention_by_sums_kernel(
     AHEAD: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
+    TOKENS: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attends where each key head has one query; program (row, key head, split).
+    """Attends where each key head has one query, of TOKENS = 1; program (row, key head, split).
 
     Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the loop exchanges nothing
     between warps; the lanes are joined at the end. The first block is loaded before the wait, unless an earlier kernel
@@ -339,7 +438,7 @@ def _attention_by_sums_kernel(
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     output_scale = load_scalar(scale_ptr)
-    slot, table_ptr, start, end = _place(position_ptr, table_ptr, prefix_ptr, S, BLOCK_S, KV_SPLITS, PAGE)
+    slot, table_ptr, start, end = _place(position_ptr, table_ptr, prefix_ptr, S, BLOCK_S, KV_SPLITS, PAGE, TOKENS)
     if slots_ptr is not None:
         slots_ptr += row * S
     own_page = _page(table_ptr, slot, PAGE)
@@ -347,7 +446,7 @@ def _attention_by_sums_kernel(
     memory = (k_ptr, v_ptr, slots_ptr)
     if KV_PRODUCTS > 0:
         k, v, used = _block(
-            *memory, first_page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS
+            *memory, first_page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
         )
     s = start + BLOCK_S
     page = _page(table_ptr, tl.minimum(s, S - 1), PAGE)
@@ -355,7 +454,7 @@ def _attention_by_sums_kernel(
     wait_for_previous(PDL)
     if KV_PRODUCTS == 0:
         k, v, used = _block(
-            *memory, first_page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS
+            *memory, first_page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
         )
     inputs = (qkv_ptr, rope_ptr, k_norm_ptr, eps, rows)
     cos, sin, own_k, own_v = _new_kv(*inputs, d, KV_HEADS, GROUP, D, SPLIT_K, KV_PRODUCTS, V_NORM, OFFSET, dtype)
@@ -379,7 +478,9 @@ def _attention_by_sums_kernel(
     m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     for s in tl.range(start + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
-        k, v, used = _block(*memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS)
+        k, v, used = _block(
+            *memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
+        )
         m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     m_all = tl.max(m, axis=0)
     weight = tl.exp2(m - m_all)
@@ -432,6 +533,7 @@ def _attention_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -445,14 +547,18 @@ def _attention_kernel(
     AHEAD: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
+    TOKENS: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attends where each key head has GROUP queries, which tensor cores take as rows of one matrix.
+    """Attends where each key head has GROUP queries of each of TOKENS new tokens, which tensor cores take as rows of a
+    matrix, those of a token side by side.
 
-    The programs are those of `_attention_by_sums_kernel`. Where the cache keeps values alone, there is a rotation_ptr:
-    what keys are multiplied by is the queries' matter then, but for the R pairs of a head that turn and are loaded again.
-    With a k_ptr all values are loaded again, for the product with queries.
+    The programs are those of `_attention_by_sums_kernel`, and `rows` counts tokens. The key and value of one token stay
+    in registers; of several, each program writes those whose slots it has, and loads them as it does all others. Where
+    the cache keeps values alone, there is a rotation_ptr: what keys are multiplied by is the queries' matter then, but
+    for the R pairs of a head that turn and are loaded again. With a k_ptr all values are loaded again, for the product
+    with queries.
     """
     launch_dependents(PDL)
     # FP8 is exact in float16, and converted faster than to bfloat16
@@ -462,27 +568,66 @@ def _attention_kernel(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane, d = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
-    q_mask = (g < GROUP)[:, None] & in_head[None, :]
+    if TOKENS > 1:
+        token = tl.minimum(g // GROUP, TOKENS - 1)
+        of_row, member = (row * TOKENS + token)[:, None], g % GROUP
+    else:
+        token, of_row, member = 0, row, g
+    q_mask = (g < GROUP * TOKENS)[:, None] & in_head[None, :]
     output_scale = load_scalar(scale_ptr)
-    slot, table_ptr, start, end = _place(position_ptr, table_ptr, prefix_ptr, S, BLOCK_S, KV_SPLITS, PAGE)
+    slot, table_ptr, start, end = _place(position_ptr, table_ptr, prefix_ptr, S, BLOCK_S, KV_SPLITS, PAGE, TOKENS)
     if slots_ptr is not None:
         slots_ptr += row * S
-    own_page = _page(table_ptr, slot, PAGE)
+    own_slot, mine = slot, True
+    if TOKENS > 1:
+        t = tl.arange(0, BLOCK_TOKENS)
+        own_slot = (slot + S - (TOKENS - 1) + tl.minimum(t, TOKENS - 1)) % S
+        mine = (t < TOKENS) & (own_slot >= start) & (own_slot < end)
+    own_page = _page(table_ptr, own_slot, PAGE)
     page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
     _prefetch_slots(k_ptr if rotation_ptr is None else None, v_ptr, page, start, end, KV_HEADS, D, PAGE, AHEAD, PDL)
     wait_for_previous(PDL)
-    inputs = (qkv_ptr, rope_ptr, k_norm_ptr, eps, rows)
-    cos, sin, own_k, own_v = _new_kv(*inputs, d, KV_HEADS, GROUP, D, SPLIT_K, KV_PRODUCTS, V_NORM, OFFSET, dtype)
-    heads = (head * GROUP + g)[:, None] * D
+    if TOKENS > 1:
+        if KV_PRODUCTS > 0 and tl.max(mine.to(tl.int32), axis=0) > 0:
+            inputs = (qkv_ptr, rope_ptr, k_norm_ptr, k_ptr, v_ptr, rotation_ptr)
+            own_at = ((own_page * KV_HEADS + head) * PAGE + own_slot % PAGE) * D
+            _write_tokens(
+                *inputs,
+                own_at,
+                mine,
+                inverse_k_scale,
+                inverse_v_scale,
+                eps,
+                rows,
+                d,
+                KV_HEADS,
+                GROUP,
+                D,
+                BLOCK_TOKENS,
+                SPLIT_K,
+                KV_PRODUCTS,
+                V_NORM,
+                OFFSET,
+                LIMIT,
+                TOKENS,
+                dtype,
+            )
+        q_cos = tl.load(rope_ptr + of_row * D + d[None, :], mask=q_mask, other=0.0)
+        q_sin = tl.load(rope_ptr + (rows + of_row) * D + d[None, :], mask=q_mask, other=0.0)
+    else:
+        inputs = (qkv_ptr, rope_ptr, k_norm_ptr, eps, rows)
+        cos, sin, own_k, own_v = _new_kv(*inputs, d, KV_HEADS, GROUP, D, SPLIT_K, KV_PRODUCTS, V_NORM, OFFSET, dtype)
+        q_cos, q_sin = cos[None, :], sin[None, :]
+    heads = (head * GROUP + member)[:, None] * D
     q = _normed_rotated(
         qkv_ptr,
-        row,
+        of_row,
         rows,
         heads,
         d[None, :],
         q_mask,
-        cos[None, :],
-        sin[None, :],
+        q_cos,
+        q_sin,
         q_norm_ptr,
         eps,
         WIDTH,
@@ -499,12 +644,12 @@ def _attention_kernel(
     else:
         weighted = q.to(dtype)
     if q_ptr is not None:
-        mask = (g < tl.where(first, GROUP, 0))[:, None] & in_head[None, :]
-        q_offsets = heads + row * GROUP * KV_HEADS * D + d[None, :]
+        mask = (g < tl.where(first, GROUP * TOKENS, 0))[:, None] & in_head[None, :]
+        q_offsets = heads + of_row * GROUP * KV_HEADS * D + d[None, :]
         tl.store(q_ptr + q_offsets, weighted.to(q_ptr.dtype.element_ty), mask=mask)
     l = tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
-    if KV_PRODUCTS > 0:
+    if TOKENS == 1 and KV_PRODUCTS > 0:
         own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
         if rotation_ptr is not None:
             columns = (GROUP * KV_HEADS + head) * D
@@ -532,7 +677,7 @@ def _attention_kernel(
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
         if rotation_ptr is not None:
-            places, used = _places(slots_ptr, at, s, end, slot, S, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS)
+            places, used = _places(slots_ptr, at, s, end, slot, S, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS, TOKENS)
             kv_mask, pairs = used[:, None] & in_head[None, :], used[:, None] & (r < R)[None, :]
             v = tl.load(v_ptr + places + d[None, :], mask=kv_mask, other=0.0)
             k = v
@@ -545,10 +690,13 @@ def _attention_kernel(
             products = tl.dot(high, tl.trans(high_k), products, input_precision="ieee")
             products = tl.dot(query, tl.trans(k.to(factor)), products, input_precision="ieee")
         else:
-            k, v, used = _block(*memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS)
+            k, v, used = _block(
+                *memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
+            )
             products = tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee")
         scores = log2_scores(products, scale, softcap)
-        scores = tl.where(used[None, :], scores, float("-inf"))
+        seen = _seen(used, s + lane, slot, S, token, WINDOW, TOKENS)
+        scores = tl.where(seen, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(scores - m_new[:, None])
@@ -556,14 +704,15 @@ def _attention_kernel(
         acc = tl.dot(p.to(factor), v.to(factor), acc * alpha[:, None], input_precision="ieee")
         m = m_new
     if acc_ptr is None:
-        offsets = heads + row * GROUP * KV_HEADS * D + d[None, :]
+        offsets = heads + of_row * GROUP * KV_HEADS * D + d[None, :]
         store_rounded(
             out_ptr + offsets, (acc / l[:, None] * v_scale).to(dtype).to(tl.float32), output_scale, q_mask, dtype
         )
     else:
-        entry = ((tl.program_id(2) * rows + row) * KV_HEADS + head) * GROUP + g
-        tl.store(stats_ptr + entry * 2, m, mask=g < GROUP)
-        tl.store(stats_ptr + entry * 2 + 1, l, mask=g < GROUP)
+        of_row = row * TOKENS + token
+        entry = ((tl.program_id(2) * rows + of_row) * KV_HEADS + head) * GROUP + member
+        tl.store(stats_ptr + entry * 2, m, mask=g < GROUP * TOKENS)
+        tl.store(stats_ptr + entry * 2 + 1, l, mask=g < GROUP * TOKENS)
         if start < end:
             tl.store(acc_ptr + entry[:, None] * D + d[None, :], acc, mask=q_mask)
 
@@ -583,12 +732,14 @@ def _combine_kernel(
     BLOCK_SPLITS: tl.constexpr,
     KV_SPLITS: tl.constexpr,
     SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Combines the results of splits for BLOCK elements of a query head; program (row and head, block).
 
-    There are KV_SPLITS of them or, for a row with a shared prefix, SPLITS. What others hold is left from another step.
+    Rows are of one token; TOKENS of them are a sequence's, which has one prefix. There are KV_SPLITS results or, for a
+    row with a shared prefix, SPLITS. What others hold is left from another step.
     """
     launch_dependents(PDL)
     row_head = tl.program_id(0).to(tl.int64)
@@ -598,7 +749,7 @@ def _combine_kernel(
     scale = load_scalar(scale_ptr)
     used = split < KV_SPLITS
     if prefix_ptr is not None:
-        used = split < tl.where(tl.load(prefix_ptr + row_head // HEADS) > 0, SPLITS, KV_SPLITS)
+        used = split < tl.where(tl.load(prefix_ptr + row_head // (HEADS * TOKENS)) > 0, SPLITS, KV_SPLITS)
     wait_for_previous(PDL)
     m = tl.load(stats_ptr + entry * 2, mask=used, other=LOWEST)
     l = tl.load(stats_ptr + entry * 2 + 1, mask=used, other=0.0)
@@ -619,30 +770,35 @@ def decode_attention(
     kv_splits: int | None = None,
     config: AttentionConfig | None = None,
 ) -> Tensor:
-    """Does what `ops.attention.attend` does for one new token a row, with one kernel or two, three for shared prefixes.
+    """Does what `ops.attention.attend` does for a decode step, with one kernel or two, three for shared prefixes.
 
-    qkv [B, (HEADS + kv_products * KV_HEADS) * D] is in `dtype` or in float32 partial sums. The result is [B, HEADS * D]
-    in `dtype` or, with output_scale, in E4M3. Queries and keys are normed and rotated, keys and values are written to
-    slot position % S, where those of a layer without products are already, and of the caches only slots 0 to
-    min(position, S - 1) are read. kv_splits programs, a power of 2, share a row's slots.
+    qkv [M, (HEADS + kv_products * KV_HEADS) * D], of T tokens of each of B rows, is in `dtype` or in float32 partial
+    sums. The result is [M, HEADS * D] in `dtype` or, with output_scale, in E4M3. Queries and keys are normed and
+    rotated, the key and value of token t are written to slot (position + t) % S, where those of a layer without
+    products are already, and of the caches only slots 0 to min(position + T, S) - 1 are read. kv_splits programs, a
+    power of 2, share a row's slots.
 
     A cache may have a `slot_table` [B, S] in int32: the key of slot s of row b is then read at place slot_table[b, s] %
     PAGE of page slot_table[b, s] // PAGE, whosever that is, and the new one is written through `table` all the same.
-    Layers whose slots are no ring attend to `positions.shared` once for its rows.
+    Rows have one token then. Layers whose slots are no ring attend to `positions.shared` once for its rows.
     """
-    (m, _), slots, (_, kv_heads, _, d) = cache.table.shape, cache.slots, cache.v.shape
+    (batch, _), slots, (_, kv_heads, _, d) = cache.table.shape, cache.slots, cache.v.shape
+    m, tokens = batch * positions.tokens, positions.tokens
     n_heads = layer.n_heads
     group = n_heads // kv_heads
     k, rotation = keys_and_rotation(cache)
     windowed = layer.window is not None and layer.window < slots
     shared = None if windowed or getattr(cache, "ring", False) else positions.shared
     if config is None:
-        config = attention_config(m * kv_heads, group, slots, cache.v.dtype, d, dtype, rotation is not None)
+        alone = rotation is not None
+        config = attention_config(batch * kv_heads, group, slots, cache.v.dtype, d, dtype, alone, tokens)
         if shared is not None and config.by_sums and m * kv_heads >= SMS:  # a row's own keys are few
             config = AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
     warps = config.num_warps if d <= 256 else 4  # a program of larger heads has an SM, however many its warps
-    kv_splits = kv_splits or pick_kv_splits(m * kv_heads, slots, config.block_s, warps)
+    kv_splits = kv_splits or pick_kv_splits(batch * kv_heads, slots, config.block_s, warps)
     splits, slot_table = kv_splits, getattr(cache, "slot_table", None)
+    if tokens > 1 and (config.by_sums or slot_table is not None):
+        raise ValueError("several tokens a row are for tensor cores and for rows that read their own pages")
     out = torch.empty(m, n_heads * d, dtype=dtype if output_scale is None else E4M3, device=qkv.device)
     q = prefix = acc = stats = None
     if shared is not None:
@@ -658,7 +814,7 @@ def decode_attention(
     k_scale, v_scale = cache.k_scale, cache.v_scale
     launch(
         _attention_by_sums_kernel if config.by_sums else _attention_kernel,
-        (m, kv_heads, kv_splits),
+        (batch, kv_heads, kv_splits),
         *(qkv, positions.rope, layer.q_norm, layer.k_norm, k, cache.v, rotation),
         *(positions.position, cache.table, slot_table, prefix, output_scale, out, q, acc, stats),
         *(layer.scale * k_scale, v_scale, layer.softcap, 1 / k_scale, 1 / v_scale, layer.eps, m, slots),
@@ -666,7 +822,8 @@ def decode_attention(
         GROUP=group,
         D=d,
         R=0 if rotation is None else rotation.shape[2],
-        BLOCK_GROUP=max(16, power_of_2(group)),
+        BLOCK_GROUP=max(16, power_of_2(group * tokens)),
+        BLOCK_TOKENS=power_of_2(tokens),
         BLOCK_D=max(16, power_of_2(d)),
         BLOCK_R=0 if rotation is None else max(16, power_of_2(rotation.shape[2])),
         BLOCK_S=config.block_s,
@@ -680,11 +837,12 @@ def decode_attention(
         AHEAD=config.ahead if d * cache.v.dtype.itemsize % 16 == 0 and slot_table is None else 0,
         PAGE=PAGE,
         WINDOW=layer.window if windowed else 0,
+        TOKENS=tokens,
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,
     )
     if shared is not None:
-        prefix_attention(q, layer, cache, shared, acc[kv_splits:], stats[kv_splits:], of_prefix)
+        prefix_attention(q, layer, cache, shared, acc[kv_splits:], stats[kv_splits:], of_prefix, tokens)
     if splits > 1:
         block, block_splits = combine_block(m * n_heads), power_of_2(splits)
         launch(
@@ -697,6 +855,7 @@ def decode_attention(
             BLOCK_SPLITS=block_splits,
             KV_SPLITS=kv_splits,
             SPLITS=splits,
+            TOKENS=tokens,
             dtype=triton_dtype(dtype),
             num_warps=row_warps(block_splits * block),
         )

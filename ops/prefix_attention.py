@@ -124,10 +124,14 @@ def _prefix_attention_kernel(
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
     PAGE: tl.constexpr,
+    TOKENS: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (tile of rows, key head, split); tiles of one prefix, side by side, find its keys in L2."""
+    """Program (tile of rows, key head, split); tiles of one prefix, side by side, find its keys in L2.
+
+    Rows are of one token; TOKENS of them are a sequence's, which has one table and one prefix.
+    """
     launch_dependents(PDL)
     # FP8 is exact in float16, and converted faster than to bfloat16
     is_fp8: tl.constexpr = v_ptr.dtype.element_ty.primitive_bitwidth == 8
@@ -136,7 +140,7 @@ def _prefix_attention_kernel(
     head = tl.program_id(1)
     first = tl.load(tiles_ptr + 2 * tl.program_id(0))
     count = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
-    leader = tl.load(order_ptr + first, mask=count > 0, other=0).to(tl.int64)
+    leader = tl.load(order_ptr + first, mask=count > 0, other=0).to(tl.int64) // TOKENS
     table_ptr += leader * (S // PAGE)
     prefix = tl.load(prefix_ptr + leader, mask=count > 0, other=0)
     size = tl.cdiv(prefix // BLOCK_N, SPLITS) * BLOCK_N
@@ -211,13 +215,22 @@ def _prefix_attention_kernel(
 
 
 def prefix_attention(
-    q: Tensor, layer: AttentionLayer, cache, shared: Shared, acc: Tensor, stats: Tensor, config: PrefixConfig
+    q: Tensor,
+    layer: AttentionLayer,
+    cache,
+    shared: Shared,
+    acc: Tensor,
+    stats: Tensor,
+    config: PrefixConfig,
+    tokens: int = 1,
 ):
-    """Attends from queries q [B, HEADS, D], normed and rotated, to the keys of each row's shared prefix.
+    """Attends from queries q [M, HEADS, D], normed and rotated, of `tokens` new tokens a row, to the keys of each row's
+    shared prefix.
 
     For a cache of values alone, queries are multiplied by what keys are, except where they turn, and in the dtype that
-    values are multiplied in. Leaves unscaled results in acc [splits, B, HEADS, D], and maxima and sums in stats [splits, B, HEADS, 2]: nothing
-    for rows without a prefix, and no results, with a sum of 0, where a split has no keys.
+    values are multiplied in. Leaves unscaled results in acc [splits, M, HEADS, D], and maxima and sums in stats
+    [splits, M, HEADS, 2]: nothing for rows without a prefix, and no results, with a sum of 0, where a split has no
+    keys.
     """
     (m, n_heads, d), kv_heads = q.shape, cache.v.shape[1]
     group, (k, rotation) = n_heads // kv_heads, keys_and_rotation(cache)
@@ -240,6 +253,7 @@ def prefix_attention(
         STAGES=config.num_stages,
         AHEAD=config.ahead if d * cache.v.dtype.itemsize % 16 == 0 else 0,
         PAGE=PAGE,
+        TOKENS=tokens,
         dtype=triton_dtype(q.dtype),
         num_warps=config.num_warps,
     )

@@ -53,7 +53,8 @@ class Shared(NamedTuple):
 
     prefix [B] in int32 says how many of a row's first tokens are a shared prefix, a multiple of PAGE (0: none). `order`
     [B] in int32 has row numbers, those of a group side by side. A tile is rows of one group, at most `rows`: tiles [X,
-    2] in int32 are the first place in `order` of each and how many rows it has, none where it is not used.
+    2] in int32 are the first place in `order` of each and how many rows it has, none where it is not used. In a step of
+    T tokens a row `order` [B * T], `tiles` and `rows` are of these, token t of row b being number b * T + t.
     """
 
     prefix: Tensor
@@ -72,6 +73,10 @@ class Positions(NamedTuple):
     over the new tokens. slot [M] says where tokens go in the cache, as `cache.LayerCache.slots_for` counts it. What a
     kernel finds out by itself is None. Decode steps may have `shared` prefixes. In other forwards layers leave their
     keys and values in `kept` for those that have none (None: there are no such layers).
+
+    `decoding` says that this is a decode step: all T tokens of each sequence, at positions position[n] + t, attend
+    through the cache, where their own keys and values are by then. What a slot holds of positions behind these, of
+    tokens that were rejected, is not seen; a ring has at least window + T - 1 slots.
     """
 
     batch: int
@@ -84,11 +89,7 @@ class Positions(NamedTuple):
     first: Tensor | None = None
     shared: Shared | None = None
     kept: dict | None = None
-
-    @property
-    def decoding(self) -> bool:
-        """Whether each sequence has one new token, behind cached ones: a decode step's forward."""
-        return self.tokens == 1 and self.position is not None and self.first is None
+    decoding: bool = False
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -126,6 +126,30 @@ def test_rows_of_a_smaller_cache_go_on_in_a_larger_one():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "case",
+    ["gemma2-window-small", "gemma3-window-half", "gemma4-experts", "gemma4-unified", "gemma4-shared"],
+)
+def test_a_step_of_several_tokens_is_as_many_steps(case):
+    """Rings come round within it; and after some of its tokens were rejected, the next one goes on before them."""
+    model, x = small_model(case=case), tokens(2, 100, 120)
+    cache, position = cache_of(model, 2, 100, torch.float32), torch.tensor([61, 90])
+    start = torch.arange(4) + position[:, None]
+    model(x[:, :90], cache, None, position)
+    other = cache_of(model, 2, 100, torch.float32)
+    other.copy_rows(cache, torch.arange(2))
+    expected = [model.logits(x.gather(1, start[:, t : t + 1]), other, position + t) for t in range(4)]
+    draft = x.gather(1, start)
+    draft[:, 1:] += 1
+    first = model.logits(draft, cache, position, all_logits=True, decoding=True)[:, :1]
+    rest = model.logits(x.gather(1, start[:, 1:]), cache, position + 1, all_logits=True, decoding=True)
+    suppressed = model.config.suppressed_ids
+    actual, expected = torch.cat((first, rest), 1), torch.stack(expected, 1)
+    kept = [i for i in range(actual.shape[-1]) if i not in suppressed]
+    torch.testing.assert_close(actual[..., kept], expected[..., kept], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("case", ["gemma-mqa", "gemma3-window-half", "gemma4-shared", "gemma4-unified"])
 def test_rows_are_views_that_share_pages(case):
     """Rows in any order, a prefix that two of them share, and pages that nobody has full of NaN."""

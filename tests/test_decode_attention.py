@@ -9,18 +9,21 @@ from test_ops import (  # noqa: F401
     BF16,
     DEVICE,
     F32,
+    copy_of,
     exact_interpreter,
     frequencies,
+    layer_cache,
     normal,
     normed_and_rotated,
     partial_sums,
     scalar,
     seeded,
+    turning_frequencies,
 )
 
 from cache import CODECS
 from config import PAGE
-from ops import common, decode_attention, rope
+from ops import attention, common, decode_attention, rope
 from ops.common import E4M3, SMS, round_fp8, summed
 from ops.decode_attention import AttentionConfig
 from ops.prefix_attention import PrefixConfig, prefix_config, tile_rows
@@ -142,7 +145,8 @@ class Step:
         self.slot_of = other.slot_of
 
     def run(self, shared=True, kv_splits=None, config=None):
-        positions = Positions(self.rows, 1, self.position, None, self.angles, shared=self.shared if shared else None)
+        shared = self.shared if shared else None
+        positions = Positions(self.rows, 1, self.position, None, self.angles, shared=shared, decoding=True)
         arguments = self.qkv, self.layer, self.cache, positions, self.dtype, self.output_scale, kv_splits, config
         return decode_attention.decode_attention(*arguments)
 
@@ -351,6 +355,125 @@ def test_heads_of_512(heads, products, turning, dtypes):
 @pytest.mark.parametrize("config", [SUMS, DOTS], ids=["sums", "dots"])
 def test_slot_table_behind_a_shared_prefix(config):
     Step(layer_of(MHA, 24), BF16, BF16, GROUPS["several"], 256, beams=True).check(kv_splits=2, config=config)
+
+
+TOKENS = {  # heads, D, slots, window, softcap, products of K and V, pairs that turn, prefix
+    "mha": (MHA, 24, 128, None, None, 2, None, 0),
+    "shared": (GQA, 32, 128, None, 2.0, 2, None, 64),
+    "ring": ((4, 1), 24, 64, 9, 2.0, 2, None, 0),
+    "full-ring": (MHA, 32, 64, 61, None, 2, None, 0),  # with as many slots as 4 tokens need
+    "no-kv": ((4, 1), 24, 64, 50, None, 0, None, 0),
+    "no-kv-global": (MHA, 24, 128, None, None, 0, None, 0),
+    "values-alone": (MQA, 32, 128, None, None, 1, 3, 0),
+    "values-alone-shared": (MQA, 32, 128, None, None, 1, 16, 64),
+}
+
+
+def step_of_tokens(case, tokens, dtypes, window=None, split_k=0):
+    """qkv, layer, cache and positions of rows of so many new tokens. What no query sees is 100: of tokens that were
+    rejected, say, in slots behind the newest one, or on their way out of a ring."""
+    heads, d, slots, own_window, softcap, products, turning, prefix = TOKENS[case]
+    window, (dtype, cache_dtype) = window or own_window, dtypes
+    layer = layer_of(heads, d, dtype, softcap=softcap, window=window, kv_products=products, v_norm=products < 2)
+    starts = [70, slots - 1, 61] if window else [70, slots - tokens, 3]
+    starts = [64, 110, 3] if prefix else starts
+    position, rows = integers(starts, torch.long), len(starts)
+    frequency, rotation = turning_frequencies(d, turning) if turning else (frequencies(d), None)
+    scales = (0.02, 0.5) if cache_dtype.itemsize == 1 else (1.0, 1.0)
+    cache = layer_cache(rows, heads[1], slots, d, cache_dtype, scales, rotation=rotation)
+    cache.ring = window is not None
+    if prefix:
+        cache.table[1, : prefix // PAGE] = cache.table[0, : prefix // PAGE]
+    end = position + tokens
+    held, unseen = cache.held_positions(end), position if products else end
+    stale = (held < 0) | (held >= unseen[:, None]) | (held <= position[:, None] - (window or slots))
+    row, slot = stale.nonzero().unbind(1)
+    for stored in cache.stored:
+        stored[cache.table[row, slot // PAGE].long(), :, slot % PAGE] = torch.tensor(100.0).to(cache_dtype)
+    qkv = partial_sums(normal(rows * tokens, (heads[0] + products * heads[1]) * d, dtype=dtype), split_k)
+    query = (position[:, None] + torch.arange(tokens, device=DEVICE)).flatten()
+    return qkv, layer, cache, positions_of(cache, layer, query.view(rows, -1), frequency, dtype)
+
+
+def positions_of(cache, layer, query, frequency, dtype):
+    """Those of a decode step of tokens at positions query [B, T]."""
+    (rows, tokens), position = query.shape, query[:, 0].contiguous()
+    row = torch.arange(rows, device=DEVICE).repeat_interleave(tokens)
+    mask = attention.attention_mask(cache, layer.window, query, position, dtype, decoding=True)
+    slot = cache.slots_for(row, query.flatten(), position[row] + tokens)
+    angles = rope.rope(query.flatten(), frequency)[0]
+    return Positions(rows, tokens, position, None, angles, mask, slot, decoding=True)
+
+
+def of_single_steps(qkv, layer, cache, positions, dtype):
+    """What as many steps of one token make of it."""
+    results = []
+    for t in range(positions.tokens):
+        query = (positions.position + t)[:, None]
+        one = positions_of(cache, layer, query, frequencies(layer.head_dim), dtype)
+        one = one._replace(rope=positions.rope[:, t :: positions.tokens])
+        results.append(attention.attend(qkv[t :: positions.tokens], layer, cache, one, dtype))
+    return torch.stack(results, 1).flatten(0, 1)
+
+
+@pytest.mark.usefixtures("few_splits")
+@pytest.mark.parametrize("case", TOKENS)
+@pytest.mark.parametrize(("tokens", "dtypes"), [(4, (F32, F32)), (2, (BF16, E4M3))])
+def test_several_tokens(case, tokens, dtypes):
+    """The kernel against the definition, and that against a step for each token."""
+    prefix = TOKENS[case][-1]
+    qkv, layer, cache, positions = step_of_tokens(case, tokens, dtypes, split_k=2 if case == "mha" else 0)
+    unit = scalar(0.01) if case == "full-ring" else None
+    caches = [copy_of(cache) for _ in range(3)]
+    expected = attention.attend(qkv, layer, caches[0], positions, dtypes[0], unit)
+    if dtypes[0] == F32 and unit is None:
+        one_by_one = of_single_steps(summed(qkv, F32), layer, caches[1], positions, F32)
+        torch.testing.assert_close(expected, one_by_one, rtol=1e-5, atol=1e-5)
+    if prefix:
+        tiles = integers([[0, 2 * tokens], [0, 0]])
+        order = (integers([1, 0, 2])[:, None] * tokens + torch.arange(tokens, device=DEVICE)).flatten().int()
+        positions = positions._replace(shared=Shared(integers([prefix, prefix, 0]), order, tiles, 2 * tokens))
+    bare = positions._replace(mask=None, slot=None)
+    actual = decode_attention.decode_attention(qkv, layer, caches[2], bare, dtypes[0], unit, 2, DOTS)
+    assert_near(actual, expected, dtypes[0])
+    for mine, other in zip(caches[2].stored, caches[0].stored):
+        torch.testing.assert_close(mine.float(), other.float(), rtol=2**-2, atol=1e-5)
+
+
+def test_a_ring_that_is_too_small():
+    """Its oldest token is one that the first of the new ones sees, and the last replaces."""
+    for window, enough in ((61, True), (62, False)):
+        qkv, layer, cache, positions = step_of_tokens("full-ring", 4, (F32, F32), window)
+        expected = of_single_steps(qkv, layer, copy_of(cache), positions, F32)
+        actual = attention.attend(qkv, layer, cache, positions, F32)
+        assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-5) == enough
+
+
+def test_several_tokens_of_rows_that_ended():
+    """They are at position 0 with a table of zeros, as the last tokens of a row without pages for them may be."""
+    qkv, layer, cache, positions = step_of_tokens("mha", 4, (F32, F32))
+    expected = attention.attend(qkv, layer, copy_of(cache), positions, F32).view(3, 4, -1)
+    for stored in cache.stored:
+        stored[0] = NAN
+    cache.table[2] = positions.position[2] = 0
+    cache.table[1, 1] = 0  # of its tokens 0 and 1 are in another page
+    positions.position[1] = 62
+    actual = decode_attention.decode_attention(qkv, layer, cache, positions, F32, kv_splits=2, config=DOTS)
+    assert_near(actual.view(3, 4, -1)[0], expected[0], F32)
+    assert actual.isfinite().all()
+
+
+def test_what_takes_no_several_tokens():
+    qkv, layer, cache, positions = step_of_tokens("mha", 2, (F32, F32))
+    with pytest.raises(ValueError, match="several tokens"):
+        decode_attention.decode_attention(qkv, layer, cache, positions, F32, config=SUMS)
+    picked = [
+        decode_attention.attention_config(16, group, 8192, BF16, d, tokens=tokens)
+        for group in (1, 8)
+        for d in (256, 512)
+        for tokens in (2, 4, 8)
+    ]
+    assert not any(config.by_sums for config in picked)
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, E4M3), (F32, F32)])

@@ -390,7 +390,7 @@ def test_decode_attention(case, dtypes):
         cache = layer_cache(m, kv_heads, slots, d, cache_dtype, scales, rotation=rotation)
         mask = attention.attention_mask(cache, window, position[:, None], position, dtype)
         slot = cache.slots_for(torch.arange(m, device=DEVICE), position, position + 1)
-        positions = Positions(m, 1, position, None, angles, mask, slot)
+        positions = Positions(m, 1, position, None, angles, mask, slot, decoding=True)
         for stored in cache.stored:
             stored[0] = float("nan")  # nobody's
         for row, p in enumerate(position.tolist()):
@@ -428,7 +428,7 @@ def test_kv_splits_fill_the_gpu():
     assert pick(1, 40, 32) == 1
     cache, position = layer_cache(1, 1, 128, 24, F32), torch.tensor([33], device=DEVICE)
     expected_cache, layer = copy_of(cache), AttentionLayer(1, 1, 24, 0.3)
-    arguments = layer, cache, Positions(1, 1, position, None, normal(2, 1, 24)), F32
+    arguments = layer, cache, Positions(1, 1, position, None, normal(2, 1, 24), decoding=True), F32
     qkv = normal(1, 72)
     expected = attention_in_float32(qkv, layer, expected_cache, *arguments[2:])
     assert_same(decode_attention.decode_attention(qkv, *arguments), expected)  # of two splits the second has no slots
@@ -1028,6 +1028,19 @@ def test_prefill_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch)
     for expected, actual in zip(*held):
         assert_same_step(actual, expected, dtype, "fp8" if cache_dtype else format)
     assert all(x.abs().sum(-1).count_nonzero() for x in held[1])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("case", "dtype", "cache_dtype"), [("gemma4-shared", F32, None), ("gemma-mha", BF16, E4M3)])
+def test_a_step_of_several_tokens(case, dtype, cache_dtype, monkeypatch):
+    model, tokens = tiny_model(case, dtype, "bf16", monkeypatch), torch.randint(2, 128, (2, 10), device=DEVICE)
+    position, logits = torch.tensor([7, 3], device=DEVICE), []
+    for operations in (ops.TORCH, ops.KERNELS):
+        cache, model.ops = new_cache(model, 2, cache_dtype), ops.TORCH
+        model.logits(tokens[:, :7], cache, None, position)
+        model.ops = operations
+        logits.append(model.logits(tokens[:, 7:], cache, position, all_logits=True, decoding=True).float())
+    assert_same_step(logits[1], logits[0], dtype, "bf16")
 
 
 @torch.inference_mode()
