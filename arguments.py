@@ -103,23 +103,28 @@ def rows_and_pages(
     longest: int,
     codec: Codec,
     kind: DrawKind,
+    drafter=None,
+    longest_run: int = 1,
 ) -> tuple[int, int]:
     """How many rows run at once, at most `rows`, and how many pages they share, where pages[n] requests need n pages.
 
     Memory has to have room for pages and rings, decode state, and what a prefill takes: activations of the feed-forward
     layer, some at once. Where pages for all rows don't fit, there are fewer, and requests wait for them; there are
-    fewer rows, too, if those may be. Raises ValueError if there is no room for the largest request, or for the rows.
+    fewer rows, too, if those may be. What makes drafts may have a cache of its own, and steps then take longest_run
+    tokens a row. Raises ValueError if there is no room for the largest request, or for the rows.
     """
     config, held, count_of_all = model.config, held_bytes(model), pages.total()
+    configs = [config, *([drafter.model.config] if getattr(drafter, "model", None) else [])]
     tokens = min(CHUNK if model.ops.packs else PADDED * CHUNK, count_of_all * longest)
     activations = activation_bytes(model, tokens)
     # Bytes a logit that a draw takes: sorting, float64, and what a penalty makes of them
     of_logits = 56 if kind.in_order else 32 if kind.in_any_order or kind.penalize else 12
-    a_page = cache_bytes(config, 0, length, codec, 1) - cache_bytes(config, 0, length, codec, 0)
+    a_page = sum(cache_bytes(each, 0, length, codec, 1) - cache_bytes(each, 0, length, codec, 0) for each in configs)
     room = SHARE * (free_memory(model.device) + held) - activations
 
     def needed(rows: int, count: int) -> float:
-        return runner_bytes(config, rows, length, codec, count) + rows * config.vocab_size * of_logits
+        logits = rows * longest_run * config.vocab_size * of_logits
+        return runner_bytes(configs, rows, length, codec, count, longest_run) + logits
 
     def largest(rows: int) -> int:
         total = 0

@@ -525,7 +525,7 @@ def _room(
     size = min(len(requests), batch_size or max(1, MAX_BATCH // beams))
     while True:
         count, rows = 1 + max(sum(pages[i : i + size]) for i in range(0, len(pages), size)), size * beams
-        needed = runner_bytes(config, rows, length, codec, count) + rows * OF_LOGITS * config.vocab_size + activations
+        needed = runner_bytes([config], rows, length, codec, count) + rows * OF_LOGITS * config.vocab_size + activations
         if size == 1 or batch_size is not None or needed <= SHARE * (free_memory(model.device) + held):
             break
         size -= max(1, size // 8)

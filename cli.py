@@ -6,9 +6,10 @@ import math
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -143,6 +144,8 @@ class Stats:
     steps: int = 0
     bytes_read: int = 0  # weights and valid KV cache entries that the decode steps had to read
     running: int = 0  # rows in use when the newest completion came
+    drafts: Counter = field(default_factory=Counter)  # that mattered, by their place in a step
+    right: Counter = field(default_factory=Counter)  # and those that were right
 
     @property
     def decode_rate(self) -> float:

@@ -75,6 +75,7 @@ from ops import choose
 from runner import Runner, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import LAGS, Request, Scheduler
+from speculate import Drafter, pace_of
 from text import (
     Output,
     check_prompt,
@@ -240,6 +241,8 @@ def stream_completions(
     skip: Container[tuple[int, int]] = (),
     stop_check: str = "ping-pong",
     stats: Stats | None = None,
+    drafter: Drafter | None = None,
+    speculate_k: int | str = "auto",
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; yields the number of the prompt,
     that of the sample, both counted from 0, and the new token ids of each completion as soon as it is there.
@@ -261,6 +264,9 @@ def stream_completions(
     on_token gets the tokens of a single row as they come; on_step(i, runner) is called before each prefill (i is 0) and
     before decode step i. Completions whose (prompt, sample) is in `skip` are not made. stop_check is for the benchmark
     (`scheduler.LAGS`); `stats` is added to.
+
+    With a `drafter` (speculate.py) a step checks speculate_k guesses of the next tokens at once, 1 to MOST_DRAFTS, or as
+    many as promise to pay ("auto"), none if none do. The text is the same.
 
     Several threads may run one model at a time, each with a cache of its own. Raises ValueError for an empty prompt, an
     unknown token id, a prompt too long for the context, a setting of a wrong type or out of its range, or too little
@@ -303,6 +309,7 @@ def stream_completions(
         raise ValueError("on_token streams a single row")
     stop_ids = checked_stop_ids(model, stop_ids)
     stats = Stats() if stats is None else stats
+    pace = pace_of(drafter, speculate_k)
 
     n_rows, longest = sum(counts), max(map(len, prompts))
     length = length_of_all(model, prompts, limits)
@@ -315,8 +322,9 @@ def stream_completions(
     # With more rows than this the request that may take longest would end no sooner, and all others with it
     busy = -(-sum(map(mul, limits, counts)) // max(limits))
     most = min(MAX_BATCH, -(-busy // 64) * 64)
+    of_drafts = drafter, pace.runs[-1] if pace else 1
     rows, page_count = rows_and_pages(
-        model, pages, batch_size or most, batch_size is None, length, longest, codec, kind
+        model, pages, batch_size or most, batch_size is None, length, longest, codec, kind, *of_drafts
     )
     check_memory(
         sum(count * (RESULT_BYTES + TOKEN_BYTES * limit) for count, limit in zip(counts, limits)),
@@ -333,10 +341,11 @@ def stream_completions(
     )
     with told_if_out_of_memory(device, f"{rows} rows of {length} tokens", ADVICE):
         start = now(device)
-        with lease(model, rows, length, codec, compile, compile_prefill, page_count) as runner:
-            runner.start(model, rows, kind, stop_ids, prefix_cache)
+        with lease(model, rows, length, codec, compile, compile_prefill, page_count, *of_drafts) as runner:
+            runner.start(model, rows, kind, stop_ids, prefix_cache, pace.runs if pace else (1,))
             started = now(device)
-            scheduler = Scheduler(runner, model, requests, rows, "every" if device.type == "cpu" else stop_check)
+            check = "every" if device.type == "cpu" else stop_check
+            scheduler = Scheduler(runner, model, requests, rows, check, pace)
             drawn = 0  # by steps
             try:
                 for request, tokens in scheduler.run(on_step, on_token):
@@ -354,6 +363,8 @@ def stream_completions(
             stats.prefill_seconds += prefill_seconds
             stats.decode_seconds += now(device) - started - prefill_seconds
             stats.steps += scheduler.steps
+            stats.drafts += scheduler.drafts
+            stats.right += scheduler.right
             stats.bytes_read += scheduler.steps * model.step_bytes(drawn / max(1, scheduler.steps))
 
 

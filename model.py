@@ -389,7 +389,7 @@ class Transformer(nn.Module):
         logits = ops.matmul(h, embedding, dtype)
         if (softcap := config.logit_softcap) is not None:
             logits = softcap * torch.tanh(logits.float() / softcap)
-        if config.suppressed_ids and not all_logits:
+        if config.suppressed_ids and (decoding or not all_logits):
             logits = logits.index_fill(-1, self.suppressed, torch.finfo(logits.dtype).min / 2)
         return logits.view(*tokens.shape, -1) if all_logits else logits
 

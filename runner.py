@@ -86,13 +86,27 @@ NOT_FINITE = (
 )
 
 
-def decode_step(model: Transformer, cache: KVCache, state: State, kind: DrawKind, shared: Shared | None = None):
-    """Computes, draws and appends one token for each row, and writes the log."""
-    logits = model.logits(state.token[:, None], cache, state.position, shared=shared)
+def decode_step(
+    model: Transformer,
+    cache: KVCache,
+    state: State,
+    kind: DrawKind,
+    shared: Shared | None = None,
+    drafter=None,
+    drafts: int = 0,
+):
+    """Computes, draws and appends one token for each row, or a run of them behind so many drafts, and writes the log."""
+    tokens, guessed = state.token[:, None], None
+    if drafts:
+        guessed = drafter.drafts(model, cache, state, kind, drafts)
+        tokens = torch.cat((tokens, guessed), dim=1)
+    own = cache.part(0, model.config.n_layers)
+    logits = model.logits(tokens, own, state.position, None, drafts > 0, shared=shared, decoding=True)
+    logits = logits.flatten(0, -2)
     if kind == ALL_GREEDY:
-        model.ops.greedy(logits, state)
+        model.ops.greedy(logits, state, guessed)
     else:
-        log_step(state, next_token(state, logits.float(), kind))
+        log_step(state, next_token(state, logits.float(), kind, guessed))
 
 
 def next_token(state: State, logits: Tensor, kind: DrawKind, drafts: Tensor | None = None) -> Tensor:
@@ -129,8 +143,8 @@ class Runner:
     Rows share `page_count` pages of the cache (default: enough for all of them), which `pages` gives out. A runner may
     serve many runs, one at a time: prompts, sampling and, on a GPU, the number of rows change between them, and
     within a run `admit` fills rows with new prompts, whatever the others do. `compile` records the decode step as one
-    CUDA graph, once for each number of rows and `DrawKind`, all in one memory pool; on a CPU torch.compile makes the
-    step. `compile_prefill` does so with prefill, for prompts padded to a power of two. Raises ValueError for an FP8
+    CUDA graph, once for each number of rows and of drafts and `DrawKind`, all in one memory pool; on a CPU torch.compile
+    makes the step. With a `drafter` (speculate.py) steps append runs of `longest_run` tokens at most. `compile_prefill` does so with prefill, for prompts padded to a power of two. Raises ValueError for an FP8
     cache whose scales are bad.
 
     `admit` and `step` are events of one chain: each begins, on the device, when the one before has ended, and writes an
@@ -150,32 +164,43 @@ class Runner:
         compile: bool = False,
         compile_prefill: bool = False,
         page_count: int | None = None,
+        drafter=None,
+        longest_run: int = 1,
     ):
         model.kv_scales.check(codec)
         self.batch_size, self.length, self.codec = batch_size, length, codec
+        self.drafter, self.longest_run = drafter, longest_run
+        self.draft_model = getattr(drafter, "model", None)  # one with a cache of its own
         page_count = 1 + batch_size * -(-length // PAGE) if page_count is None else page_count
         self.compile, self.compile_prefill = compile, compile_prefill
         self.device, self.ops, self.packs = model.device, model.ops, model.ops.packs
-        rings = batch_size + snapshots_of(model.config, batch_size, length)
-        self.whole_cache = KVCache.empty(model.config, rings, length, codec, self.device, model.kv_scales, page_count)
+        models = [model] if self.draft_model is None else [model, self.draft_model]
+        ahead = longest_run - 1
+        length = cache_length(length, ahead)
+        rings = batch_size + max(snapshots_of(each.config, batch_size, length, ahead) for each in models)
+        caches = [
+            KVCache.empty(each.config, rings, length, codec, self.device, each.kv_scales, page_count, ahead)
+            for each in models
+        ]
+        self.whole_cache = caches[0] if len(caches) == 1 else caches[0].joined(caches[1])
         self.weights = None  # whose keys and values `pages` knows
         self.free_rings = list(range(batch_size, rings))  # for snapshots, which `pages` has of prefixes
         self.pages = Pages(page_count, snapshots=rings > batch_size, on_evict=self.free_rings.append)
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
-            self.whole_state = State.empty(batch_size, length, self.device)
-            shapes = (batch_size,), (batch_size,), (power_of_2(batch_size), 2)
-            self.whole_shared = Shared(*(torch.zeros(x, dtype=torch.int32, device=self.device) for x in shapes), rows=0)
+            self.whole_state = State.empty(batch_size, self.length, self.device, longest_run, drafter is not None)
             self.log = torch.zeros_like(self.whole_state.log, device="cpu", pin_memory=self.device.type == "cuda")
         self.cache, self.state = self.whole_cache, self.whole_state  # of the rows that are in use
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
+        self.seconds = [0.0] * 4  # that the last events took, on a CPU
         self.steps, self.prefills, self.pool = {}, {}, None
-        self.shared = None  # of the rows in use, in the memory of whole_shared
+        self.groups, self.shared, self.whole_shared = [], {}, {}  # of rows in use; by tokens a row: in whose memory
         self.tile_of = *model.config.global_group, model.dtype
         # Functions, not methods of self: without a cycle, memory is free as soon as the runner is.
         self._step, self._run_prefill = decode_step, Transformer.logits
         if self.device.type == "cuda":
             self.streams = _streams(self.device)
-            self.ended, self.landed = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
+            self.ended = [torch.cuda.Event(enable_timing=drafter is not None) for _ in range(4)]
+            self.landed = [torch.cuda.Event() for _ in range(2)]
         else:
             self._step = _compiled(decode_step, dynamic=False) if compile else decode_step
             self._run_prefill = _compiled(Transformer.logits, dynamic=None) if compile_prefill else Transformer.logits
@@ -187,10 +212,12 @@ class Runner:
         kind: DrawKind,
         stop_ids: tuple[int, ...],
         prefix_cache: bool = True,
+        runs: tuple[int, ...] = (1,),
     ):
         """Readies the first `rows` rows of state and KV cache for a run, or some more where steps are graphs, and
-        compiles or records what is not yet. Without prefix_cache, nothing is kept of earlier prompts. Raises ValueError
-        for too many stop ids, or --compile on a CPU without a compiler."""
+        compiles or records what is not yet: steps of so many tokens a row, for each of `runs`. Without prefix_cache,
+        nothing is kept of earlier prompts. Raises ValueError for too many stop ids, or --compile on a CPU without a
+        compiler."""
         if self.compile and self.device.type == "cuda":
             rows = min(_padded_rows(rows), self.batch_size)
         if len(stop_ids) > MAX_STOP_IDS:
@@ -204,18 +231,19 @@ class Runner:
         self._use(rows)
         for table in self.whole_cache.tables.values():
             table.zero_()
-        self.shared, self.events, self.entries, self.prefills_timed = None, 0, 0, []
+        self.groups, self.shared, self.events, self.entries, self.prefills_timed = [], {}, 0, 0, []
         self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids)))))
         self.state.done.fill_(True)
         if self.device.type == "cpu" and not self.compile and 2 * model.weight_bytes < free_memory(self.device):
             model.pack()
         try:
-            self._made_step(model)
+            for run in runs:
+                self._made_step(model, run)
             if self.compile_prefill and self.device.type == "cpu" and rows not in self.prefills:
                 width = min(8, self.length)
                 tokens = torch.zeros(rows, width, dtype=torch.long)
                 cache = self.cache.rows(torch.arange(rows))  # what prefill's own is to the compiler
-                self._logits(model, tokens, cache, None, torch.full((rows,), width))
+                self._logits(model, tokens, cache.part(0, model.config.n_layers), None, torch.full((rows,), width))
                 self.prefills[rows] = None
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
@@ -229,22 +257,23 @@ class Runner:
             self.before = torch.cuda.current_stream()
             self.streams[0].wait_stream(self.before)
 
-    def _made_step(self, model: Transformer) -> "torch.cuda.CUDAGraph | None":
-        """The graph of a step of the rows in use; compiles the step, and on CUDA records it, if that is still to do."""
-        shared = self.shared
-        key = len(self.state.token), self.kind, shared and (shared.rows, len(shared.tiles))
+    def _made_step(self, model: Transformer, run: int = 1) -> "torch.cuda.CUDAGraph | None":
+        """The graph of a step of `run` tokens of each row in use; compiles the step, and on CUDA records it, if that is
+        still to do."""
+        shared = self._shared(run)
+        key = len(self.state.token), run, self.kind, shared and (shared.rows, len(shared.tiles))
         if self.compile and key not in self.steps:
             if self.events and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # the chain goes on behind it
             try:
-                self.steps[key] = self._make_step(model, shared)
+                self.steps[key] = self._make_step(model, shared, run)
             except torch.OutOfMemoryError:
                 if not self.events:
                     raise
                 self.steps[key] = None  # in the middle of a run a step can do without a graph
         return self.steps.get(key)
 
-    def _make_step(self, model: Transformer, shared: Shared | None) -> "torch.cuda.CUDAGraph | None":
+    def _make_step(self, model: Transformer, shared: Shared | None, run: int) -> "torch.cuda.CUDAGraph | None":
         """Compiles the step for this number of rows and kind of draw; on CUDA also records it as one graph.
 
         All rows are done meanwhile: what a step writes then is one cache slot, which prefill or the row's next token
@@ -255,13 +284,16 @@ class Runner:
         state.done.fill_(True)
         try:
             if self.device.type == "cuda":
-                return self.record(lambda: self._step(model, self.cache, state, self.kind, shared))
+                return self.record(lambda: self._advance(model, self.cache, shared, run))
             # Inductor then knows the weights and packs them: 1.5 times as fast on 2 cores with AVX512-BF16.
             with torch._inductor.config.patch(freezing=True):
-                self._step(model, self.cache, state, self.kind, shared)
+                self._advance(model, self.cache, shared, run)
         finally:
             for x, value in kept:
                 x.copy_(value)
+
+    def _advance(self, model: Transformer, cache: KVCache, shared: Shared | None, run: int):
+        self._step(model, cache, self.state, self.kind, shared, self.drafter, run - 1)
 
     def record(self, run: Callable):
         """One CUDA graph of what `run` launches. It runs twice before: kernels are compiled, libraries take memory."""
@@ -334,32 +366,35 @@ class Runner:
 
     def _copy_rings(self, pairs: list[tuple[int, int]]):
         """Copies local layers' rings, (from, to) each."""
-        if pairs:
-            width = self.whole_cache.tables[True].shape[1]
+        for width in filter(None, self.whole_cache.tables if pairs else ()):
             pages = self.sent([[[1 + ring * width + i for i in range(width)] for ring in pair] for pair in pairs])
-            self.whole_cache.copy_pages(True, pages[:, 0].flatten(), pages[:, 1].flatten())
+            self.whole_cache.copy_pages(width, pages[:, 0].flatten(), pages[:, 1].flatten())
 
     def _computed(self, model: Transformer, pieces: list, cache: KVCache) -> Tensor:
         """Fills the caches of pieces, as `prefill_pieces` does, and returns its logits."""
         computed = [i for i, piece in enumerate(pieces) if piece.leader is None]
+        of_computed = cache if len(computed) == len(pieces) else cache.rows(self.sent(computed))
+        texts = [(piece.begin, piece.prompt[piece.begin : piece.end]) for piece in pieces if piece.leader is None]
+        if self.draft_model is not None:
+            self._prefill(self.draft_model, texts, of_computed, draft=True)
+        logits = self._prefill(model, texts, of_computed)
         if len(computed) == len(pieces):
-            return self._prefill(model, pieces, cache)
-        logits = self._prefill(model, [pieces[i] for i in computed], cache.rows(self.sent(computed)))
+            return logits
         place = {i: n for n, i in enumerate(computed)}
         logits = logits[
             self.sent([place[i if piece.leader is None else piece.leader] for i, piece in enumerate(pieces)])
         ]
         copies = [(piece.leader, i, piece.end // PAGE) for i, piece in enumerate(pieces) if piece.leader is not None]
         source, to, _ = self.sent(copies).unbind(1)
-        if True in cache.tables:
-            cache.copy_pages(True, *(cache.tables[True][rows].flatten() for rows in (source, to)))
+        for ring in filter(None, cache.tables):
+            cache.copy_pages(ring, *(cache.tables[ring][rows].flatten() for rows in (source, to)))
         copies = [each for each in copies if pieces[each[1]].end % PAGE]  # the page that a prompt ends in
-        if copies and False in cache.tables:
+        if copies and 0 in cache.tables:
             source, to, block = self.sent(copies).unbind(1)
-            cache.copy_pages(False, cache.tables[False][source, block], cache.tables[False][to, block])
+            cache.copy_pages(0, cache.tables[0][source, block], cache.tables[0][to, block])
         return logits
 
-    def tables(self, rows: list) -> dict[bool, Tensor]:
+    def tables(self, rows: list) -> dict[int, Tensor]:
         """The tables of what runs in these rows."""
         tables = {}
         for ring, table in self.whole_cache.tables.items():
@@ -371,18 +406,36 @@ class Runner:
             tables[ring] = self.sent([[*each, *[0] * (width - len(each))] for each in pages], torch.int32)
         return tables
 
-    def _prefill(self, model: Transformer, pieces: list, cache: KVCache) -> Tensor:
-        """Logits [N, V] of the last tokens of pieces [N], whose rows `cache` has: packed, or padded on the right."""
-        texts = [piece.prompt[piece.begin : piece.end] for piece in pieces]
+    def catch_up(self, pieces: list[tuple[object, int, list[int]]]):
+        """Fills the draft model's cache with tokens that steps without drafts have made: an event of the chain. Of each
+        row a piece says what runs there, how many tokens are there already, and those that come behind them."""
+
+        def run():
+            cache = self.whole_cache.with_tables(self.tables([running for running, _, _ in pieces]))
+            self._prefill(self.draft_model, [text for _, *text in pieces], cache, draft=True)
+            log_step(self.state, self.state.token[:, None])
+
+        with _range("prefill", self.device):
+            self._event(run, prefill=True)
+
+    def _prefill(
+        self, model: Transformer, pieces: list[tuple[int, list[int]]], cache: KVCache, draft: bool = False
+    ) -> Tensor:
+        """Logits [N, V] of the last tokens of pieces [N], tokens behind so many others, whose rows `cache` has: packed,
+        or padded on the right. The model is that of drafts, or the one that runs."""
+        cache = self._own_part(cache, draft)
+        begins, texts = zip(*pieces)
         lengths, longest, total = self.sent([len(text) for text in texts]), max(map(len, texts)), sum(map(len, texts))
-        position = self.sent([piece.begin for piece in pieces]) if any(piece.begin for piece in pieces) else None
+        position = self.sent(list(begins)) if any(begins) else None
         if self.packs:
             record = self.compile_prefill and self.device.type == "cuda" and not self.events
             width = power_of_2(max(64, total)) if record else -(-total // 64) * 64  # few shapes for libraries to meet
             tokens = self.sent([token for text in texts for token in text] + [0] * (width - total))
             if record:
-                return self._recorded_prefill(model, tokens, cache, position, lengths, max(16, power_of_2(longest)))
-            cache = cache.shortened(max(piece.begin for piece in pieces) + longest)  # keys made of values take memory
+                return self._recorded_prefill(
+                    model, draft, tokens, cache, position, lengths, max(16, power_of_2(longest))
+                )
+            cache = cache.shortened(max(begins) + longest)  # keys made of values take memory
             return self._logits(model, tokens, cache, position, lengths, False, longest)
         if self.compile_prefill:
             longest = max(longest, 2)  # a length of 1 would be compiled apart
@@ -390,8 +443,15 @@ class Runner:
             longest = _few_widths(longest)
         tokens = self.sent([text + [0] * (longest - len(text)) for text in texts])
         if not self.compile_prefill:  # the definition reads all pages that there are
-            cache = cache.shortened(max(piece.begin for piece in pieces) + longest)
+            cache = cache.shortened(max(begins) + longest)
         return self._logits(model, tokens, cache, position, lengths)
+
+    def _own_part(self, cache: KVCache, draft: bool) -> KVCache:
+        """The part of the runner's cache that the draft model has, behind the other's, or that one's."""
+        if self.draft_model is None:
+            return cache
+        first = len(cache.layers) - self.draft_model.config.n_layers
+        return cache.part(first) if draft else cache.part(0, first)
 
     def _state_of(self, requests: list) -> State:
         """A state of one row a request, before its first token."""
@@ -416,15 +476,15 @@ class Runner:
             torch._dynamo.mark_dynamic(tokens, 1)
         return self._run_prefill(model, tokens, *rest)
 
-    def _recorded_prefill(self, model: Transformer, tokens, cache, position, lengths, longest) -> Tensor:
-        key = len(tokens), len(lengths), longest, position is None
+    def _recorded_prefill(self, model: Transformer, draft: bool, tokens, cache, position, lengths, longest) -> Tensor:
+        key = draft, len(tokens), len(lengths), longest, position is None
         inputs = [tokens, lengths, *cache.tables.values(), *([] if position is None else [position])]
         if key not in self.prefills:
             held = [x.clone() for x in inputs]
             tables, result = dict(zip(cache.tables, held[2:])), []
 
             def run():
-                view = self.whole_cache.with_tables(tables)
+                view = self._own_part(self.whole_cache.with_tables(tables), draft)
                 arguments = held[0], view, None if position is None else held[-1], held[1], False, longest
                 result[:] = [self._run_prefill(model, *arguments)]
 
@@ -441,31 +501,32 @@ class Runner:
         retired: list[int] = (),
         groups: list[tuple[int, list[int]]] | None = None,
         order: list[int] | None = None,
+        run: int = 1,
     ):
-        """One more token for each row that is not done: an event of the chain.
+        """One more token for each row that is not done, or with drafts up to `run` of them: an event of the chain.
 
         `retired` rows end before it, whatever they still might make: their pages may belong to others from now on.
         With `order`, only so many rows run from now on: the first is what row order[0] was, and so on. groups are
         (tokens, rows) of rows that begin with the same pages, and of how many tokens, as long as no others are given.
         """
 
-        def run():
+        def step():
             self._retire(retired)
             if order is not None:
                 self._move(order)
             if groups is not None:
-                self._set_shared(groups)
-            graph = self._made_step(model)
+                self.groups, self.shared = groups, {}
+            graph = self._made_step(model, run)
             if graph is not None:
                 graph.replay()
             else:
                 cache = self.cache
                 if self.device.type == "cpu" and not self.compile:  # whose definition reads all pages that there are
-                    cache = cache.shortened(int(self.state.position.max()) + 1)
-                self._step(model, cache, self.state, self.kind, self.shared)
+                    cache = cache.shortened(int(self.state.position.max()) + run)
+                self._advance(model, cache, self._shared(run), run)
 
         with _range("decode step", self.device):
-            self._event(run)
+            self._event(step)
 
     def fewer_rows(self, rows: int) -> int:
         """How many rows a step has in which `rows` run: as many as now, where another number had to be compiled."""
@@ -482,26 +543,33 @@ class Runner:
             table[: len(order)] = table[index]
         self._use(len(order))
 
-    def _set_shared(self, groups: list[tuple[int, list[int]]]):
-        """Tells attention which rows share a prefix."""
-        if not groups:
-            self.shared = None
-            return
+    def _shared(self, run: int) -> Shared | None:
+        """Tells attention which rows share a prefix, in steps of `run` tokens a row, always in the same memory."""
+        if not self.groups:
+            return None
+        if run in self.shared:
+            return self.shared[run]
         rows = len(self.state.token)
-        largest = max(len(members) for _, members in groups)
+        if run not in self.whole_shared:
+            with torch.inference_mode(False):
+                shapes = (self.batch_size,), (self.batch_size * run,), (power_of_2(self.batch_size * run), 2)
+                self.whole_shared[run] = [torch.zeros(x, dtype=torch.int32, device=self.device) for x in shapes]
+        largest = run * max(len(members) for _, members in self.groups)
         tile = tile_rows(largest, *self.tile_of)
         prefix, order, tiles = [0] * rows, [], []
-        for tokens, members in groups:
-            tiles += [(len(order) + i, min(tile, len(members) - i)) for i in range(0, len(members), tile)]
-            order += members
+        for tokens, members in self.groups:
+            tiles += [(len(order) + i, min(tile, run * len(members) - i)) for i in range(0, run * len(members), tile)]
+            order += [row * run + i for row in members for i in range(run)]
             for row in members:
                 prefix[row] = tokens
-        whole = self.whole_shared
-        self.shared = Shared(whole.prefix[:rows], whole.order[:rows], whole.tiles[: power_of_2(len(tiles))], tile)
-        tiles += [(0, 0)] * (len(self.shared.tiles) - len(tiles))
-        order += [0] * (rows - len(order))
-        for mine, values in ((self.shared.prefix, prefix), (self.shared.order, order), (self.shared.tiles, tiles)):
+        whole = self.whole_shared[run]
+        shared = Shared(whole[0][:rows], whole[1][: rows * run], whole[2][: power_of_2(len(tiles))], tile)
+        tiles += [(0, 0)] * (len(shared.tiles) - len(tiles))
+        order += [0] * (rows * run - len(order))
+        for mine, values in ((shared.prefix, prefix), (shared.order, order), (shared.tiles, tiles)):
             mine.copy_(self.sent(values, torch.int32))
+        self.shared[run] = shared
+        return shared
 
     def _retire(self, rows: list[int]):
         if rows:
@@ -519,13 +587,14 @@ class Runner:
             start = time.perf_counter()
             run()
             self.log[entry, : len(self.state.token)] = self.state.log[entry]
+            self.seconds[self.events % 4] = time.perf_counter() - start
             if prefill:
-                self.prefills_timed.append(time.perf_counter() - start)
+                self.prefills_timed.append(self.seconds[self.events % 4])
         else:
             # Prefills take one of the streams only: what it frees is reused there
             with torch.cuda.stream(self.streams[0 if prefill else self.events % 2]):
                 if self.events:
-                    self.ended[(self.events - 1) % 2].wait()
+                    self.ended[(self.events - 1) % 4].wait()
                 marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * prefill)]
                 for mark in marks[:1]:
                     mark.record()
@@ -533,7 +602,7 @@ class Runner:
                 for mark in marks[1:]:
                     mark.record()
                 self.prefills_timed += [marks] if marks else []
-                self.ended[self.events % 2].record()
+                self.ended[self.events % 4].record()
                 self.log[entry, : len(self.state.token)].copy_(self.state.log[entry], non_blocking=True)
                 self.landed[self.events % 2].record()
         self.events += 1
@@ -552,6 +621,16 @@ class Runner:
             raise ValueError(NOT_FINITE)
         return entry
 
+    def seconds_of_last(self) -> float | None:
+        """How long the event took whose entry was read last; None where that is not known: of the first, or where
+        events come that are not read at once."""
+        event = self.entries - 1
+        if self.device.type == "cpu":
+            return self.seconds[event % 4]
+        if not event or self.drafter is None or self.events - event > 3:
+            return None
+        return self.ended[(event - 1) % 4].elapsed_time(self.ended[event % 4]) / 1000
+
     def finish(self) -> float:
         """Ends a run, also one that failed: what comes next on the device waits for the chain. Returns the seconds that
         its prefills took."""
@@ -563,14 +642,25 @@ class Runner:
         return sum(start.elapsed_time(end) / 1000 for start, end in self.prefills_timed)
 
 
-def snapshots_of(config, batch_size: int, length: int) -> int:
+def cache_length(length: int, ahead: int) -> int:
+    """Of how many tokens a row's cache is that has `length`, and room behind them for drafts."""
+    return -(-(length + ahead) // PAGE) * PAGE if ahead else length
+
+
+def snapshots_of(config, batch_size: int, length: int, ahead: int = 0) -> int:
     """How many rings more than rows a runner has: none where no layer has one."""
-    return min(8, 1 + batch_size // 8) if any(pages_of(config, i, length)[1] for i in range(config.n_layers)) else 0
+    rings = any(pages_of(config, i, length, ahead)[1] for i in range(config.n_layers))
+    return min(8, 1 + batch_size // 8) if rings else 0
 
 
-def runner_bytes(config, rows: int, length: int, codec: Codec, pages: int) -> int:
-    """Bytes of the KV cache, noise and log of a runner with these rows and pages."""
-    return cache_bytes(config, rows + snapshots_of(config, rows, length), length, codec, pages) + 24 * rows * length
+def runner_bytes(configs: list, rows: int, length: int, codec: Codec, pages: int, longest_run: int = 1) -> int:
+    """Bytes of the KV caches, noise and log of a runner with these rows and pages, of a model and perhaps that of its
+    drafts."""
+    ahead = longest_run - 1
+    length = cache_length(length, ahead)
+    rings = rows + max(snapshots_of(config, rows, length, ahead) for config in configs)
+    caches = sum(cache_bytes(config, rings, length, codec, pages, ahead) for config in configs)
+    return caches + (24 + (8 + 4 * longest_run if ahead else 0)) * rows * length
 
 
 def activation_bytes(model: Transformer, tokens: float) -> float:
@@ -630,6 +720,8 @@ def lease(
     compile: bool = False,
     compile_prefill: bool = False,
     pages: int | None = None,
+    drafter=None,
+    longest_run: int = 1,
 ) -> Iterator[Runner]:
     """A runner of `model` for as long as the context lasts, with at least so many pages (None: enough for all rows):
     the one that waits, if it fits the arguments, else a new one.
@@ -643,17 +735,19 @@ def lease(
     with _lock:
         held = _idle.pop(model, None)
     if held is not None:
-        wanted = (codec, compile, compile_prefill, model.ops)
-        fits = (held.codec, held.compile, held.compile_prefill, held.ops) == wanted and held.pages.count >= pages
+        wanted = (codec, compile, compile_prefill, model.ops, drafter, longest_run)
+        has = (held.codec, held.compile, held.compile_prefill, held.ops, held.drafter, held.longest_run)
+        fits = has == wanted and held.pages.count >= pages
         same = (held.batch_size, held.length) == (rows, length)
         if not fits or not (same or (roomy and held.batch_size >= rows and held.length >= length)):
             held = None  # freed before the next one is made
     if held is None:
         if roomy:
             more = _padded_rows(rows), min(max(512, power_of_2(length)), model.config.context_length)
-            if cache_bytes(model.config, *more, codec, pages) < free_memory(model.device) // 2:
+            configs = [model.config, *([drafter.model.config] if getattr(drafter, "model", None) else [])]
+            if runner_bytes(configs, *more, codec, pages, longest_run) < free_memory(model.device) // 2:
                 rows, length = more
-        held = Runner(model, rows, length, codec, compile, compile_prefill, pages)
+        held = Runner(model, rows, length, codec, compile, compile_prefill, pages, drafter, longest_run)
     if held.weights != (weights := _versions(model)):
         held.pages.forget()  # what other weights have made of prompts
         held.weights = weights

@@ -1,6 +1,6 @@
 """Which request runs in which row and when: rows are refilled as they finish. Host logic alone, without torch."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,6 +10,7 @@ from typing import NamedTuple
 from config import PAGE
 from pages import Held
 from sampling import Sampling, noise_of
+from speculate import Pace
 
 CHUNK = 8192  # tokens of prompts, padding included, that one prefill takes at most
 PADDING = 1.25  # times its prompts' tokens that a prefill may be padded to, where prompts are padded,
@@ -55,6 +56,7 @@ class Running:
     tokens: list[int] = field(default_factory=list)
     last: float = inf
     planned: int = 1  # tokens that it has after all events so far at least, unless it stops
+    drafted: int = 0  # tokens of prompt and text that a draft model has in its cache
 
 
 class Piece(NamedTuple):
@@ -91,8 +93,18 @@ class Scheduler:
     `Pages`, prompts that begin with the same pages.
     """
 
-    def __init__(self, runner, model, requests: Iterable[Request], rows: int, check: str = "ping-pong"):
+    def __init__(
+        self,
+        runner,
+        model,
+        requests: Iterable[Request],
+        rows: int,
+        check: str = "ping-pong",
+        pace: Pace | None = None,
+    ):
         self.runner, self.model, self.rows, self.lag = runner, model, rows, LAGS[check]
+        self.pace, self.runs = pace, deque()  # tokens a row of the events that were not read yet, 0 for prefills
+        self.behind = False  # whether a draft model has not met all tokens
         self.pages = runner.pages
         self.requests, self.waiting = iter(requests), deque()  # those that come next, one a row at most, were taken
         self.free, self.rings = list(range(rows)), list(range(rows))
@@ -101,6 +113,7 @@ class Scheduler:
         self.retired: list[int] = []  # rows that have to be ended on the device
         self.changed = False  # whether other rows run than when their groups were told to the runner
         self.steps = 0
+        self.drafts, self.right = Counter(), Counter()  # that mattered, by their place, and those that were right
 
     def run(
         self,
@@ -129,10 +142,14 @@ class Scheduler:
                 if self._steps_left():
                     if self._fewer():
                         yield from self._read(on_token, lag=0)
+                    tokens = self.pace.next() if self.pace else 1
+                    if tokens > 1 and self.behind:
+                        yield from self._read(on_token, lag=0)
+                        self._catch_up()
                     self.steps += 1
                     if on_step is not None:
                         on_step(self.steps, self.runner)
-                    self._step(self._fewer())
+                    self._step(self._fewer(), tokens)
                     yield from self._read(on_token)
                 elif not prefills:
                     yield from self._read(on_token, lag=0)
@@ -222,9 +239,27 @@ class Scheduler:
         self.running.append(running)
         return running
 
+    def _catch_up(self):
+        """Has the draft model's cache filled with what steps without drafts have made; the log has been read."""
+        pieces = []
+        for each in self.running:
+            if each.first < inf == each.last:
+                text = each.request.prompt + each.tokens
+                if each.drafted < len(text) - 2:  # the draft's first pass takes two tokens
+                    pieces.append((each, each.drafted, text[each.drafted : -2]))
+        while pieces:
+            tokens, count = len(pieces[0][2]), 1
+            while count < len(pieces) and tokens + len(pieces[count][2]) <= CHUNK:
+                tokens, count = tokens + len(pieces[count][2]), count + 1
+            self.runner.catch_up(pieces[:count])
+            self.runs.append(0)
+            pieces = pieces[count:]
+        self.behind = False
+
     def _admit(self, pieces: list[Piece]):
         event = self.runner.events
         self.runner.admit(self.model, pieces, self.retired)
+        self.runs.append(0)
         self.retired = []
         for piece in pieces:
             if piece.leader is None and (piece.ends or piece.keep is not None):
@@ -233,6 +268,7 @@ class Scheduler:
                 self.pages.attach(piece.running.held, piece.end, piece.keep)
             if piece.ends:
                 piece.running.first, self.changed = event, True
+                piece.running.drafted = len(piece.prompt)
         self._release()
 
     def _steps_left(self) -> int:
@@ -246,10 +282,14 @@ class Scheduler:
         rows = self.runner.fewer_rows(sum(each.last == inf for each in self.running))
         return rows if rows <= self.rows // 2 else 0
 
-    def _step(self, fewer: int = 0):
+    def _step(self, fewer: int = 0, tokens: int = 1):
         order = self._move(fewer) if fewer else None
         groups = self._groups() if self.changed else None
-        self.runner.step(self.model, self.retired, groups, order)
+        if fewer and self.pace:
+            self.pace.forget_seconds()
+        self.runner.step(self.model, self.retired, groups, order, tokens)
+        self.runs.append(tokens)
+        self.behind |= tokens == 1 and self.pace is not None and self.runner.draft_model is not None
         self.retired, self.changed = [], False
         for each in self.running:
             each.planned += each.last == inf
@@ -310,11 +350,16 @@ class Scheduler:
         lag = min(self.lag if lag is None else lag, self.runner.length)  # what the log holds
         while self.runner.events - self.runner.entries > lag:
             event, entry = self.runner.entries, self.runner.read()
+            tokens, right = self.runs.popleft(), []
             for each in list(self.running):
                 if not each.first <= event <= each.last:
                     continue
                 done, count, _, *run = entry[each.row]
                 stops = each.request.stops
+                if tokens > 1:
+                    each.drafted = len(each.request.prompt) + count - 2
+                    accepted = count - len(each.tokens) - 1
+                    right.append((accepted, accepted if done else tokens - 1))
                 for token in run[: count - len(each.tokens)]:
                     each.tokens.append(token)
                     if on_token is not None:
@@ -328,6 +373,11 @@ class Scheduler:
                     if each.last == inf:
                         self._leave(each)
                     yield each.request, each.tokens
+            if tokens and self.pace:
+                self.pace.learn(tokens, right, self.runner.seconds_of_last())
+                for accepted, mattered in right:
+                    self.drafts.update(range(min(accepted + 1, mattered)))
+                    self.right.update(range(accepted))
 
 
 def fits(tokens: int, prompts: int, longest: int, packs: bool) -> bool:

@@ -99,6 +99,15 @@ class Tokenizer:
         self.thought = None if None in thought else thought  # ids of the tokens around one
         self._controls = sorted((piece for piece in controls if self._id(piece) is not None), key=len, reverse=True)
 
+    @property
+    def pieces(self) -> list[str]:
+        """Of all tokens, by their ids."""
+        return self.sp.id_to_piece(list(range(self.vocab_size)))
+
+    def is_control(self, token: int) -> bool:
+        """Whether a token is no piece of text."""
+        return not self._bytes(token)
+
     def _id(self, piece: str) -> int | None:
         token = self.sp.piece_to_id(piece)
         return None if token == self.sp.unk_id() else token
@@ -278,6 +287,10 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(
                 f"{self.path} is of another model: it has {self.vocab_size} tokens, the embedding has {rows} rows"
             )
+
+    @property
+    def pieces(self) -> list[str]:
+        return [self.bpe.id_to_token(token) for token in range(self.vocab_size)]
 
     def _id(self, piece: str) -> int | None:
         return self.bpe.token_to_id(piece)

@@ -42,7 +42,7 @@ class Rows:
     def fewer_rows(self, rows):
         return self.padded(rows)
 
-    def step(self, model, retired, groups=None, order=None):
+    def step(self, model, retired, groups=None, order=None, tokens=1):
         for row in retired:
             self.rows[row].done = True
         if order is not None:

@@ -1,0 +1,157 @@
+"""Speculative decoding: guesses of the next tokens, which one step of the model checks at once.
+
+A step takes each row's newest token and k drafts behind it, and draws the model's own token at each of these places with
+that token's own noise. A draft is right as long as it is what was drawn: so drafts change how many tokens a step makes,
+never which (ops/next_token.py). What differs is where drafts come from, how many pay, and the time that they take.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sampling import DrawKind
+
+RUNS = (1, 2, 4, 8)  # tokens a row of the steps between which `Pace` chooses: one more than drafts
+MOST_DRAFTS = RUNS[-1] - 1
+FORGET = 0.9  # how much of what is known of drafts remains after each step that had some
+PROBE, PROBE_MOST = 64, 1024  # steps without drafts after which some are tried again
+TRIES = 4  # steps of a probe
+GAIN = 1.03  # how much faster another number of drafts must promise to be
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where drafts come from
+
+
+class Drafter(Protocol):
+    """What guesses tokens. With a `model` it has a KV cache of its own, in the layers behind the checked model's."""
+
+    def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
+        """Guesses [B, count] of the tokens behind each row's newest one, from the state of a batch (`runner.State`).
+
+        On the device alone, in shapes that stay: it is recorded with the step."""
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """What came next where a row's last tokens were before, in its prompt or in what it has made of it."""
+
+    def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
+        return model.ops.lookup(state.history, state.position, count)
+
+
+@dataclass(frozen=True, eq=False)
+class DraftModel:
+    """The most probable tokens to a smaller model of the same vocabulary."""
+
+    model: torch.nn.Module
+
+    def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
+        """Its first pass takes the last two tokens: where all drafts were right, it has not met the last of them."""
+        draft, vocabulary = self.model, model.config.vocab_size
+        own, position = cache.part(model.config.n_layers), (state.position - 1).clamp(min=0)
+        tokens = state.history.gather(1, torch.stack((position, position + 1), dim=1))
+        logits = draft.logits(tokens, own, position, None, True, decoding=True)[:, 1]
+        drafts = [logits[:, :vocabulary].argmax(-1)]
+        for i in range(1, count):
+            logits = draft.logits(drafts[-1][:, None], own, position + 1 + i, decoding=True)
+            drafts.append(logits[:, :vocabulary].argmax(-1))
+        return torch.stack(drafts, dim=1)
+
+
+def check_same_tokens(tokenizer, other, name: str):
+    """Raises ValueError unless a draft's tokenizer has the tokens of the model's: control tokens behind all others may
+    be missing in one of them."""
+    mine, theirs = tokenizer.pieces, other.pieces
+    for token, (piece, its) in enumerate(zip(mine, theirs)):
+        if piece != its:
+            raise ValueError(f"{name} can't draft: its token {token} is {its!r}, the model's is {piece!r}")
+    common, more = min(len(mine), len(theirs)), tokenizer if len(mine) > len(theirs) else other
+    if not all(map(more.is_control, range(common, more.vocab_size))):
+        raise ValueError(f"{name} can't draft: its tokenizer has {len(theirs)} tokens, the model's has {len(mine)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many
+
+
+def pace_of(drafter: Drafter | None, speculate_k: int | str) -> "Pace | None":
+    """What says how many drafts steps have; None where there are none. Raises ValueError for a wrong speculate_k."""
+    if speculate_k != "auto" and (type(speculate_k) is not int or not 1 <= speculate_k <= MOST_DRAFTS):
+        raise ValueError(f"speculate_k must be auto or a number from 1 to {MOST_DRAFTS}, not {speculate_k!r}")
+    if drafter is None:
+        return None
+    return Pace() if speculate_k == "auto" else Pace(fixed=speculate_k + 1)
+
+
+class Pace:
+    """Says how many tokens a row the next step takes: `fixed`, or those that promise most tokens a second.
+
+    What is known is which share of drafts was right at each place, of those behind right ones, and how long steps took.
+    Both are a step late, and of the batch as a whole. Where drafts don't pay there are none, but for a few steps now and
+    then, in case the text has changed: seldom, if it hasn't.
+    """
+
+    def __init__(self, runs: tuple[int, ...] = RUNS, fixed: int | None = None):
+        self.fixed, self.runs = fixed, (fixed,) if fixed else runs
+        self.right = [0.0] * (self.runs[-1] - 1)  # of drafts at each place, those that were
+        self.tried = [0.0] * (self.runs[-1] - 1)  # and those behind right ones
+        self.seconds: dict[int, float] = {}  # that steps of so many tokens a row take
+        self.first: dict[int, float] = {}  # and that the first of them took
+        self.current, self.since, self.interval, self.tries = self.runs[-1], 0, PROBE, TRIES
+
+    def next(self) -> int:
+        """Tokens a row of the next step."""
+        if self.fixed:
+            return self.fixed
+        if unknown := [run for run in self.runs if run not in self.seconds]:
+            return unknown[-1]
+        self.since += 1
+        best = self._best(self.runs)
+        if best > 1:
+            self.since, self.interval, self.current = 0, PROBE, best
+            return best
+        if self.since > self.interval:
+            if self.since >= self.interval + TRIES:
+                self.since, self.interval = 0, min(2 * self.interval, PROBE_MOST)
+            return self._best(self.runs[1:])
+        self.current = 1
+        return 1
+
+    def learn(self, run: int, right: list[tuple[int, int]], seconds: float | None):
+        """Takes in a step of `run` tokens a row: of each row how many of its drafts were right, and how many mattered;
+        and how long it took."""
+        if seconds is not None and run not in self.seconds:
+            if run in self.first:  # one of two may have had something to compile
+                self.seconds[run] = min(seconds, self.first[run])
+            self.first[run] = seconds
+        elif seconds is not None:
+            self.seconds[run] += 0.2 * (min(seconds, 2 * self.seconds[run]) - self.seconds[run])
+        if run > 1 and right:
+            for place in range(run - 1):
+                self.tried[place] *= FORGET
+                self.right[place] *= FORGET
+            for count, mattered in right:
+                for place in range(min(count + 1, mattered)):
+                    self.tried[place] += 1
+                    self.right[place] += place < count
+
+    def forget_seconds(self):
+        """Of steps of other rows than those that run from now on."""
+        self.seconds, self.first = {}, {}
+
+    def tokens(self, run: int) -> float:
+        """How many a row a step of `run` tokens a row is expected to append."""
+        expected, share, known = 1.0, 1.0, 0.5
+        for right, tried in zip(self.right[: run - 1], self.tried):
+            if tried > 0.5:
+                known = right / tried
+            share *= known
+            expected += share
+        return expected
+
+    def _best(self, runs: tuple[int, ...]) -> int:
+        rates = {run: self.tokens(run) / self.seconds[run] for run in runs}
+        best = max(rates, key=rates.get)
+        return self.current if self.current in rates and rates[best] < GAIN * rates[self.current] else best
