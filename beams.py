@@ -431,7 +431,7 @@ class _Search:
         for pieces in _pieces(leaders, runner.packs):
             if self.on_step is not None:
                 self.on_step(0, runner)
-            logits, _ = runner.prefill_pieces(self.model, pieces)
+            logits, *_ = runner.prefill_pieces(self.model, pieces)
             if first is None:
                 first = logits.new_zeros(len(self.beams.done), logits.shape[1])
             ending = [i for i, piece in enumerate(pieces) if piece.ends]

@@ -45,12 +45,13 @@ from config import NAMED_CONFIGS, ModelConfig
 from device import copy_bandwidth, now, pick_device
 from files import check_writable, write_atomically
 from formats import Weight
-from generate import generate, load_model
+from generate import drafts_per_step, generate, load_model
 from model import Transformer
 from ops import choose
 from runner import Runner, lease
 from sampling import ALL_GREEDY, Sampling
 from scheduler import Request, Scheduler
+from speculate import AssistantDrafter, DraftModel, PromptLookup, check_same_tokens
 
 ROOT = Path(__file__).parent
 OPS = ("kernels", "te", "torch")  # implementations of the operations, as load_model's ops names them
@@ -193,6 +194,62 @@ def beams(
             yield rounded(row | {"requests_per_second": count / row["seconds"]})
 
     yield from each_model(args, of_model)
+
+
+def speculate(args: argparse.Namespace, context: int = 128, new_tokens: int = 256) -> Iterator[dict]:
+    """Drafts, --drafts_per_step, against none (0): batch 1, 8 and 64, or --batches; 128 prompt tokens, 256 new. Random
+    models agree on nothing: so many drafts are right at each place, behind right ones, as `right` says, whatever models
+    make. gain is the decoding speed over that without drafts, tokens_per_step what a step appends to a row. With
+    --checkpoint_path, a trained model and one for its drafts, what these make of --text is measured instead: code that is
+    to be repeated (copy), and code that is to go on (free)."""
+    if args.checkpoint_path:
+        yield from speculate_trained(args)
+        return
+    counts = [0, *(args.drafts_per_step or (1, 3, 7, "auto"))]
+
+    def of_model(model: Transformer, kv_dtype, case: dict):
+        operations = model.ops
+        for by, right in DRAFTS_OF.get(case["model"], DRAFTS_OF["gemma-7b"]):
+            drafter, model.ops = random_drafter(by, model), forced_right(operations, right, args.device)
+            for batch in args.batches or (1, 8, 64):
+                prompts = random_prompts(batch, context, model.config.vocab_size)
+                shape = {"batch": batch, "context": context, "new_tokens": new_tokens}
+                columns = case | {"drafts": by, "right": list(right)} | shape
+                yield from rows_of_drafts(args, model, prompts, drafter, counts, columns, kv_cache_dtype=kv_dtype)
+
+    yield from each_model(args, of_model)
+
+
+def speculate_trained(args: argparse.Namespace, context: int = 256, new_tokens: int = 128) -> Iterator[dict]:
+    """`speculate`'s rows of two trained checkpoints; a file of the text is to be gone on with, or repeated behind it."""
+    (model, tokenizer), (draft, other) = (load_model(path, args.device) for path in args.checkpoint_path)
+    check_same_tokens(tokenizer, other, args.checkpoint_path[1].name)
+    texts = [tokenizer.encode(text) for text in read_texts(args.text)]
+    texts = [text[:context] for text in texts if len(text) >= context][: max(args.batches or (8,))]
+    again = tokenizer.encode("\n\n# The same again:\n", bos=False)
+    kinds = {"free": texts, "copy": [text + again + text[1:17] for text in texts]}
+    counts = [0, *(args.drafts_per_step or (1, 3, 7, "auto"))]
+    drafters = {"prompt lookup": PromptLookup(), args.checkpoint_path[1].name: DraftModel(draft)}
+    for (kind, prompts), (by, drafter), batch in product(kinds.items(), drafters.items(), args.batches or (1, 8)):
+        case = {"model": args.checkpoint_path[0].name, "text": kind, "drafts": by}
+        shape = {"batch": batch, "context": len(prompts[0]), "new_tokens": new_tokens}
+        yield from rows_of_drafts(args, model, prompts[:batch], drafter, counts, case | shape)
+
+
+def rows_of_drafts(args, model, prompts, drafter, counts: list, case: dict, **options) -> Iterator[dict]:
+    """A row for each number of drafts a step, of which the first is 0."""
+    rate, options = None, options | {"compile": args.device.type == "cuda"}
+    for count in counts:
+        of_drafts = {"drafter": drafter, "speculate_k": count} if count else {}
+        run, done = ours(model, prompts, case["new_tokens"], **options, **of_drafts), []
+        (row,) = measure(
+            args, {OURS: lambda run=run, done=done: done.append(run()) or done[-1]}, case | {"speculate_k": count}
+        )
+        stats, rate = done[-1], rate or row["decode_tokens_per_second"]
+        drawn, right = stats.new_tokens - stats.rows, stats.right.total()
+        row |= {"tokens_per_step": drawn / (drawn - right), "gain": row["decode_tokens_per_second"] / rate}
+        row["right_by_place"] = [stats.right[place] / tried for place, tried in sorted(stats.drafts.items())]
+        yield rounded(row | {"share_of_drafts": stats.draft_seconds / stats.decode_seconds})
 
 
 def sweep(
@@ -360,6 +417,13 @@ class Protocol(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+# What makes drafts for a model, and the shares of them that are right: prompt lookup's by small-gemma on code that it
+# repeats, and goes on with, and none; a guess; those that vLLM publishes of Gemma 4's (0.86, 0.71, 0.55, 0.42 by place)
+DRAFTS_OF = {
+    "gemma-7b": (("prompt lookup", COPY), ("prompt lookup", FREE), ("prompt lookup", (0.0,) * 7)),
+    "gemma-3-27b": (("gemma-3-270m", (0.7,) * 7),),
+    "gemma-4-31B": (("assistant", (0.86, 0.826, 0.775, 0.764, 0.76, 0.76, 0.76)),),
+}
 TRAINED = ("checkpoint_path", "text", "calibration_text")
 BOTH = ("transformers", "vllm")
 REQUESTS = {"mixed": 512, "128/128": 512, "1024/128": 256}  # `throughput`'s: prompt/new tokens, how many requests
@@ -370,6 +434,9 @@ PROTOCOLS = {
     "samples": Protocol(samples, "cuda", ("gemma-7b",), ("bf16", "fp8-kv"), ("vllm",), ("batches",)),
     "prefix-cache": Protocol(prefix_cache, "cuda", ("gemma-7b",), ("bf16", "fp8-kv")),
     "beams": Protocol(beams, "cuda", ("gemma-7b",), ("bf16", "fp8-kv")),
+    "speculate": Protocol(
+        speculate, "cuda", tuple(DRAFTS_OF), ("fp8-all",), options=("batches", "drafts_per_step", *TRAINED[:2])
+    ),
     "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all"), options=("batches", "picture")),
     "weights": Protocol(weights, "cuda", ("gemma-7b",), tuple(PRECISIONS), options=TRAINED),
     "stop-check": Protocol(stop_check, "cuda", ("gemma-2b",), ("bf16", "fp8-all")),
@@ -401,6 +468,33 @@ def each_model(args: argparse.Namespace, of_model: Callable[..., Iterator[dict]]
 
 def config_of_peer(name: str) -> dict:
     return peers.hf_config(ModelConfig.from_name(name))
+
+
+def random_drafter(by: str, model: Transformer):
+    """What makes drafts for a model: prompt lookup, an assistant, or a random model of a published size, in BF16."""
+    if by == "prompt lookup":
+        return PromptLookup()
+    if by == "assistant":
+        return AssistantDrafter(Assistant.random(model.config, model))
+    draft, _ = random_model(by, "bf16", model.device)
+    return DraftModel(draft)
+
+
+def forced_right(operations: Ops, right: tuple[float, ...], device: torch.device) -> Ops:
+    """The same operations, to which so many drafts are right at each place, behind right ones: greedy choices are those
+    of logits in which drafts that are meant to be right are the largest, others the smallest."""
+    draws = torch.rand(4096, 64, len(right), generator=torch.Generator().manual_seed(0))
+    meant = (draws < torch.tensor(right)).to(device)
+
+    def greedy(logits: torch.Tensor, state, drafts: torch.Tensor | None = None):
+        if drafts is not None:
+            rows, count = drafts.shape
+            (now,) = meant.index_select(0, state.step % len(meant))[:, :rows, :count]
+            value = torch.where(now, 1e4, -1e4).to(logits.dtype)
+            logits.view(rows, count + 1, -1)[:, :-1].scatter_(2, drafts[..., None], value[..., None])
+        operations.greedy(logits, state, drafts)
+
+    return operations._replace(greedy=greedy)
 
 
 def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
@@ -753,6 +847,8 @@ def program_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="sweep, throughput, samples: (default: 1 to 256; what memory holds; 16 to 256)",
     )
+    count = "speculate: drafts a step, 1 to 7 or auto (default: 1 3 7 auto)"
+    add("--drafts_per_step", nargs="+", type=drafts_per_step, metavar="N", help=count)
     add("--shapes", nargs="+", choices=REQUESTS, help="throughput: tokens of prompts/new ones (default: all)")
     add("--ops", nargs="+", choices=OPS, help="prefill: implementations of the operations (default: all)")
     add("--checkpoint_path", nargs="+", type=path, metavar="DIR", help="weights: trained, in BF16 (default: none)")
@@ -785,7 +881,7 @@ def check_options(args: argparse.Namespace):
         names = ("no_peers" if name == "peers" and not args.peers else name for name in given)
         raise ValueError(f"{args.protocol} takes no {', '.join(f'--{name}' for name in names)}")
     args.repeats, args.peer_timeout = args.repeats or 5, args.peer_timeout or 300.0
-    trained = {f"--{name}": getattr(args, name) for name in TRAINED}
+    trained = {f"--{name}": getattr(args, name) for name in TRAINED if name in known}
     for name, value in trained.items() if any(trained.values()) else ():
         if not value:
             raise ValueError(f"{', '.join(trained)} need one another: {name} is missing")

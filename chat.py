@@ -13,13 +13,21 @@ from pages import Held
 from runner import Runner, lease
 from sampling import DrawKind, Sampling
 from scheduler import Request, Scheduler
+from speculate import Drafter, Pace, pace_of
 from text import before_stop, completed, stops_within
 from tokenizer import Tokenizer, check_text
 
 CHAT_LENGTH = 8192  # tokens of a conversation's cache, where the model's context is longer
 
 
-def converse(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, sampling: Sampling, seed: int):
+def converse(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
+    sampling: Sampling,
+    seed: int,
+    drafter: Drafter | None = None,
+):
     """Holds a conversation as generate.py's options say. Each turn's prefill covers what is new since the one before."""
     if sys.stdin is None:
         raise ValueError("--interactive reads stdin, which is closed")
@@ -29,13 +37,14 @@ def converse(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace,
     )
     if args.max_new_tokens > room:
         raise ValueError(f"--max_new_tokens can be at most {room} in a conversation of {length} tokens")
-    codec = codec_of(args.kv_cache_dtype, model.dtype)
+    codec, pace = codec_of(args.kv_cache_dtype, model.dtype), pace_of(drafter, args.speculate_k or "auto")
     kind = DrawKind.of(model.config.vocab_size, sampling)
-    _, pages = rows_and_pages(model, Counter([-(-length // PAGE)]), 1, False, length, min(length, 1024), codec, kind)
-    with lease(model, 1, length, codec, args.compile, args.compile_prefill, pages) as runner:
+    pages, of_drafts = Counter([-(-length // PAGE)]), (drafter, pace.runs[-1] if pace else 1)
+    _, pages = rows_and_pages(model, pages, 1, False, length, min(length, 1024), codec, kind, *of_drafts)
+    with lease(model, 1, length, codec, args.compile, args.compile_prefill, pages, *of_drafts) as runner:
         held = runner.pages.take([], length)
         try:
-            _take_turns(model, tokenizer, runner, held, sampling, args, seed)
+            _take_turns(model, tokenizer, runner, held, sampling, args, seed, pace)
         finally:
             runner.pages.release(held)
 
@@ -48,6 +57,7 @@ def _take_turns(
     sampling: Sampling,
     args: argparse.Namespace,
     seed: int,
+    pace: Pace | None,
 ):
     """Answers each line of stdin by at most max_new_tokens tokens, until there is none."""
     length, max_new_tokens, stops = min(runner.length, CHAT_LENGTH), args.max_new_tokens, args.stop or []
@@ -56,7 +66,10 @@ def _take_turns(
     messages, turn = system_messages(args.system), 0
     history, kept = [], []  # tokens of the messages, and those whose keys and values are in the pages that are held
     while True:
-        runner.start(model, 1, kind, model.config.stop_ids)  # compiled, the first time, before anybody has to wait
+        runs = pace.runs if pace else (1,)
+        runner.start(
+            model, 1, kind, model.config.stop_ids, runs=runs
+        )  # compiled, the first time, before anybody has to wait
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
@@ -80,7 +93,7 @@ def _take_turns(
             continue
         printer = Printer(tokenizer, model.config.stop_ids, stops, not args.no_thoughts)
         request = Request((turn, 0), tokens, max_new_tokens, sampling, (seed, turn), stops_within(tokenizer, stops))
-        scheduler = Scheduler(runner, model, [request], 1, check)
+        scheduler = Scheduler(runner, model, [request], 1, check, pace)
         cached = _reusable(model, kept, tokens)
         try:
             ((_, answer),) = scheduler.run(on_token=printer, cached=cached, held=held)

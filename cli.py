@@ -146,6 +146,7 @@ class Stats:
     running: int = 0  # rows in use when the newest completion came
     drafts: Counter = field(default_factory=Counter)  # that mattered, by their place in a step
     right: Counter = field(default_factory=Counter)  # and those that were right
+    draft_seconds: float = 0.0  # of decode_seconds, those that making drafts took
 
     @property
     def decode_rate(self) -> float:
@@ -165,6 +166,18 @@ OPS_IN_WORDS = {
 }
 
 
+def _drafts_in_words(stats: Stats) -> str:
+    """A line, where there were drafts."""
+    if not stats.drafts:
+        return ""
+    shares = " ".join(f"{stats.right[place] / count:.2f}" for place, count in sorted(stats.drafts.items()))
+    decoded = stats.new_tokens - stats.rows
+    return (
+        f"drafts: {(decoded) / (decoded - sum(stats.right.values())):.2f} tokens a row and step, {shares} right by place "
+        f"behind right ones, {stats.draft_seconds / stats.decode_seconds:.0%} of decoding\n"
+    )
+
+
 def print_figures(stats: Stats, load_seconds: float, model: Transformer, seed: int | None):
     """Prints the figures of a run to stderr; seed None: of one that draws nothing."""
     device = model.device
@@ -180,6 +193,7 @@ def print_figures(stats: Stats, load_seconds: float, model: Transformer, seed: i
         f"decode {stats.decode_seconds:.3f} s ({stats.new_tokens} tokens in {stats.rows} rows)\n"
         f"decode {stats.decode_rate:.1f} tokens/s, {stats.bandwidth / 1e9:.1f} GB/s, "
         f"{stats.bandwidth / bandwidth:.0%} of the copy bandwidth ({bandwidth / 1e9:.1f} GB/s)\n"
+        f"{_drafts_in_words(stats)}"
         f"peak memory {peak / GIB:.2f} GiB",
         file=sys.stderr,
     )

@@ -75,7 +75,7 @@ from ops import choose
 from runner import Runner, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import LAGS, Request, Scheduler
-from speculate import Drafter, pace_of
+from speculate import MOST_DRAFTS, Drafter, DraftModel, PromptLookup, check_same_tokens, pace_of
 from text import (
     Output,
     check_prompt,
@@ -346,12 +346,12 @@ def stream_completions(
             started = now(device)
             check = "every" if device.type == "cpu" else stop_check
             scheduler = Scheduler(runner, model, requests, rows, check, pace)
-            drawn = 0  # by steps
+            drawn = kv_bytes = 0  # by steps; that these had to read if each made a token
             try:
                 for request, tokens in scheduler.run(on_step, on_token):
                     drawn += len(tokens) - 1
                     context = len(request.prompt) + len(tokens) // 2
-                    stats.bytes_read += (len(tokens) - 1) * context_bytes(config, context, codec)
+                    kv_bytes += (len(tokens) - 1) * context_bytes(config, context, codec)
                     stats.prompt_tokens += len(request.prompt)
                     stats.new_tokens += len(tokens)
                     stats.rows += 1
@@ -365,11 +365,22 @@ def stream_completions(
             stats.steps += scheduler.steps
             stats.drafts += scheduler.drafts
             stats.right += scheduler.right
-            stats.bytes_read += scheduler.steps * model.step_bytes(drawn / max(1, scheduler.steps))
+            checked = drawn - scheduler.right.total()  # rows of all steps
+            stats.bytes_read += int(kv_bytes * checked / max(1, drawn))
+            for run, steps in scheduler.drafted.items():
+                stats.bytes_read += int(steps * model.step_bytes(run * checked / scheduler.steps))
+                if run > 1:
+                    stats.draft_seconds += steps * runner.draft_seconds(model, run)
+                    stats.bytes_read += steps * (run - 1) * drafter.weight_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
+
+
+def drafts_per_step(text: str) -> int | str:
+    """What `--speculate_k` says."""
+    return text if text == "auto" else number(int, 1, MOST_DRAFTS)(text)
 
 
 def program_parser() -> argparse.ArgumentParser:
@@ -415,6 +426,11 @@ def program_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile the decode step; on CUDA, record it as one graph")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
     add_model_options(parser, "fp8", "kv_cache_dtype", "device", "ops", "precision")
+    draft = "a smaller checkpoint whose guesses are checked, some at once; the text stays (default: none)"
+    add("--draft_checkpoint_path", type=path, metavar="PATH", help=draft)
+    add("--prompt_lookup", action="store_true", help="check guesses from the text so far, some at once; the text stays")
+    k = f"guesses a step, 1 to {MOST_DRAFTS}, or auto: as many as pay, none if none do (default: auto)"
+    add("--speculate_k", type=drafts_per_step, metavar="N", help=k)
     ple = "cpu: embeddings of each layer's own (Gemma 4 E2B, E4B) stay in the host's memory (default: --device)"
     add("--ple_device", choices=("cpu", "cuda"), help=ple)
     add("--json", action="store_true", help="print one JSON object a completion")
@@ -478,18 +494,23 @@ def run(args: argparse.Namespace):
             if getattr(args, name) not in (None, False):
                 raise ValueError(f"--{name} needs --chat or --interactive, or 'messages' in a prompts file")
     beams = _beam_settings(args, asked)
+    if args.prompt_lookup and args.draft_checkpoint_path:
+        raise ValueError("--prompt_lookup and --draft_checkpoint_path are two ways to the same: give one of them")
+    if args.speculate_k and not (args.prompt_lookup or args.draft_checkpoint_path):
+        raise ValueError("--speculate_k needs --draft_checkpoint_path or --prompt_lookup")
     output = None if args.output is None else _output(args, asked, beams)
     seed = args.seed if output is None else output.seed
     seed = secrets.randbits(32) if seed is None else seed
     start = time.perf_counter()
     options = args.device, args.precision, args.fp8, args.ops, args.ple_device
     model, tokenizer = load_model(args.checkpoint_path, *options)
+    drafter = _drafter(args, model, tokenizer)
     load_seconds = now(model.device) - start
     if args.interactive or any(each.messages for each in asked):
         tokenizer.check_chat(args.thinking)
     if args.interactive:
         with torch.no_grad():
-            return converse(model, tokenizer, args, sampling, seed)
+            return converse(model, tokenizer, args, sampling, seed, drafter)
 
     stop_ids, stats, fitting = model.config.stop_ids, Stats(), []
     for i, each in enumerate(asked):
@@ -544,6 +565,8 @@ def run(args: argparse.Namespace):
                 stop_when=[stops_within(tokenizer, each.stop) for each in prompts],
                 compile_prefill=args.compile_prefill,
                 on_token=printer,
+                drafter=drafter,
+                speculate_k=args.speculate_k or "auto",
                 **options,
             )
     if trace:
@@ -568,6 +591,22 @@ def run(args: argparse.Namespace):
     print_figures(stats, load_seconds, model, None if beams else seed)
     if trace:
         trace.write(args.profile)
+
+
+def _drafter(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Drafter | None:
+    """What makes drafts, as the options say; None for nothing. Raises ValueError for a checkpoint that can't."""
+    if args.prompt_lookup:
+        return PromptLookup()
+    if args.draft_checkpoint_path is None:
+        return None
+    name, options = args.draft_checkpoint_path, (args.device, args.precision, False, args.ops)
+    draft, other = load_model(name, *options)
+    check_same_tokens(tokenizer, other, str(name))
+    if draft.config.context_length < model.config.context_length:
+        warnings.warn(
+            f"{name} was trained for {draft.config.context_length} tokens, and drafts behind more", stacklevel=2
+        )
+    return DraftModel(draft)
 
 
 def _asked(args: argparse.Namespace, sampling: Sampling) -> list[argparse.Namespace]:
@@ -625,6 +664,7 @@ def _beam_settings(args: argparse.Namespace, asked: list[argparse.Namespace]) ->
             raise ValueError("--length_penalty and --early_stopping need --num_beams")
         return {}
     without = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "interactive", "compile_prefill")
+    without += ("draft_checkpoint_path", "prompt_lookup")
     given = [name for name in without if getattr(args, name) is not None and getattr(args, name) is not False]
     given += ["num_samples"] if args.num_samples > 1 else []
     if given:

@@ -352,6 +352,7 @@ class Transformer(nn.Module):
         longest: int | None = None,
         shared: Shared | None = None,
         decoding: bool = False,
+        states: Tensor | None = None,
     ) -> Tensor:
         """`forward`, in the dtype that the head's product has: that of activations, or float32 with a softcap.
 
@@ -359,7 +360,8 @@ class Transformer(nn.Module):
         `longest`; what is behind them is padding. `shared` says which rows of a decode step share a prefix.
 
         One token a row behind cached ones is a decode step; with `decoding` T of them are, too, without lengths. They
-        attend through the cache, where the next step may overwrite the last ones of them.
+        attend through the cache, where the next step may overwrite the last ones of them. `states` [rows of logits, N]
+        is given what the last norm makes, in the dtype of activations.
         """
         dtype, ops, config = self.dtype, self.ops, self.config
         kinds = self.positions(tokens, cache, position, lengths, longest, shared, decoding)
@@ -386,6 +388,8 @@ class Transformer(nn.Module):
         if last is not None:
             residual = residual.at(last)
         _, h = residual.added(ops, config, self.norm, embedding.input_scale)
+        if states is not None:
+            states.copy_(h if h.dtype == dtype else residual.added(ops, config, self.norm)[1])
         logits = ops.matmul(h, embedding, dtype)
         if (softcap := config.logit_softcap) is not None:
             logits = softcap * torch.tanh(logits.float() / softcap)

@@ -42,6 +42,7 @@ class State:
     noise: Tensor  # [B, L + 1], float64 in [0, 1), one for each new token
     seen: Tensor | None  # [B, V], bool: what repetition_penalty is for
     history: Tensor | None  # [B, L + R], all its tokens, the newest at its position: what lookup is for
+    hidden: Tensor | None  # [B, N], the model's last state at its newest token but one; None where nobody needs it
     settings: Tensor  # [B, len(SETTINGS)], float64: Sampling's values in their order
     stop_ids: Tensor  # [MAX_STOP_IDS], -1 where there is none
     log: Tensor  # [L + 1, B, 3 + R], int32, an entry a step, in turn: done, count, finite, and its run's tokens first
@@ -49,7 +50,8 @@ class State:
 
     @classmethod
     def empty(cls, batch_size: int, length: int, device: torch.device, run: int = 1, history: bool = False) -> "State":
-        """The state of batch_size rows of at most `length` tokens, `run` a step at most, all of them done."""
+        """The state of batch_size rows of at most `length` tokens, `run` a step at most, all of them done, without what
+        only some runs need."""
 
         def zeros(*shape, dtype=torch.long):
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -64,6 +66,7 @@ class State:
             noise=zeros(batch_size, length + 1, dtype=torch.float64),
             seen=None,
             history=zeros(batch_size, length + run) if history else None,
+            hidden=None,
             settings=zeros(batch_size, len(SETTINGS), dtype=torch.float64),
             stop_ids=zeros(MAX_STOP_IDS),
             log=zeros(length + 1, batch_size, 3 + run, dtype=torch.int32),
@@ -96,17 +99,22 @@ def decode_step(
     drafts: int = 0,
 ):
     """Computes, draws and appends one token for each row, or a run of them behind so many drafts, and writes the log."""
-    tokens, guessed = state.token[:, None], None
+    tokens, guessed, states, before = state.token[:, None], None, None, state.count
     if drafts:
         guessed = drafter.drafts(model, cache, state, kind, drafts)
         tokens = torch.cat((tokens, guessed), dim=1)
+    if state.hidden is not None:
+        states, before = state.hidden.new_empty(tokens.numel(), state.hidden.shape[1]), state.count.clone()
     own = cache.part(0, model.config.n_layers)
-    logits = model.logits(tokens, own, state.position, None, drafts > 0, shared=shared, decoding=True)
+    logits = model.logits(tokens, own, state.position, None, drafts > 0, shared=shared, decoding=True, states=states)
     logits = logits.flatten(0, -2)
     if kind == ALL_GREEDY:
         model.ops.greedy(logits, state, guessed)
     else:
         log_step(state, next_token(state, logits.float(), kind, guessed))
+    if states is not None:  # of the token that the newest one was drawn behind
+        last = torch.arange(0, len(states), tokens.shape[1], device=states.device) + state.count - before - 1
+        state.hidden.copy_(states[last.clamp(min=0)])
 
 
 def next_token(state: State, logits: Tensor, kind: DrawKind, drafts: Tensor | None = None) -> Tensor:
@@ -188,6 +196,9 @@ class Runner:
         self.pages = Pages(page_count, snapshots=rings > batch_size, on_evict=self.free_rings.append)
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
             self.whole_state = State.empty(batch_size, self.length, self.device, longest_run, drafter is not None)
+            if getattr(drafter, "needs_states", False):
+                shape = batch_size, model.config.hidden_size
+                self.whole_state.hidden = torch.zeros(shape, dtype=model.dtype, device=self.device)
             self.log = torch.zeros_like(self.whole_state.log, device="cpu", pin_memory=self.device.type == "cuda")
         self.cache, self.state = self.whole_cache, self.whole_state  # of the rows that are in use
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
@@ -243,7 +254,9 @@ class Runner:
                 width = min(8, self.length)
                 tokens = torch.zeros(rows, width, dtype=torch.long)
                 cache = self.cache.rows(torch.arange(rows))  # what prefill's own is to the compiler
-                self._logits(model, tokens, cache.part(0, model.config.n_layers), None, torch.full((rows,), width))
+                self._logits(
+                    model, False, tokens, cache.part(0, model.config.n_layers), None, torch.full((rows,), width)
+                )
                 self.prefills[rows] = None
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
@@ -280,7 +293,8 @@ class Runner:
         overwrites.
         """
         state = self.state
-        kept = [(x, x.clone()) for x in (state.done, state.token, state.finite, state.step)]
+        kept = (state.done, state.token, state.finite, state.step, state.hidden)
+        kept = [(x, x.clone()) for x in kept if x is not None]
         state.done.fill_(True)
         try:
             if self.device.type == "cuda":
@@ -323,19 +337,22 @@ class Runner:
 
         def run():
             self._retire(retired)
-            logits, cache = self.prefill_pieces(model, pieces)
+            logits, states, cache = self.prefill_pieces(model, pieces)
             ending = [i for i, piece in enumerate(pieces) if piece.ends]
             if len(ending) < len(pieces):
-                logits, cache = logits[self.sent(ending)], cache.rows(self.sent(ending))
+                index = self.sent(ending)
+                logits, cache = logits[index], cache.rows(index)
+                states = None if states is None else states[index]
             if ending:
-                self._start_rows([pieces[i].running for i in ending], logits, cache)
+                self._start_rows([pieces[i].running for i in ending], logits, states, cache)
             log_step(self.state, self.state.token[:, None])
 
         with _range("prefill", self.device):
             self._event(run, prefill=True)
 
-    def _start_rows(self, started: list, logits: Tensor, cache: KVCache):
-        """Starts rows [N] whose prompts' last tokens have these logits [N, V], and whose tables `cache` has."""
+    def _start_rows(self, started: list, logits: Tensor, states: Tensor | None, cache: KVCache):
+        """Starts rows [N] whose prompts' last tokens have these logits [N, V] and last states, and whose tables `cache`
+        has."""
         index, state = self.sent([each.row for each in started]), self._state_of([each.request for each in started])
         prompts = [each.request.prompt for each in started]
         state.position.copy_(self.sent([len(prompt) - 1 for prompt in prompts]))
@@ -346,6 +363,7 @@ class Runner:
                 state.seen = torch.zeros_like(self.state.seen[: len(prompts)]).scatter_(1, tokens, True)
             if self.state.history is not None:
                 state.history = tokens
+        state.hidden = states
         next_token(state, logits.float(), self.kind)
         for name in ROW_FIELDS:
             mine, value = getattr(self.state, name), getattr(state, name)
@@ -355,14 +373,14 @@ class Runner:
         for ring, table in self.cache.tables.items():
             table.index_copy_(0, index, cache.tables[ring])
 
-    def prefill_pieces(self, model: Transformer, pieces: list) -> tuple[Tensor, KVCache]:
+    def prefill_pieces(self, model: Transformer, pieces: list) -> tuple[Tensor, Tensor | None, KVCache]:
         """Fills the caches of pieces [N], but for followers only with what they don't share. Returns logits [N, V] of
-        their last tokens, and the cache as their rows see it."""
+        their last tokens, their last states, where drafts are made of these, and the cache as their rows see it."""
         cache = self.whole_cache.with_tables(self.tables([piece.running for piece in pieces]))
         self._copy_rings([(piece.snapshot, piece.running.ring) for piece in pieces if piece.snapshot is not None])
-        logits = self._computed(model, pieces, cache)
+        logits, states = self._computed(model, pieces, cache)
         self._copy_rings([(piece.running.ring, piece.keep) for piece in pieces if piece.keep is not None])
-        return logits, cache
+        return logits, states, cache
 
     def _copy_rings(self, pairs: list[tuple[int, int]]):
         """Copies local layers' rings, (from, to) each."""
@@ -370,20 +388,19 @@ class Runner:
             pages = self.sent([[[1 + ring * width + i for i in range(width)] for ring in pair] for pair in pairs])
             self.whole_cache.copy_pages(width, pages[:, 0].flatten(), pages[:, 1].flatten())
 
-    def _computed(self, model: Transformer, pieces: list, cache: KVCache) -> Tensor:
-        """Fills the caches of pieces, as `prefill_pieces` does, and returns its logits."""
+    def _computed(self, model: Transformer, pieces: list, cache: KVCache) -> tuple[Tensor, Tensor | None]:
+        """Fills the caches of pieces, as `prefill_pieces` does, and returns its logits and states."""
         computed = [i for i, piece in enumerate(pieces) if piece.leader is None]
         of_computed = cache if len(computed) == len(pieces) else cache.rows(self.sent(computed))
         texts = [(piece.begin, piece.prompt[piece.begin : piece.end]) for piece in pieces if piece.leader is None]
         if self.draft_model is not None:
             self._prefill(self.draft_model, texts, of_computed, draft=True)
-        logits = self._prefill(model, texts, of_computed)
+        logits, states = self._prefill(model, texts, of_computed)
         if len(computed) == len(pieces):
-            return logits
+            return logits, states
         place = {i: n for n, i in enumerate(computed)}
-        logits = logits[
-            self.sent([place[i if piece.leader is None else piece.leader] for i, piece in enumerate(pieces)])
-        ]
+        index = self.sent([place[i if piece.leader is None else piece.leader] for i, piece in enumerate(pieces)])
+        logits, states = logits[index], None if states is None else states[index]
         copies = [(piece.leader, i, piece.end // PAGE) for i, piece in enumerate(pieces) if piece.leader is not None]
         source, to, _ = self.sent(copies).unbind(1)
         for ring in filter(None, cache.tables):
@@ -392,7 +409,7 @@ class Runner:
         if copies and 0 in cache.tables:
             source, to, block = self.sent(copies).unbind(1)
             cache.copy_pages(0, cache.tables[0][source, block], cache.tables[0][to, block])
-        return logits
+        return logits, states
 
     def tables(self, rows: list) -> dict[int, Tensor]:
         """The tables of what runs in these rows."""
@@ -420,9 +437,9 @@ class Runner:
 
     def _prefill(
         self, model: Transformer, pieces: list[tuple[int, list[int]]], cache: KVCache, draft: bool = False
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits [N, V] of the last tokens of pieces [N], tokens behind so many others, whose rows `cache` has: packed,
-        or padded on the right. The model is that of drafts, or the one that runs."""
+        or padded on the right. The model is that of drafts, or the one that runs, whose states are returned, too."""
         cache = self._own_part(cache, draft)
         begins, texts = zip(*pieces)
         lengths, longest, total = self.sent([len(text) for text in texts]), max(map(len, texts)), sum(map(len, texts))
@@ -436,7 +453,7 @@ class Runner:
                     model, draft, tokens, cache, position, lengths, max(16, power_of_2(longest))
                 )
             cache = cache.shortened(max(begins) + longest)  # keys made of values take memory
-            return self._logits(model, tokens, cache, position, lengths, False, longest)
+            return self._logits(model, draft, tokens, cache, position, lengths, False, longest)
         if self.compile_prefill:
             longest = max(longest, 2)  # a length of 1 would be compiled apart
         elif self.device.type == "cpu":
@@ -444,7 +461,7 @@ class Runner:
         tokens = self.sent([text + [0] * (longest - len(text)) for text in texts])
         if not self.compile_prefill:  # the definition reads all pages that there are
             cache = cache.shortened(max(begins) + longest)
-        return self._logits(model, tokens, cache, position, lengths)
+        return self._logits(model, draft, tokens, cache, position, lengths)
 
     def _own_part(self, cache: KVCache, draft: bool) -> KVCache:
         """The part of the runner's cache that the draft model has, behind the other's, or that one's."""
@@ -471,10 +488,13 @@ class Runner:
         values = torch.tensor(values, dtype=dtype)
         return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
 
-    def _logits(self, model: Transformer, tokens: Tensor, *rest) -> Tensor:
+    def _logits(self, model: Transformer, draft: bool, tokens: Tensor, cache, position, lengths, *rest):
         if self.compile_prefill and self.device.type == "cpu":
             torch._dynamo.mark_dynamic(tokens, 1)
-        return self._run_prefill(model, tokens, *rest)
+        hidden, states = self.whole_state.hidden, None
+        if hidden is not None and not draft:
+            states = hidden.new_empty(len(lengths), hidden.shape[1])
+        return self._run_prefill(model, tokens, cache, position, lengths, *rest, states=states), states
 
     def _recorded_prefill(self, model: Transformer, draft: bool, tokens, cache, position, lengths, longest) -> Tensor:
         key = draft, len(tokens), len(lengths), longest, position is None
@@ -486,14 +506,14 @@ class Runner:
             def run():
                 view = self._own_part(self.whole_cache.with_tables(tables), draft)
                 arguments = held[0], view, None if position is None else held[-1], held[1], False, longest
-                result[:] = [self._run_prefill(model, *arguments)]
+                result[:] = [self._logits(model, draft, *arguments)]
 
             self.prefills[key] = self.record(run), held, result[0]
-        graph, held, logits = self.prefills[key]
+        graph, held, results = self.prefills[key]
         for mine, value in zip(held, inputs):
             mine.copy_(value)
         graph.replay()
-        return logits
+        return results
 
     def step(
         self,
@@ -620,6 +640,29 @@ class Runner:
         if not all(finite for _, _, finite, *_ in entry):
             raise ValueError(NOT_FINITE)
         return entry
+
+    def draft_seconds(self, model: Transformer, run: int) -> float:
+        """How long drafts take of a step of `run` tokens a row: measured once, behind a run of the chain."""
+        key = len(self.state.token), run, self.kind, "drafts"
+        if key not in self.steps:
+
+            def drafts():
+                self.drafter.drafts(model, self.cache, self.state, self.kind, run - 1)
+
+            if self.device.type == "cuda" and self.compile:
+                drafts = self.record(drafts).replay
+            drafts()
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * (self.device.type == "cuda"))]
+            start = time.perf_counter()
+            for mark in marks[:1]:
+                mark.record()
+            drafts()
+            for mark in marks[1:]:
+                mark.record()
+                mark.synchronize()
+            seconds = marks[0].elapsed_time(marks[1]) / 1000 if marks else time.perf_counter() - start
+            self.steps[key] = seconds
+        return self.steps[key]
 
     def seconds_of_last(self) -> float | None:
         """How long the event took whose entry was read last; None where that is not known: of the first, or where

@@ -114,6 +114,7 @@ class Scheduler:
         self.changed = False  # whether other rows run than when their groups were told to the runner
         self.steps = 0
         self.drafts, self.right = Counter(), Counter()  # that mattered, by their place, and those that were right
+        self.drafted = Counter()  # steps, by the tokens a row that they took
 
     def run(
         self,
@@ -153,6 +154,8 @@ class Scheduler:
                     yield from self._read(on_token)
                 elif not prefills:
                     yield from self._read(on_token, lag=0)
+            if self.kept is not None and self.pace and self.runner.draft_model is not None:
+                self._catch_up()
         finally:
             for each in self.running:
                 if each.last == inf:
@@ -289,6 +292,7 @@ class Scheduler:
             self.pace.forget_seconds()
         self.runner.step(self.model, self.retired, groups, order, tokens)
         self.runs.append(tokens)
+        self.drafted[tokens] += 1
         self.behind |= tokens == 1 and self.pace is not None and self.runner.draft_model is not None
         self.retired, self.changed = [], False
         for each in self.running:

@@ -25,7 +25,10 @@ GAIN = 1.03  # how much faster another number of drafts must promise to be
 
 
 class Drafter(Protocol):
-    """What guesses tokens. With a `model` it has a KV cache of its own, in the layers behind the checked model's."""
+    """What guesses tokens. With a `model` it has a KV cache of its own, in the layers behind the checked model's; where
+    it `needs_states`, the batch's state has the checked model's last ones. A pass reads `weight_bytes`."""
+
+    weight_bytes: int
 
     def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
         """Guesses [B, count] of the tokens behind each row's newest one, from the state of a batch (`runner.State`).
@@ -37,6 +40,8 @@ class Drafter(Protocol):
 class PromptLookup:
     """What came next where a row's last tokens were before, in its prompt or in what it has made of it."""
 
+    weight_bytes = 0
+
     def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
         return model.ops.lookup(state.history, state.position, count)
 
@@ -46,6 +51,10 @@ class DraftModel:
     """The most probable tokens to a smaller model of the same vocabulary."""
 
     model: torch.nn.Module
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.model.weight_bytes
 
     def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
         """Its first pass takes the last two tokens: where all drafts were right, it has not met the last of them."""
