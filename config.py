@@ -49,7 +49,7 @@ class ModelConfig:
     expert_size: int = 0  # an expert's intermediate_size
     per_layer_size: int = 0  # of the embeddings that each layer has of its own (PLE)
     per_layer_vocab_size: int = 0
-    backbone_size: int = 0  # of drafters: hidden_size of the model whose keys and values all layers attend to
+    backbone_size: int | None = None  # of drafters: hidden_size of the model whose keys and values all layers attend to
     n_centroids: int = 0  # of drafters: groups of tokens, of which those of the nearest few are candidates
     n_active_centroids: int = 0
     stop_ids: tuple[int, ...] = (1,)
