@@ -39,6 +39,7 @@ from formats import FORMATS, GROUPS, LINEAR
 from ops.common import round_fp8
 
 PER_LAYER_TABLE = "per_layer_inputs.embedding.weight"
+TOKEN_ORDERING = "masked_embedding.token_ordering"  # of drafters; the only tensor of int64
 CONVERTED_NAME = "gemma.safetensors"
 WEIGHT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 E4M3_MAX = 448
@@ -132,6 +133,12 @@ def sources(config: ModelConfig, experts_apart: bool = False) -> dict[str, list[
         ):
             table[f"per_layer_inputs.{ours}.weight"] = [(f"model.{theirs}.weight", shape)]
     table["norm.weight"] = [("model.norm.weight", (hidden,))]
+    if config.backbone_size:
+        table["pre_projection.weight"] = [("pre_projection.weight", (hidden, 2 * config.backbone_size))]
+        table["post_projection.weight"] = [("post_projection.weight", (config.backbone_size, hidden))]
+    if config.n_centroids:
+        table["centroids.weight"] = [("masked_embedding.centroids.weight", (config.n_centroids, hidden))]
+        table["token_ordering"] = [(TOKEN_ORDERING, (config.vocab_size,))]
     return table
 
 
@@ -179,8 +186,11 @@ def read_config(directory: Path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.values()) -> Checkpoint:
-    """Finds and checks a checkpoint: a directory, or one weight file with config.json beside it.
+def open_checkpoint(
+    path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.values(), config: ModelConfig | None = None
+) -> Checkpoint:
+    """Finds and checks a checkpoint: a directory, or one weight file with config.json beside it. With `config` its
+    settings are these, whatever config.json says.
 
     In a directory, converted files of one of the weight `formats`, in this order, come before Hugging Face's shards. A
     file that is named is taken whatever its format. Raises FileNotFoundError or ValueError, naming the file or tensor
@@ -190,7 +200,7 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}; scripts/prepare.sh REPO_ID downloads and converts one")
     directory = path if path.is_dir() else path.parent
-    config = read_config(directory)
+    config = read_config(directory) if config is None else config
     files, strict = _weight_files(directory, formats) if path.is_dir() else ([path], None)
 
     stored, weight_format, group = {}, None, 0
@@ -216,7 +226,7 @@ def open_checkpoint(path: str | Path, formats: Iterable[str] = WEIGHT_FORMATS.va
     if weight_format:  # one stored tensor a parameter, of the joined shape
         _warn_if_older(file, weight_format)
         table = {name: [(name, joined_shape(name, [s for _, s in parts], config))] for name, parts in table.items()}
-    linear, head, dtypes = [name for name in table if name.endswith(LINEAR_WEIGHTS)], [], {}
+    linear, head, dtypes = [name for name in table if name.endswith(LINEAR_WEIGHTS)], [], {TOKEN_ORDERING: "I64"}
     if weight_format in WEIGHT_FORMATS.values():
         dtypes = {name: dtype for dtype, each in WEIGHT_FORMATS.items() if each == weight_format for name in table}
     elif weight_format == "fp8":
@@ -265,7 +275,7 @@ def _check(tensor: StoredTensor, shape: tuple[int, ...], weight_format: str | No
     if shape and tensor.shape != shape:
         raise ValueError(f"{tensor.key} has shape {shown([*tensor.shape])}, config.json asks for {list(shape)}")
     if dtype and tensor.dtype != dtype:
-        raise ValueError(f"{tensor.key} is stored as {tensor.dtype}, {weight_format} has {dtype} there")
+        raise ValueError(f"{tensor.key} is stored as {tensor.dtype}, {weight_format or 'a drafter'} has {dtype} there")
     if not dtype and tensor.dtype not in DTYPES:
         raise ValueError(f"{tensor.key} in {tensor.file} is stored as {tensor.dtype}; BF16, F16 and F32 can be read")
     if tensor.size != prod(tensor.shape) * torch_dtype(tensor).itemsize:

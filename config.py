@@ -49,6 +49,9 @@ class ModelConfig:
     expert_size: int = 0  # an expert's intermediate_size
     per_layer_size: int = 0  # of the embeddings that each layer has of its own (PLE)
     per_layer_vocab_size: int = 0
+    backbone_size: int | None = None  # of drafters: hidden_size of the model whose keys and values all layers attend to
+    n_centroids: int = 0  # of drafters: groups of tokens, of which those of the nearest few are candidates
+    n_active_centroids: int = 0
     stop_ids: tuple[int, ...] = (1,)
     suppressed_ids: tuple[int, ...] = ()  # never drawn
 
@@ -63,7 +66,7 @@ class ModelConfig:
                 raise ValueError(f"{heads} evenly")
             if self.head_dim_of(layer) % 2:
                 raise ValueError(f"head_dim {self.head_dim_of(layer)} is odd; rotary embedding needs pairs")
-            if self.donor_of(layer) is None:
+            if self.donor_of(layer) is None and not self.backbone_size:
                 kind = "sliding" if self.is_local(layer) else "full"
                 raise ValueError(f"no layer before the last {self.n_shared_layers} has keys for layer {layer} ({kind})")
         if self.n_active_experts > self.n_experts:
@@ -225,6 +228,33 @@ class ModelConfig:
             **(_gemma_4_settings(config, local_layers) if generation == 4 else {}),
         )
 
+    @classmethod
+    def of_assistant(cls, config: dict) -> "ModelConfig":
+        """Reads the config.json of a drafter, whose model type is one of ASSISTANTS. Raises ValueError as `from_hf`
+        does, and for layers with keys, experts or embeddings of their own."""
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in ASSISTANTS:
+            raise ValueError(f"model_type is {shown(model_type)}; that of a drafter is {' or '.join(ASSISTANTS)}")
+        text_type, backbone = ASSISTANTS[model_type]
+        if config.get("tie_word_embeddings", True) is not True:
+            raise ValueError(f"tie_word_embeddings must be true, not {shown(config['tie_word_embeddings'])}")
+        config = {"backbone_hidden_size": backbone, "num_centroids": 2048, "centroid_intermediate_top_k": 32} | config
+        text = {"model_type": text_type} | object_of(config, "text_config")
+        model = cls.from_hf(text | {"num_kv_shared_layers": 0})
+        shared = text.get("num_kv_shared_layers") or model.n_layers
+        if shared != model.n_layers:
+            raise ValueError(f"num_kv_shared_layers is {shown(shared)}; no layer of a drafter has keys of its own")
+        if model.n_experts or model.per_layer_size:
+            key = "enable_moe_block" if model.n_experts else "hidden_size_per_layer_input"
+            raise ValueError(f"{key} is set; no drafter has experts or embeddings of each layer's own")
+        settings = {"n_shared_layers": shared, "backbone_size": _integer(config, "backbone_hidden_size")}
+        if _flag(config, "use_ordered_embeddings"):
+            settings["n_centroids"] = count = _integer(config, "num_centroids", model.vocab_size)
+            settings["n_active_centroids"] = _integer(config, "centroid_intermediate_top_k", count)
+            if model.vocab_size % count:
+                raise ValueError(f"num_centroids is {count}, which doesn't divide the vocabulary of {model.vocab_size}")
+        return replace(model, **settings)
+
     def differences_from_published(self) -> str:
         """Where these settings have a published model's sizes and yet disagree with it: 'field 224 (gemma-2-9b: 256)'.
 
@@ -286,6 +316,11 @@ _GEMMA_4_KEYS = (
 # What text models of a generation say that they are, and what multimodal ones do, with their text part's type
 GENERATIONS = {"gemma": 1, "gemma2": 2, "gemma3_text": 3, "gemma4_text": 4, "gemma4_unified_text": 4}
 MULTIMODAL = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
+# Drafters: their text part's type, and what backbone_hidden_size is where it is missing
+ASSISTANTS = {
+    "gemma4_assistant": ("gemma4_text", 1536),
+    "gemma4_unified_assistant": ("gemma4_unified_text", 3840),
+}
 
 # What Hugging Face's configuration classes fill in; gemma-3-4b's text_config, for one, leaves most of it out.
 _HF_DEFAULTS = {

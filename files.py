@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 FORMAT, FORMAT_VERSION = "gemma-fast", "1"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-INT_DTYPES = {"I8": torch.int8, "I32": torch.int32, "U8": torch.uint8}
+INT_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
 FP8_DTYPE = "F8_E4M3"
 STORED_DTYPES = {**DTYPES, **INT_DTYPES, FP8_DTYPE: torch.float8_e4m3fn}
 MAX_JSON = 100_000_000  # bytes, as in the library: of a safetensors file's header
