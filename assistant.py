@@ -119,7 +119,7 @@ class Assistant(nn.Module):
         ops, seen, kinds = target.ops, (position - 1).clamp(min=0), {}
         query = (position + QUERY_OFFSET).clamp(min=0)
         ropes = ops.rope(query, target.rope_frequency, *[target.rope_frequency_local] * (True in self.donors))
-        step = {"decoding": True} if "decoding" in Positions._fields else {}
+        step = {"decoding": True}
         for local, own in self.donors.items():
             window = self.window if local else None
             mask = ops.mask(cache.layers[own], window, seen[:, None], seen, target.dtype)

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -34,6 +35,7 @@ from typing import NamedTuple
 
 import torch
 
+from assistant import Assistant
 from beams import beam_search
 from benchmarks import peers, report
 from benchmarks.checkpoints import E4M3, FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
@@ -47,11 +49,12 @@ from files import check_writable, write_atomically
 from formats import Weight
 from generate import drafts_per_step, generate, load_model
 from model import Transformer
-from ops import choose
+from ops import Ops, choose
 from runner import Runner, lease
 from sampling import ALL_GREEDY, Sampling
 from scheduler import Request, Scheduler
 from speculate import AssistantDrafter, DraftModel, PromptLookup, check_same_tokens
+from text import read_texts
 
 ROOT = Path(__file__).parent
 OPS = ("kernels", "te", "torch")  # implementations of the operations, as load_model's ops names them
@@ -210,7 +213,7 @@ def speculate(args: argparse.Namespace, context: int = 128, new_tokens: int = 25
     def of_model(model: Transformer, kv_dtype, case: dict):
         operations = model.ops
         for by, right in DRAFTS_OF.get(case["model"], DRAFTS_OF["gemma-7b"]):
-            drafter, model.ops = random_drafter(by, model), forced_right(operations, right, args.device)
+            drafter, model.ops = random_drafter(by, case["model"], model), forced_right(operations, right, args.device)
             for batch in args.batches or (1, 8, 64):
                 prompts = random_prompts(batch, context, model.config.vocab_size)
                 shape = {"batch": batch, "context": context, "new_tokens": new_tokens}
@@ -417,6 +420,8 @@ class Protocol(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+COPY = (0.8, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9)
+FREE = (0.2, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
 # What makes drafts for a model, and the shares of them that are right: prompt lookup's by small-gemma on code that it
 # repeats, and goes on with, and none; a guess; those that vLLM publishes of Gemma 4's (0.86, 0.71, 0.55, 0.42 by place)
 DRAFTS_OF = {
@@ -470,12 +475,12 @@ def config_of_peer(name: str) -> dict:
     return peers.hf_config(ModelConfig.from_name(name))
 
 
-def random_drafter(by: str, model: Transformer):
+def random_drafter(by: str, name: str, model: Transformer):
     """What makes drafts for a model: prompt lookup, an assistant, or a random model of a published size, in BF16."""
     if by == "prompt lookup":
         return PromptLookup()
     if by == "assistant":
-        return AssistantDrafter(Assistant.random(model.config, model))
+        return AssistantDrafter(Assistant.random(name, model))
     draft, _ = random_model(by, "bf16", model.device)
     return DraftModel(draft)
 
@@ -494,7 +499,7 @@ def forced_right(operations: Ops, right: tuple[float, ...], device: torch.device
             logits.view(rows, count + 1, -1)[:, :-1].scatter_(2, drafts[..., None], value[..., None])
         operations.greedy(logits, state, drafts)
 
-    return operations._replace(greedy=greedy)
+    return replace(operations, greedy=greedy)
 
 
 def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:

@@ -41,6 +41,7 @@ from arguments import (
     of_each,
     rows_and_pages,
 )
+from assistant import is_assistant, load_assistant
 from beams import beam_search
 from cache import KVScales, codec_of, context_bytes
 from chat import Printer, converse, system_messages
@@ -75,7 +76,7 @@ from ops import choose
 from runner import Runner, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import LAGS, Request, Scheduler
-from speculate import MOST_DRAFTS, Drafter, DraftModel, PromptLookup, check_same_tokens, pace_of
+from speculate import MOST_DRAFTS, AssistantDrafter, Drafter, DraftModel, PromptLookup, check_same_tokens, pace_of
 from text import (
     Output,
     check_prompt,
@@ -599,6 +600,8 @@ def _drafter(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer)
         return PromptLookup()
     if args.draft_checkpoint_path is None:
         return None
+    if is_assistant(args.draft_checkpoint_path):
+        return AssistantDrafter(load_assistant(args.draft_checkpoint_path, model))
     name, options = args.draft_checkpoint_path, (args.device, args.precision, False, args.ops)
     draft, other = load_model(name, *options)
     check_same_tokens(tokenizer, other, str(name))

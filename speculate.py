@@ -69,6 +69,21 @@ class DraftModel:
         return torch.stack(drafts, dim=1)
 
 
+@dataclass(frozen=True, eq=False)
+class AssistantDrafter:
+    """Those of a drafter that was trained with the model, reads its keys and values, and goes on from its last state."""
+
+    assistant: torch.nn.Module
+    needs_states = True
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.assistant.weight_bytes
+
+    def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
+        return self.assistant.drafts(model, cache, state.token, state.hidden, state.position, count)
+
+
 def check_same_tokens(tokenizer, other, name: str):
     """Raises ValueError unless a draft's tokenizer has the tokens of the model's: control tokens behind all others may
     be missing in one of them."""

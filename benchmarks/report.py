@@ -34,6 +34,8 @@ LABELS = {  # columns that say what a row is of, where its table has them: key, 
     "ops": "operations",
     "check": "check",
     "shape": "prompt/new tokens",
+    "drafts": "drafts",
+    "right": "drafts right",
     "batch": "batch",
     "compile_prefill": "`--compile_prefill`",
     "expandable_segments": "expandable segments",
@@ -234,6 +236,25 @@ def tutorial(rows: list[dict]) -> str:
     return f"The whole call, {case}.\n\n" + plain(rows, columns) + loads(rows)
 
 
+def speculate(rows: list[dict]) -> str:
+    def drafts(row: dict) -> str:
+        if row["speculate_k"] == 0:
+            return "none"
+        return row["speculate_k"] if row["speculate_k"] == "auto" else f"{row['speculate_k']} a step"
+
+    def content(row: dict) -> str:
+        if row["speculate_k"] == 0:
+            return decode_rate(row)
+        return f"{row['gain']:.2f} × ({row['tokens_per_step']:.2f})"
+
+    def right(row: dict) -> str:
+        return ", ".join(f"{share:.2f}" for share in row.get("right", ())) or row.get("text", "")
+
+    out = "Tokens/s while decoding without drafts, and with them the gain, and what a step appends to a row:\n\n"
+    rows = [row | {"right": right(row)} for row in rows]
+    return out + pivot(rows, ("model", "precision", "drafts", "right", "batch"), drafts, content)
+
+
 def sweep(rows: list[dict]) -> str:
     contexts = joined(dict.fromkeys(f"{row['context']:,}" for row in rows))
     case = f"{contexts} prompt tokens, {new_tokens(rows)} new"
@@ -401,6 +422,13 @@ their beginning in common, and for prompts that have nothing in common, where th
         prefix_cache,
     ),
     "beams": Section("Beam search", "The whole call, without a stop; new tokens are those that come back.", beams),
+    "speculate": Section(
+        "Drafts",
+        """Guesses of the next tokens, some of which a step checks at once; the text is the same. Models of random weights
+agree on nothing: of their drafts as many are right, by place behind right ones, as is said, whatever they make. Figures
+of trained checkpoints have the drafts that these make, for text to go on with (free) or to repeat (copy).""",
+        speculate,
+    ),
     "sweep": Section("Batches", "Prompts of one length, a growing number of rows that are decoded together.", sweep),
     "weights": Section(
         "Which weights?",
@@ -496,7 +524,7 @@ def command(name: str, content: dict, picture: bool) -> str:
     protocol, rows = content["protocol"], content["results"]
     ours = [row for row in rows if row.get("name") in (None, OURS, "load")]
     found = {"models": "model", "precisions": "precision", "ops": "ops"}
-    if protocol in ("sweep", "throughput"):
+    if protocol in ("sweep", "throughput", "speculate"):
         found["batches"] = "batch"
     if protocol == "throughput":
         found["shapes"], ours = "shape", [{"shape": MIXED} | row for row in ours]

@@ -58,7 +58,8 @@ def attend(
         if positions.kept is not None and not decoding:
             positions.kept["kv"] = keys, values
     else:
-        keys, values = cache.held(positions.position + tokens, dtype) if decoding else positions.kept["kv"]
+        held = _with_keys(cache.held(positions.position + tokens, dtype), layer, cache) if decoding else None
+        keys, values = held if decoding else positions.kept["kv"]
     k_scale, v_scale = (1.0, 1.0) if cache is None else (cache.k_scale, cache.v_scale)
     scale = layer.scale * k_scale
     y = softmax_attention(q.transpose(1, 2), keys, values, scale, positions.mask, layer.window, layer.softcap)
