@@ -420,8 +420,8 @@ class Protocol(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-COPY = (0.8, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9)
-FREE = (0.2, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
+COPY = (0.44, 0.85, 0.89, 0.94, 0.95, 0.96, 0.98)
+FREE = (0.32, 0.77, 0.7, 0.83, 0.88, 0.93, 0.94)
 # What makes drafts for a model, and the shares of them that are right: prompt lookup's by small-gemma on code that it
 # repeats, and goes on with, and none; a guess; those that vLLM publishes of Gemma 4's (0.86, 0.71, 0.55, 0.42 by place)
 DRAFTS_OF = {

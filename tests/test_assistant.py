@@ -16,9 +16,11 @@ import ops
 from assistant import Assistant, assistant_config, is_assistant, load_assistant
 from cache import CODECS, KVCache
 from config import ModelConfig
+from generate import generate
 from model import Transformer
 from ops import common
 from ops.attention import _with_keys
+from speculate import AssistantDrafter
 
 SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=4, layer_types=[LOCAL, LOCAL, LOCAL, GLOBAL])
 LENGTHS = (85, 3, 40)  # of the prompts in the cache: the ring of local layers has 64 slots, their window 6 or 20 keys
@@ -250,3 +252,43 @@ def test_files(saved, tmp_path):
     with pytest.raises(ValueError, match="that has no layers of sliding attention"):
         config = ModelConfig.of_assistant(json.loads((source / "config.json").read_text()))
         Assistant(config, replace(target.config, local_layers=(), n_shared_layers=0, head_dim=32))
+
+
+@pytest.mark.parametrize(("name", "ordered"), [("shared", True), ("k_eq_v", False)])
+def test_drafts_from_states_never_change_the_text(saved, name, ordered):
+    """Also that of rows that are filled again, whose states come from prompts."""
+    target, _, directory = saved(name, ordered)
+    drafter = AssistantDrafter(load_assistant(directory, target))
+    prompts = [[2, *range(3, 3 + count)] for count in (5, 30, 1, 12)]
+    options = dict(seed=1, stop_ids=(), batch_size=2)
+    for temperature in (0, 1.0):
+        expected = generate(target, prompts, 40, temperature=temperature, **options)
+        for k in (3, "auto"):
+            got = generate(target, prompts, 40, temperature=temperature, drafter=drafter, speculate_k=k, **options)
+            assert got == expected
+
+
+def test_states_are_those_of_the_token_before(saved, monkeypatch):
+    """At each step, however long the run was that the one before appended."""
+    target, _, directory = saved("shared", True)
+    drafter, seen = AssistantDrafter(load_assistant(directory, target)), []
+
+    def drafts(self, model, cache, state, kind, count):
+        seen.append((int(state.position[0]), state.hidden[0].clone()))
+        return (
+            text[state.position + torch.arange(1, count + 1)][None]
+            if len(seen) % 2
+            else state.token[:, None].repeat(1, count)
+        )
+
+    monkeypatch.setattr(AssistantDrafter, "drafts", drafts)
+    prompt = [2, 5, 9, 4]
+    (new,) = generate(target, [prompt], 30, temperature=0, stop_ids=())
+    text = torch.tensor(prompt + new + [0] * 8)
+    assert generate(target, [prompt], 30, temperature=0, stop_ids=(), drafter=drafter, speculate_k=3) == [new]
+    states = torch.empty(len(text), target.config.hidden_size)
+    with torch.inference_mode():
+        target.logits(text[None], all_logits=True, states=states)
+    assert 10 < len(seen) < 25
+    for position, state in seen:
+        torch.testing.assert_close(state, states[position - 1], atol=1e-4, rtol=1e-4)
