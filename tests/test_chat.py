@@ -590,7 +590,7 @@ class Conversation:
 
     answers, prompts = [], []
 
-    def __init__(self, runner, model, requests, rows, check):
+    def __init__(self, runner, model, requests, rows, check, pace):
         (self.request,) = requests
 
     def run(self, on_token, cached, held):
