@@ -264,6 +264,7 @@ class Runner:
             if "InvalidCxxCompiler" not in f"{error!r}{error.__cause__!r}":
                 raise
             raise ValueError("--compile needs a C++ compiler: install g++ or leave it out") from None
+        self.step_seconds = {run: self._timed(run) for run in runs if self.compile and self.device.type == "cuda"}
         self.state.step.zero_()
         self.state.position.zero_()  # of rows that stay idle: their steps read one slot
         if self.device.type == "cuda":
@@ -285,6 +286,13 @@ class Runner:
                     raise
                 self.steps[key] = None  # in the middle of a run a step can do without a graph
         return self.steps.get(key)
+
+    def _timed(self, run: int) -> float:
+        """Seconds of a recorded step of `run` tokens a row, all of which are done."""
+        key = len(self.state.token), run, self.kind, None
+        if (*key, "seconds") not in self.steps:
+            self.steps[*key, "seconds"] = _seconds_on_gpu(self.steps[key].replay)
+        return self.steps[*key, "seconds"]
 
     def _make_step(self, model: Transformer, shared: Shared | None, run: int) -> "torch.cuda.CUDAGraph | None":
         """Compiles the step for this number of rows and kind of draw; on CUDA also records it as one graph.
@@ -649,19 +657,12 @@ class Runner:
             def drafts():
                 self.drafter.drafts(model, self.cache, self.state, self.kind, run - 1)
 
-            if self.device.type == "cuda" and self.compile:
-                drafts = self.record(drafts).replay
-            drafts()
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * (self.device.type == "cuda"))]
-            start = time.perf_counter()
-            for mark in marks[:1]:
-                mark.record()
-            drafts()
-            for mark in marks[1:]:
-                mark.record()
-                mark.synchronize()
-            seconds = marks[0].elapsed_time(marks[1]) / 1000 if marks else time.perf_counter() - start
-            self.steps[key] = seconds
+            if self.device.type == "cuda":
+                self.steps[key] = _seconds_on_gpu(self.record(drafts).replay if self.compile else drafts)
+            else:
+                start = time.perf_counter()
+                drafts()
+                self.steps[key] = time.perf_counter() - start
         return self.steps[key]
 
     def seconds_of_last(self) -> float | None:
@@ -713,6 +714,17 @@ def activation_bytes(model: Transformer, tokens: float) -> float:
     widths.append(config.n_layers * config.per_layer_size * 3)
     widths.append(config.n_active_experts * (3 * config.hidden_size + 3 * config.expert_size))  # a copy for each expert
     return tokens * sum(widths) * model.dtype.itemsize
+
+
+def _seconds_on_gpu(run: Callable) -> float:
+    """Of the second of two runs."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 @cache

@@ -103,6 +103,8 @@ class Scheduler:
         pace: Pace | None = None,
     ):
         self.runner, self.model, self.rows, self.lag = runner, model, rows, LAGS[check]
+        if pace is not None:
+            pace.seconds |= runner.step_seconds
         self.pace, self.runs = pace, deque()  # tokens a row of the events that were not read yet, 0 for prefills
         self.behind = False  # whether a draft model has not met all tokens
         self.pages = runner.pages

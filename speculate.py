@@ -15,10 +15,12 @@ from sampling import DrawKind
 
 RUNS = (1, 2, 4, 8)  # tokens a row of the steps between which `Pace` chooses: one more than drafts
 MOST_DRAFTS = RUNS[-1] - 1
-FORGET = 0.9  # how much of what is known of drafts remains after each step that had some
+FORGET = 0.97  # how much of what is known of drafts remains after each step that had some,
+FORGET_ALL = 0.2  # and at the beginning of a probe
 PROBE, PROBE_MOST = 64, 1024  # steps without drafts after which some are tried again
-TRIES = 4  # steps of a probe
-GAIN = 1.03  # how much faster another number of drafts must promise to be
+TRIES, TRIES_MORE = 2, 8  # steps of a probe, and of one in which a draft was right, from there
+DOUBT = 2.0  # drafts of as many right ones as others have, that are known of each place
+GAIN = 1.02  # how much faster another number of drafts must promise to be
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where drafts come from
@@ -123,7 +125,8 @@ class Pace:
         self.tried = [0.0] * (self.runs[-1] - 1)  # and those behind right ones
         self.seconds: dict[int, float] = {}  # that steps of so many tokens a row take
         self.first: dict[int, float] = {}  # and that the first of them took
-        self.current, self.since, self.interval, self.tries = self.runs[-1], 0, PROBE, TRIES
+        self.current, self.since, self.interval, self.tries = self.runs[-1], 0, PROBE, 0
+        self.promising: bool | None = None  # whether a draft of this probe was right
 
     def next(self) -> int:
         """Tokens a row of the next step."""
@@ -131,16 +134,18 @@ class Pace:
             return self.fixed
         if unknown := [run for run in self.runs if run not in self.seconds]:
             return unknown[-1]
-        self.since += 1
         best = self._best(self.runs)
         if best > 1:
-            self.since, self.interval, self.current = 0, PROBE, best
+            self.since, self.tries, self.interval, self.current, self.promising = 0, 0, PROBE, best, None
             return best
-        if self.since > self.interval:
-            if self.since >= self.interval + TRIES:
-                self.since, self.interval = 0, min(2 * self.interval, PROBE_MOST)
+        if self.since == self.interval:
+            self.since, self.tries, self.interval = 0, TRIES, min(2 * self.interval, PROBE_MOST)
+            self.promising = False
+            self._forget(FORGET_ALL)
+        if self.tries:
+            self.tries -= 1
             return self._best(self.runs[1:])
-        self.current = 1
+        self.since, self.current = self.since + 1, 1
         return 1
 
     def learn(self, run: int, right: list[tuple[int, int]], seconds: float | None):
@@ -153,13 +158,16 @@ class Pace:
         elif seconds is not None:
             self.seconds[run] += 0.2 * (min(seconds, 2 * self.seconds[run]) - self.seconds[run])
         if run > 1 and right:
-            for place in range(run - 1):
-                self.tried[place] *= FORGET
-                self.right[place] *= FORGET
+            self._forget(FORGET)
+            if self.promising is False and any(count for count, _ in right):
+                self.promising, self.tries, self.interval = True, TRIES_MORE, PROBE
             for count, mattered in right:
                 for place in range(min(count + 1, mattered)):
                     self.tried[place] += 1
                     self.right[place] += place < count
+
+    def _forget(self, remains: float):
+        self.right, self.tried = ([remains * count for count in counts] for counts in (self.right, self.tried))
 
     def forget_seconds(self):
         """Of steps of other rows than those that run from now on."""
@@ -167,11 +175,9 @@ class Pace:
 
     def tokens(self, run: int) -> float:
         """How many a row a step of `run` tokens a row is expected to append."""
-        expected, share, known = 1.0, 1.0, 0.5
+        expected, share, usual = 1.0, 1.0, (sum(self.right) + 1) / (sum(self.tried) + 2)
         for right, tried in zip(self.right[: run - 1], self.tried):
-            if tried > 0.5:
-                known = right / tried
-            share *= known
+            share *= (right + DOUBT * usual) / (tried + DOUBT)
             expected += share
         return expected
 
