@@ -290,8 +290,6 @@ class Scheduler:
     def _step(self, fewer: int = 0, tokens: int = 1):
         order = self._move(fewer) if fewer else None
         groups = self._groups() if self.changed else None
-        if fewer and self.pace:
-            self.pace.forget_seconds()
         self.runner.step(self.model, self.retired, groups, order, tokens)
         self.runs.append(tokens)
         self.drafted[tokens] += 1

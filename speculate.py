@@ -156,7 +156,8 @@ class Pace:
                 self.seconds[run] = min(seconds, self.first[run])
             self.first[run] = seconds
         elif seconds is not None:
-            self.seconds[run] += 0.2 * (min(seconds, 2 * self.seconds[run]) - self.seconds[run])
+            change = min(seconds, 2 * self.seconds[run]) - self.seconds[run]
+            self.seconds[run] += change * (0.2 if change > 0 else 0.5)  # sooner where there are fewer rows
         if run > 1 and right:
             self._forget(FORGET)
             if self.promising is False and any(count for count, _ in right):
@@ -168,10 +169,6 @@ class Pace:
 
     def _forget(self, remains: float):
         self.right, self.tried = ([remains * count for count in counts] for counts in (self.right, self.tried))
-
-    def forget_seconds(self):
-        """Of steps of other rows than those that run from now on."""
-        self.seconds, self.first = {}, {}
 
     def tokens(self, run: int) -> float:
         """How many a row a step of `run` tokens a row is expected to append."""

@@ -145,7 +145,7 @@ def test_as_many_drafts_as_pay():
     assert paced(0.5, {1: 1.0, 2: 1.05, 4: 1.4, 8: 2.4})[-100:].count(8) < 5
     for right, costs in ((0.0, cheap), (0.4, dear)):
         taken = paced(right, costs)
-        assert taken[50:].count(1) > 0.93 * len(taken[50:])
+        assert taken[50:].count(1) > 0.9 * len(taken[50:])
         assert set(taken[50:]) > {1}  # probes
 
 
