@@ -13,6 +13,7 @@ import argparse
 
 from tqdm import tqdm
 
+from assistant import is_assistant
 from checkpoint import CONVERTED_NAME, convert, open_checkpoint
 from cli import Parser, path, run_program
 from files import check_writable
@@ -22,6 +23,9 @@ def run(args: argparse.Namespace):
     file = args.directory / CONVERTED_NAME
     if args.directory.is_file():
         raise ValueError(f"{args.directory} is a file; name the checkpoint's directory")
+    if is_assistant(args.directory):
+        print(f"{args.directory} has drafts for --draft_checkpoint_path, and stays as it is", file=sys.stderr)
+        return
     checkpoint = open_checkpoint(args.directory, formats=())
     check_writable(file)
     size = sum(tensor.size for tensors in checkpoint.parts.values() for tensor in tensors)

@@ -16,4 +16,6 @@ sys.exit(not all(map(find_spec, ('torch', 'sentencepiece', 'tokenizers', 'jinja2
 fi
 python "$root/scripts/download.py" "$@"
 python "$root/scripts/convert_hf_checkpoint.py" "$root/checkpoints/$1"
-echo "ready: python generate.py --checkpoint_path checkpoints/$1"
+option=checkpoint_path
+[[ "$1" == *-assistant ]] && option="draft_checkpoint_path"
+echo "ready: python generate.py --$option checkpoints/$1"
