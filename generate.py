@@ -430,6 +430,8 @@ def program_parser() -> argparse.ArgumentParser:
     draft = "a smaller checkpoint whose guesses are checked, some at once; the text stays (default: none)"
     add("--draft_checkpoint_path", type=path, metavar="PATH", help=draft)
     add("--prompt_lookup", action="store_true", help="check guesses from the text so far, some at once; the text stays")
+    reject = "draw guesses and accept or reject them: more are right, but the text depends on --speculate_k"
+    add("--rejection_sampling", action="store_true", help=reject)
     k = f"guesses a step, 1 to {MOST_DRAFTS}, or auto: as many as pay, none if none do (default: auto)"
     add("--speculate_k", type=drafts_per_step, metavar="N", help=k)
     ple = "cpu: embeddings of each layer's own (Gemma 4 E2B, E4B) stay in the host's memory (default: --device)"
@@ -499,6 +501,10 @@ def run(args: argparse.Namespace):
         raise ValueError("--prompt_lookup and --draft_checkpoint_path are two ways to the same: give one of them")
     if args.speculate_k and not (args.prompt_lookup or args.draft_checkpoint_path):
         raise ValueError("--speculate_k needs --draft_checkpoint_path or --prompt_lookup")
+    if args.rejection_sampling and not args.draft_checkpoint_path:
+        raise ValueError("--rejection_sampling needs --draft_checkpoint_path")
+    if args.rejection_sampling and args.speculate_k in (None, "auto"):
+        raise ValueError("--rejection_sampling needs a number, --speculate_k N: the text depends on it")
     output = None if args.output is None else _output(args, asked, beams)
     seed = args.seed if output is None else output.seed
     seed = secrets.randbits(32) if seed is None else seed
@@ -601,6 +607,8 @@ def _drafter(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer)
     if args.draft_checkpoint_path is None:
         return None
     if is_assistant(args.draft_checkpoint_path):
+        if args.rejection_sampling:
+            raise ValueError("--rejection_sampling needs a draft model; an assistant's guesses are not drawn")
         return AssistantDrafter(load_assistant(args.draft_checkpoint_path, model))
     name, options = args.draft_checkpoint_path, (args.device, args.precision, False, args.ops)
     draft, other = load_model(name, *options)
@@ -609,7 +617,7 @@ def _drafter(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer)
         warnings.warn(
             f"{name} was trained for {draft.config.context_length} tokens, and drafts behind more", stacklevel=2
         )
-    return DraftModel(draft)
+    return DraftModel(draft, args.rejection_sampling)
 
 
 def _asked(args: argparse.Namespace, sampling: Sampling) -> list[argparse.Namespace]:

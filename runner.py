@@ -21,7 +21,17 @@ from ops.next_token import append_run, log_step
 from ops.prefix_attention import tile_rows
 from ops.rope import Shared
 from pages import Pages
-from sampling import ALL_GREEDY, SETTINGS, DrawKind, draw, penalize, penalize_drafts
+from sampling import (
+    ALL_GREEDY,
+    SETTINGS,
+    DrawKind,
+    accept_or_draw,
+    distribution,
+    draw,
+    noise_at,
+    penalize,
+    penalize_drafts,
+)
 
 
 @dataclass
@@ -39,7 +49,7 @@ class State:
     max_new_tokens: Tensor  # [B], how many they may be
     done: Tensor  # [B], bool
     finite: Tensor  # [B], bool: whether the logits of its newest run were
-    noise: Tensor  # [B, L + 1], float64 in [0, 1), one for each new token
+    noise: Tensor  # [B, S * (L + 1)], float64 in [0, 1), S for each new token: 1, or 3 where drafts may be rejected
     seen: Tensor | None  # [B, V], bool: what repetition_penalty is for
     history: Tensor | None  # [B, L + R], all its tokens, the newest at its position: what lookup is for
     hidden: Tensor | None  # [B, N], the model's last state at its newest token but one; None where nobody needs it
@@ -49,7 +59,15 @@ class State:
     step: Tensor  # [1], how many entries were written
 
     @classmethod
-    def empty(cls, batch_size: int, length: int, device: torch.device, run: int = 1, history: bool = False) -> "State":
+    def empty(
+        cls,
+        batch_size: int,
+        length: int,
+        device: torch.device,
+        run: int = 1,
+        history: bool = False,
+        streams: int = 1,
+    ) -> "State":
         """The state of batch_size rows of at most `length` tokens, `run` a step at most, all of them done, without what
         only some runs need."""
 
@@ -63,7 +81,7 @@ class State:
             max_new_tokens=zeros(batch_size),
             done=torch.ones(batch_size, dtype=torch.bool, device=device),
             finite=torch.ones(batch_size, dtype=torch.bool, device=device),
-            noise=zeros(batch_size, length + 1, dtype=torch.float64),
+            noise=zeros(batch_size, streams * (length + 1), dtype=torch.float64),
             seen=None,
             history=zeros(batch_size, length + run) if history else None,
             hidden=None,
@@ -100,8 +118,12 @@ def decode_step(
 ):
     """Computes, draws and appends one token for each row, or a run of them behind so many drafts, and writes the log."""
     tokens, guessed, states, before = state.token[:, None], None, None, state.count
+    probabilities = None
     if drafts:
-        guessed = drafter.drafts(model, cache, state, kind, drafts)
+        if drafter.streams > 1 and kind != ALL_GREEDY:
+            guessed, probabilities = drafter.drawn(model, cache, state, kind, drafts)
+        else:
+            guessed = drafter.drafts(model, cache, state, kind, drafts)
         tokens = torch.cat((tokens, guessed), dim=1)
     if state.hidden is not None:
         states, before = state.hidden.new_empty(tokens.numel(), state.hidden.shape[1]), state.count.clone()
@@ -111,18 +133,21 @@ def decode_step(
     if kind == ALL_GREEDY:
         model.ops.greedy(logits, state, guessed)
     else:
-        log_step(state, next_token(state, logits.float(), kind, guessed))
+        log_step(state, next_token(state, logits.float(), kind, guessed, probabilities))
     if states is not None:  # of the token that the newest one was drawn behind
         last = torch.arange(0, len(states), tokens.shape[1], device=states.device) + state.count - before - 1
         state.hidden.copy_(states[last.clamp(min=0)])
 
 
-def next_token(state: State, logits: Tensor, kind: DrawKind, drafts: Tensor | None = None) -> Tensor:
+def next_token(
+    state: State, logits: Tensor, kind: DrawKind, drafts: Tensor | None = None, probabilities: Tensor | None = None
+) -> Tensor:
     """Draws a token for each of T places of each row from logits [B * T, V] in float32, behind drafts [B, T - 1], and
     appends each row's run of them. Returns all tokens [B, T] that were drawn.
 
     A place's noise is that of the token's number, and what is penalized there is what the row has seen and the drafts
-    before it: it draws what a step of its own would, had the drafts been drawn.
+    before it: it draws what a step of its own would, had the drafts been drawn. Drafts that were drawn with
+    `probabilities` [B, T - 1, V] may be rejected instead.
     """
     rows, computed = len(state.token), logits
     place = torch.arange(len(logits) // rows, device=logits.device)
@@ -135,8 +160,14 @@ def next_token(state: State, logits: Tensor, kind: DrawKind, drafts: Tensor | No
         if drafts is not None:
             penalize_drafts(logits, at_places, drafts, penalty)
         logits = logits.flatten(0, 1)
-    number = (state.count[:, None] + place).clamp(max=state.noise.shape[1] - 1)
-    token = draw(logits, state.noise.gather(1, number).flatten(), settings, kind).view(rows, -1)
+    number = state.count[:, None] + place
+    if probabilities is None:
+        number = number.clamp(max=state.noise.shape[1] - 1)
+        token = draw(logits, state.noise.gather(1, number).flatten(), settings, kind).view(rows, -1)
+    else:
+        noise = torch.stack([noise_at(state.noise, number, stream) for stream in (1, 2)])
+        wanted = distribution(logits, settings, kind).view(rows, len(place), -1)
+        token, drafts = accept_or_draw(wanted, probabilities, drafts, noise)
     length = append_run(state, computed, token, drafts)
     if kind.penalize:  # what a row draws that is done is not seen: a conversation goes on with the others
         appended = token.gather(1, place.minimum((length - 1).clamp(min=0)[:, None]))
@@ -195,7 +226,9 @@ class Runner:
         self.free_rings = list(range(batch_size, rings))  # for snapshots, which `pages` has of prefixes
         self.pages = Pages(page_count, snapshots=rings > batch_size, on_evict=self.free_rings.append)
         with torch.inference_mode(False):  # usable in and out of that mode, whoever asked first
-            self.whole_state = State.empty(batch_size, self.length, self.device, longest_run, drafter is not None)
+            self.streams_of_noise = 1 if drafter is None else drafter.streams
+            of_drafts = longest_run, drafter is not None, self.streams_of_noise
+            self.whole_state = State.empty(batch_size, self.length, self.device, *of_drafts)
             if getattr(drafter, "needs_states", False):
                 shape = batch_size, model.config.hidden_size
                 self.whole_state.hidden = torch.zeros(shape, dtype=model.dtype, device=self.device)
@@ -486,7 +519,7 @@ class Runner:
         state.max_new_tokens = self.sent([request.max_new_tokens for request in requests])
         values = [[getattr(request.sampling, name) for name in SETTINGS] for request in requests]
         state.settings = self.sent(values, torch.float64)
-        noise = [request.noise for request in requests]
+        noise = [request.noise(self.streams_of_noise) for request in requests]
         longest = max(1, *map(len, noise))
         state.noise = self.sent([each + [0.0] * (longest - len(each)) for each in noise], torch.float64)
         return state

@@ -126,6 +126,61 @@ def penalize_drafts(result: Tensor, logits: Tensor, drafts: Tensor, repetition_p
     result[:, 1:].scatter_(2, index, penalized(logits[:, 1:].gather(2, index), repetition_penalty[:, 1:]))
 
 
+def distribution(logits: Tensor, settings: dict[str, Tensor], kind: DrawKind) -> Tensor:
+    """The probabilities [B, V], in float64, with which `draw` takes the tokens of logits [B, V]."""
+
+    def filtered(logits: Tensor, filters) -> Tensor:
+        logits = (logits - logits.amax(-1, keepdim=True)).double()
+        for filter in filters:
+            logits = filter(logits, settings[filter.__name__])
+        return logits.softmax(-1)
+
+    result = None
+    if kind.in_any_order:
+        result = filtered(logits, [filter for filter in FILTERS if filter not in NEED_ORDER])
+    if kind.candidates or kind.in_order:
+        largest, ids = logits.topk(kind.candidates) if kind.candidates else logits.sort(descending=True)
+        of_order = torch.zeros_like(logits, dtype=torch.float64).scatter(1, ids, filtered(largest, FILTERS))
+        ordered = needs_order(settings["top_k"], settings["top_p"], logits.shape[-1])
+        result = of_order if result is None else torch.where(ordered, of_order, result)
+    if kind.greedy:
+        best = torch.zeros_like(logits, dtype=torch.float64).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
+        result = best if result is None else torch.where(settings["temperature"] == 0, best, result)
+    return result
+
+
+def noise_at(noise: Tensor, number: Tensor, stream: int) -> Tensor:
+    """Of three numbers for each new token, in noise [B, 3 * L], one for those of `number` [B, T]: what a draft is drawn
+    by, whether it is accepted, or what is drawn in its place."""
+    return noise.gather(1, (3 * number + stream).clamp(max=noise.shape[1] - 1))
+
+
+def draw_from(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """Tokens [...] of probabilities [..., V], which need not add up to 1, by inverting their sums at noise [...]."""
+    cumulative = probabilities.cumsum(-1)
+    token = (cumulative <= noise[..., None] * cumulative[..., -1:]).sum(-1)
+    return token.clamp(max=probabilities.shape[-1] - 1)
+
+
+def accept_or_draw(wanted: Tensor, guessed: Tensor, drafts: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Rejection sampling (arXiv:2211.17192, 2302.01318): tokens [B, T] whose first ones are distributed as `wanted`
+    [B, T, V] says, made of drafts [B, T - 1] that were drawn as `guessed` [B, T - 1, V] says; and the drafts, -1 from the
+    first one on that was rejected.
+
+    noise [2, B, T] says whether drafts are accepted, and what is drawn where the first one isn't, from what is wanted
+    more often than it was guessed, or behind all of them. Nothing is guessed there, or where rounding leaves no such
+    thing: what is drawn is what is wanted.
+    """
+    at = drafts[..., None]
+    p, q = wanted[:, :-1].gather(2, at)[..., 0], guessed.gather(2, at)[..., 0]
+    accepted = (noise[0, :, :-1] * q < p).cumprod(1).bool()
+    rest = torch.cat(((wanted[:, :-1] - guessed).clamp(min=0), wanted[:, -1:]), dim=1)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 1e-9, rest, wanted)
+    drawn = draw_from(rest, noise[1])
+    drafts = torch.where(accepted, drafts, -1)
+    return torch.cat((torch.where(accepted, drafts, drawn[:, :-1]), drawn[:, -1:]), dim=1), drafts
+
+
 def draw(
     logits: Tensor,
     noise: Tensor,

@@ -33,9 +33,10 @@ class Request:
     seed: tuple[int, int] = (0, 0)  # and a prompt's number: with the sample's, what picks the noise
     stops: Callable[[list[int]], bool] | None = None  # whether these new tokens end it: asked after each
 
-    @property
-    def noise(self) -> list[float]:
-        return noise_of(*self.seed, self.key[1], self.max_new_tokens) if self.sampling.temperature else []
+    def noise(self, streams: int) -> list[float]:
+        """So many numbers for each new token."""
+        count = streams * self.max_new_tokens
+        return noise_of(*self.seed, self.key[1], count) if self.sampling.temperature else []
 
     @property
     def tokens(self) -> int:

@@ -5,13 +5,15 @@ that token's own noise. A draft is right as long as it is what was drawn: so dra
 never which (ops/next_token.py). What differs is where drafts come from, how many pay, and the time that they take.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sampling import DrawKind
+from sampling import SETTINGS, DrawKind, distribution, draw_from, noise_at, penalize
 
 RUNS = (1, 2, 4, 8)  # tokens a row of the steps between which `Pace` chooses: one more than drafts
 MOST_DRAFTS = RUNS[-1] - 1
@@ -20,6 +22,7 @@ FORGET_ALL = 0.2  # and at the beginning of a probe
 PROBE, PROBE_MOST = 64, 1024  # steps without drafts after which some are tried again
 TRIES, TRIES_MORE = 2, 8  # steps of a probe, and of one in which a draft was right, from there
 DOUBT = 2.0  # drafts of as many right ones as others have, that are known of each place
+NEVER = -1e30  # the logit of a token that a draft model doesn't know
 GAIN = 1.02  # how much faster another number of drafts must promise to be
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,9 +31,11 @@ GAIN = 1.02  # how much faster another number of drafts must promise to be
 
 class Drafter(Protocol):
     """What guesses tokens. With a `model` it has a KV cache of its own, in the layers behind the checked model's; where
-    it `needs_states`, the batch's state has the checked model's last ones. A pass reads `weight_bytes`."""
+    it `needs_states`, the batch's state has the checked model's last ones. A pass reads `weight_bytes`. Each new token
+    has `streams` numbers in [0, 1)."""
 
     weight_bytes: int
+    streams: int
 
     def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
         """Guesses [B, count] of the tokens behind each row's newest one, from the state of a batch (`runner.State`).
@@ -42,7 +47,7 @@ class Drafter(Protocol):
 class PromptLookup:
     """What came next where a row's last tokens were before, in its prompt or in what it has made of it."""
 
-    weight_bytes = 0
+    weight_bytes, streams = 0, 1
 
     def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
         return model.ops.lookup(state.history, state.position, count)
@@ -50,25 +55,55 @@ class PromptLookup:
 
 @dataclass(frozen=True, eq=False)
 class DraftModel:
-    """The most probable tokens to a smaller model of the same vocabulary."""
+    """The most probable tokens to a smaller model of the same vocabulary; or, with `reject`, tokens drawn as the row's
+    settings say, which are accepted or rejected so that the text is distributed as without drafts. More are right then,
+    but which text comes of a seed depends on them and on their number."""
 
     model: torch.nn.Module
+    reject: bool = False
+
+    @property
+    def streams(self) -> int:
+        return 3 if self.reject else 1
 
     @property
     def weight_bytes(self) -> int:
         return self.model.weight_bytes
 
     def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
-        """Its first pass takes the last two tokens: where all drafts were right, it has not met the last of them."""
-        draft, vocabulary = self.model, model.config.vocab_size
+        return self._passes(model, cache, state, count, lambda logits, drafts: logits.argmax(-1))
+
+    def drawn(self, model, cache, state, kind: DrawKind, count: int) -> tuple[Tensor, Tensor]:
+        """Guesses that are drawn, and the probabilities [B, count, V] of all tokens in their places."""
+        settings, probabilities = dict(zip(SETTINGS, state.settings.split(1, dim=1))), []
+        number = state.count[:, None] + torch.arange(count, device=state.count.device)
+        noise = noise_at(state.noise, number, 0)
+
+        def draw(logits: Tensor, drafts: list[Tensor]) -> Tensor:
+            missing = model.config.vocab_size - logits.shape[1]
+            logits = F.pad(logits.float(), (0, missing), value=NEVER)
+            if kind.penalize:
+                seen, penalty = state.seen, settings["repetition_penalty"]
+                for draft in drafts:
+                    seen = seen.scatter(1, draft[:, None], True)
+                logits = penalize(logits, seen, penalty)
+            probabilities.append(distribution(logits, settings, kind))
+            return draw_from(probabilities[-1], noise[:, len(drafts)])
+
+        return self._passes(model, cache, state, count, draw), torch.stack(probabilities, dim=1)
+
+    def _passes(self, model, cache, state, count: int, choose: Callable[[Tensor, list[Tensor]], Tensor]) -> Tensor:
+        """Guesses that are chosen(logits, those before). The first pass takes the last two tokens: where all drafts were
+        right, the draft model has not met the last of them."""
+        draft, vocabulary, drafts = self.model, model.config.vocab_size, []
         own, position = cache.part(model.config.n_layers), (state.position - 1).clamp(min=0)
         tokens = state.history.gather(1, torch.stack((position, position + 1), dim=1))
         logits = draft.logits(tokens, own, position, None, True, decoding=True)[:, 1]
-        drafts = [logits[:, :vocabulary].argmax(-1)]
-        for i in range(1, count):
-            logits = draft.logits(drafts[-1][:, None], own, position + 1 + i, decoding=True)
-            drafts.append(logits[:, :vocabulary].argmax(-1))
-        return torch.stack(drafts, dim=1)
+        while True:
+            drafts.append(choose(logits[:, :vocabulary], drafts))
+            if len(drafts) == count:
+                return torch.stack(drafts, dim=1)
+            logits = draft.logits(drafts[-1][:, None], own, position + 1 + len(drafts), decoding=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +111,7 @@ class AssistantDrafter:
     """Those of a drafter that was trained with the model, reads its keys and values, and goes on from its last state."""
 
     assistant: torch.nn.Module
-    needs_states = True
+    needs_states, streams = True, 1
 
     @property
     def weight_bytes(self) -> int:
@@ -108,6 +143,8 @@ def pace_of(drafter: Drafter | None, speculate_k: int | str) -> "Pace | None":
         raise ValueError(f"speculate_k must be auto or a number from 1 to {MOST_DRAFTS}, not {speculate_k!r}")
     if drafter is None:
         return None
+    if drafter.streams > 1 and speculate_k == "auto":
+        raise ValueError("drafts that may be rejected need a number of them, --speculate_k: the text depends on it")
     return Pace() if speculate_k == "auto" else Pace(fixed=speculate_k + 1)
 
 

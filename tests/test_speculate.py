@@ -11,7 +11,7 @@ import generate as program
 from cli import Stats
 from generate import generate
 from runner import release
-from sampling import Sampling
+from sampling import DrawKind, Sampling, accept_or_draw, distribution, draw, draw_from
 from speculate import DraftModel, Pace, PromptLookup, check_same_tokens
 
 REPEATING = [2, 9, 8, 7, 6, 5, 9, 8, 7, 6]
@@ -265,3 +265,73 @@ def test_memory_does_not_grow_with_drafts():
         generate(model, [REPEATING], 24, temperature=0, stop_ids=(), drafter=PromptLookup(), compile=True)
         sizes.append(torch.cuda.memory_allocated())
     assert sizes[-1] <= sizes[5]
+
+
+# --- rejection sampling
+
+
+def test_what_is_accepted_or_drawn_is_distributed_as_wanted():
+    """Of 40,000 rows: the first token; the second one behind each first; drafts from a distribution far from that."""
+    generator, rows, size = torch.Generator().manual_seed(0), 40_000, 5
+    wanted = torch.rand(3, size, generator=generator, dtype=torch.float64).softmax(-1)
+    wanted[1, 2] = 0.0  # dropped by a filter
+    wanted /= wanted.sum(-1, keepdim=True)
+    guessed = torch.rand(2, size, generator=generator, dtype=torch.float64).pow(3)
+    guessed /= guessed.sum(-1, keepdim=True)
+    noise = torch.rand(3, rows, 3, generator=generator, dtype=torch.float64)
+    drafts = draw_from(guessed.expand(rows, -1, -1), noise[0, :, :2])
+    expanded = wanted.expand(rows, -1, -1), guessed.expand(rows, -1, -1)
+    token, kept = accept_or_draw(*expanded, drafts, noise[1:])
+    assert torch.equal(kept >= 0, kept == token[:, :2])
+    counts = token[:, 0].bincount(minlength=size) / rows
+    torch.testing.assert_close(counts.double(), wanted[0], atol=0.01, rtol=0)
+    accepted = kept[:, 0] >= 0
+    assert accepted.double().mean() == pytest.approx(torch.minimum(wanted[0], guessed[0]).sum().item(), abs=0.01)
+    counts = token[accepted, 1].bincount(minlength=size) / accepted.sum()
+    torch.testing.assert_close(counts.double(), wanted[1], atol=0.02, rtol=0)
+    both = kept[:, 1] >= 0
+    counts = token[both, 2].bincount(minlength=size) / both.sum()
+    torch.testing.assert_close(counts.double(), wanted[2], atol=0.02, rtol=0)
+
+
+def test_probabilities_are_what_draw_draws_with():
+    settings = [Sampling(temperature=0), *(each for each in SETTINGS if each.temperature)]
+    generator = torch.Generator().manual_seed(1)
+    logits, values = torch.randn(len(settings), 300, generator=generator) * 3, {}
+    for name in vars(settings[0]):
+        values[name] = torch.tensor([[float(getattr(each, name))] for each in settings], dtype=torch.float64)
+    kind = DrawKind.of(300, *settings)
+    probabilities = distribution(logits, values, kind)
+    grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    drawn = torch.stack([draw(logits, noise.expand(len(settings)), values, kind) for noise in grid])
+    for row, expected in enumerate(probabilities):
+        counts = drawn[:, row].bincount(minlength=300) / 4000
+        torch.testing.assert_close(counts.double(), expected, atol=1e-3, rtol=0)
+
+
+def test_rejection_sampling(capsys, monkeypatch):
+    """Greedy rows have the text that they have without; drafts of the model itself are all accepted; a row's text is its
+    own whatever the neighbours; the program says what it needs."""
+    model, other = small_model(case="gemma2-window-half"), small_model(seed=1)
+    prompts = prompts_of(128)
+    options = dict(seed=5, stop_ids=(11,), speculate_k=3)
+    for drafter in (DraftModel(model, reject=True), DraftModel(other, reject=True)):
+        together = generate(model, prompts, 20, sampling=list(SETTINGS), drafter=drafter, batch_size=4, **options)
+        for i in (0, 2):
+            greedy = dict(sampling=SETTINGS[i], stop_ids=(11,))
+            assert [together[i]] == generate(model, [prompts[i]], 20, **greedy)
+        alone = [
+            generate(model, [prompts[i]], 20, sampling=SETTINGS[i], drafter=drafter, **options | {"seed": [(5, i)]})
+            for i in range(len(prompts))
+        ]
+        assert [[text] for text in together] == alone
+    stats = Stats()
+    drafts = dict(drafter=DraftModel(model, reject=True), stats=stats)
+    generate(model, prompts, 20, sampling=list(SETTINGS), **drafts, **options)
+    assert stats.right == stats.drafts
+    assert stats.right.total() > 50
+    for arguments in (["--prompt_lookup"], ["--draft_checkpoint_path", str(TINY_GEMMA)]):
+        assert program.main([*arguments, "--rejection_sampling", "--device", "cpu"]) == 2
+        assert "--rejection_sampling needs" in capsys.readouterr().err
+    arguments = ["--draft_checkpoint_path", str(TINY_GEMMA), "--rejection_sampling", "--speculate_k", "3"]
+    assert "drafts: " in run_program(capsys, *arguments, "--max_new_tokens", "12")[1]
