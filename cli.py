@@ -172,9 +172,10 @@ def _drafts_in_words(stats: Stats) -> str:
         return ""
     shares = " ".join(f"{stats.right[place] / count:.2f}" for place, count in sorted(stats.drafts.items()))
     decoded = stats.new_tokens - stats.rows
+    share = f", {stats.draft_seconds / stats.decode_seconds:.0%} of decoding" if stats.draft_seconds else ""
     return (
         f"drafts: {(decoded) / (decoded - sum(stats.right.values())):.2f} tokens a row and step, {shares} right by place "
-        f"behind right ones, {stats.draft_seconds / stats.decode_seconds:.0%} of decoding\n"
+        f"behind right ones{share}\n"
     )
 
 

@@ -279,7 +279,8 @@ class Runner:
         self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids)))))
         self.state.done.fill_(True)
         if self.device.type == "cpu" and not self.compile and 2 * model.weight_bytes < free_memory(self.device):
-            model.pack()
+            for each in filter(None, (model, self.draft_model)):
+                each.pack()
         try:
             for run in runs:
                 self._made_step(model, run)
@@ -683,7 +684,10 @@ class Runner:
         return entry
 
     def draft_seconds(self, model: Transformer, run: int) -> float:
-        """How long drafts take of a step of `run` tokens a row: measured once, behind a run of the chain."""
+        """How long drafts take of a step of `run` tokens a row: measured once, behind a run of the chain; 0 where they
+        are compiled with the step."""
+        if self.compile and self.device.type == "cpu":
+            return 0.0
         key = len(self.state.token), run, self.kind, "drafts"
         if key not in self.steps:
 
