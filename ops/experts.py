@@ -34,7 +34,7 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.integer import dequantize_triton, int4_numbers, int4_products, words_per_chunk
+from ops.integer import dequantize_triton, int4_numbers, words_per_chunk
 from ops.matmul import GemvConfig
 from ops.norm import geglu
 
@@ -238,12 +238,10 @@ def experts_config(m: int, top_k: int, n_experts: int, dtype: torch.dtype) -> Co
     (BF16, microseconds for 2,048 and 16,384 tokens: 764 and 3,369, where torch._grouped_mm takes 962 and 3,656.)
     """
     block_k = 128 // dtype.itemsize  # a cache line of each weight row
-    if m == 1:
+    if m == 1 and dtype != torch.int32:  # tensor cores take int4's experts of one row in 45 us, sums in 112
         w13 = GemvConfig(2, 1024, num_warps=2, num_stages=3)
         if dtype.itemsize == 1:
             w13 = GemvConfig(4, 512, num_warps=4, num_stages=4)
-        elif dtype == torch.int32:
-            w13 = GemvConfig(4, 1024, num_warps=4, num_stages=2)
         return w13, GemvConfig(1, 1024, num_warps=4, num_stages=1)
     if m <= FEW_ROWS:
         wide = 1 if dtype == torch.int32 else 2  # cache lines at a time
@@ -265,8 +263,6 @@ def _expert_gemv_kernel(
     out_ptr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
-    GROUP: tl.constexpr,
-    WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -283,25 +279,17 @@ def _expert_gemv_kernel(
     wait_for_previous(PDL)
     e = tl.load(experts_ptr + pair)
     row += e * (2 * OUT)
-    if GROUP > 0:
-        rows = row.to(tl.int64)[:, None]
-        words_ptrs, pair_ptrs = weight_ptr + rows * (IN // 8), weight_scale_ptr + rows * (IN // GROUP)
-        BLOCK: tl.constexpr = BLOCK_K // 8
-        acc = tl.zeros([2 * BLOCK_N, BLOCK], tl.float32)
-        for word in tl.range(0, IN // 8, BLOCK, num_stages=STAGES):
-            acc += int4_products(x_ptr, words_ptrs, pair_ptrs, word, rows >= 0, IN, GROUP, WORDS, BLOCK)
-    else:
-        rows_ptr = weight_ptr + row.to(tl.int64) * IN
-        acc = tl.zeros([2 * BLOCK_N, BLOCK_K], tl.float32)
-        for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
-            mask = k + columns < IN
-            weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0)
-            x = tl.load(x_ptr + k + columns, mask=mask, other=0.0)
-            acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    rows_ptr = weight_ptr + row.to(tl.int64) * IN
+    acc = tl.zeros([2 * BLOCK_N, BLOCK_K], tl.float32)
+    for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
+        mask = k + columns < IN
+        weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0)
+        x = tl.load(x_ptr + k + columns, mask=mask, other=0.0)
+        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
     y = tl.sum(acc, axis=1)
     if input_scale_ptr is not None:
         y *= input_scale * tl.load(weight_scale_ptr + e)
-    elif weight_scale_ptr is not None and GROUP == 0:  # int8's, of each row
+    elif weight_scale_ptr is not None:  # int8's, of each row
         y *= tl.load(weight_scale_ptr + row).to(tl.float32)
     gate, up = tl.split(tl.reshape(y.to(dtype).to(tl.float32), [BLOCK_N, 2]))
     y = gelu_times(gate, up, dtype)
@@ -323,8 +311,6 @@ def _expert_sum_kernel(
     out_ptr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
-    GROUP: tl.constexpr,
-    WORDS: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -344,26 +330,17 @@ def _expert_sum_kernel(
     wait_for_previous(PDL)
     e = tl.load(experts_ptr + pair, mask=pair < TOP_K, other=0)
     row = e * OUT + tl.minimum(n, OUT - 1)
-    if GROUP > 0:
-        rows, has_row = row.to(tl.int64)[:, None], (pair < TOP_K)[:, None]
-        words_ptrs, pair_ptrs = weight_ptr + rows * (IN // 8), weight_scale_ptr + rows * (IN // GROUP)
-        x_ptrs = x_ptr + (pair * IN)[:, None]
-        BLOCK: tl.constexpr = BLOCK_K // 8
-        acc = tl.zeros([SLOTS * BLOCK_N, BLOCK], tl.float32)
-        for word in tl.range(0, IN // 8, BLOCK, num_stages=STAGES):
-            acc += int4_products(x_ptrs, words_ptrs, pair_ptrs, word, has_row, IN, GROUP, WORDS, BLOCK)
-    else:
-        rows_ptr = weight_ptr + row.to(tl.int64) * IN
-        acc = tl.zeros([SLOTS * BLOCK_N, BLOCK_K], tl.float32)
-        for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
-            mask = (pair < TOP_K)[:, None] & (k + columns < IN)[None, :]
-            weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask, other=0.0)
-            x = tl.load(x_ptr + (pair * IN)[:, None] + (k + columns)[None, :], mask=mask, other=0.0)
-            acc += weight.to(tl.float32) * x.to(tl.float32)
+    rows_ptr = weight_ptr + row.to(tl.int64) * IN
+    acc = tl.zeros([SLOTS * BLOCK_N, BLOCK_K], tl.float32)
+    for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
+        mask = (pair < TOP_K)[:, None] & (k + columns < IN)[None, :]
+        weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + (pair * IN)[:, None] + (k + columns)[None, :], mask=mask, other=0.0)
+        acc += weight.to(tl.float32) * x.to(tl.float32)
     y = tl.sum(acc, axis=1)
     if input_scale_ptr is not None:
         y *= tl.load(input_scale_ptr + e) * tl.load(weight_scale_ptr + e)
-    elif weight_scale_ptr is not None and GROUP == 0:
+    elif weight_scale_ptr is not None:
         y *= tl.load(weight_scale_ptr + row).to(tl.float32)
     y = y.to(dtype).to(tl.float32) * tl.load(weights_ptr + pair, mask=pair < TOP_K, other=0.0)
     y = tl.sum(tl.reshape(y, [SLOTS, BLOCK_N]), axis=0)
@@ -508,7 +485,8 @@ def experts_triton(h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: t
     if any(weight.data[0, 0].nbytes % 16 for weight in (w13, w2)):  # rows of tiles begin at multiples of 16 bytes
         return experts(h, w13, w2, chosen, weights, dtype)
     w13, w2 = (_multiplied(weight, dtype) for weight in (w13, w2))
-    configs = experts_config(*chosen.shape, w13.experts, w13.data.dtype)
+    stored = torch.int32 if w13.group or w2.group else w13.data.dtype
+    configs = experts_config(*chosen.shape, w13.experts, stored)
     return with_configs(h, w13, w2, chosen, weights, dtype, configs)
 
 
@@ -555,8 +533,6 @@ def _of_one_row(
         *(h, w13.data, chosen, w13.input_scale, _scales(w13), w2.input_scale, g),
         OUT=f,
         IN=n,
-        GROUP=w13.group,
-        WORDS=words_per_chunk(n) if w13.group else 0,
         BLOCK_N=configs[0].block_n,
         BLOCK_K=configs[0].block_k,
         STAGES=configs[0].num_stages,
@@ -570,8 +546,6 @@ def _of_one_row(
         *(g, w2.data, chosen, weights, w2.input_scale, _scales(w2), out),
         OUT=n,
         IN=f,
-        GROUP=w2.group,
-        WORDS=words_per_chunk(f) if w2.group else 0,
         TOP_K=top_k,
         SLOTS=power_of_2(top_k),
         BLOCK_N=configs[1].block_n,

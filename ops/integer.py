@@ -127,6 +127,7 @@ from ops.norm import geglu_triton
 # Versions of Triton differ in two things. With LANES_LAST it spreads the threads of a load over the last dimensions
 # first, not over the first ones. With PAIRS_APART it gives thread t columns 2t, 2t + 1, 2t + 8, 2t + 9 of int4's
 # operands, as the instruction has them, not columns 4t to 4t + 3.
+LONGEST_ROW = 8192  # columns that `int4_row` takes
 LANES_LAST = tl.constexpr(TRITON_VERSION >= (3, 7))
 PAIRS_APART = tl.constexpr(TRITON_VERSION >= (3, 8))
 DEQUANTIZE_BLOCK, DEQUANTIZE_WARPS = 4096, 4
@@ -643,37 +644,6 @@ def int4_numbers(words, pair, unit: tl.constexpr, dtype: tl.constexpr, BF16X2: t
 
 
 @jit
-def int4_products(
-    x_ptrs,
-    words_ptrs,
-    pair_ptrs,
-    first,
-    mask,
-    IN: tl.constexpr,
-    GROUP: tl.constexpr,
-    WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Multiplies BLOCK int4 words of each row, from word `first` of rows on, by x, of which x_ptrs [R or 1, 1] point to
-    the rows: sums [R, BLOCK] of a word's 8 products. words_ptrs and pair_ptrs [R, 1] point to rows of words and pairs,
-    mask [R or 1, 1] says which rows there are. The head of this file has the layout."""
-    word = first + tl.arange(0, BLOCK)[None, :]
-    mask = mask & (word < IN // 8)
-    column = word // WORDS * (8 * WORDS) + word % WORDS * 2
-    words = tl.load(words_ptrs + word, mask=mask, other=0)
-    acc = tl.zeros(words.shape, tl.float32)
-    for nibble in tl.static_range(4):
-        k = column + nibble * (2 * WORDS)
-        scale, zero = scale_and_zero(tl.load(pair_ptrs + k // GROUP, mask=mask, other=0))
-        low = ((words >> (4 * nibble)) & 15).to(tl.float32) - zero
-        high = ((words >> (4 * nibble + 16)) & 15).to(tl.float32) - zero
-        x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(x_ptrs + k + 1, mask=mask, other=0.0).to(tl.float32)
-        acc += scale * (low * x + high * y)
-    return acc
-
-
-@jit
 def _int4_row_kernel(
     x_ptr,
     weight_ptr,
@@ -685,24 +655,31 @@ def _int4_row_kernel(
     WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiplies one row of x by BLOCK_N rows of the weight."""
+    """Multiplies one row of x by BLOCK_N rows of the weight, of at most BLOCK words. The head of this file has the
+    layout."""
     launch_dependents(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.minimum(n, OUT - 1)[:, None]
-    words_ptrs, pair_ptrs = weight_ptr + row * (IN // 8), pair_ptr + row * (IN // GROUP)
-    acc = tl.zeros([BLOCK_N, BLOCK], tl.float32)
+    row, word = tl.minimum(n, OUT - 1)[:, None], tl.arange(0, BLOCK)[None, :]
+    mask, column = word < IN // 8, word // WORDS * (8 * WORDS) + word % WORDS * 2
+    words = tl.load(weight_ptr + row * (IN // 8) + word, mask=mask, other=0)
+    acc = tl.zeros(words.shape, tl.float32)
     wait_for_previous(PDL)
-    for word in tl.range(0, IN // 8, BLOCK, num_stages=STAGES):
-        acc += int4_products(x_ptr, words_ptrs, pair_ptrs, word, row >= 0, IN, GROUP, WORDS, BLOCK)
+    for nibble in tl.static_range(4):
+        k = column + nibble * (2 * WORDS)
+        scale, zero = scale_and_zero(tl.load(pair_ptr + row * (IN // GROUP) + k // GROUP, mask=mask, other=0))
+        x = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(x_ptr + k + 1, mask=mask, other=0.0).to(tl.float32)
+        # The bits of 128 + q in bfloat16, twice: no conversion, of which a GPU makes few at a time
+        low, high = scale_and_zero(((words >> (4 * nibble)) & 0x000F000F) | 0x43004300)
+        acc += scale * ((low - (zero + 128)) * x + (high - (zero + 128)) * y)
     tl.store(out_ptr + n, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=n < OUT)
 
 
 def int4_row(x: Tensor, weight) -> Tensor:
-    """Multiplies one row x [1, K] by a weight in int4, whatever its chunks: [1, N]."""
-    (n, k), block_n, block = weight.shape, 4, 128
+    """Multiplies one row x [1, K] by a weight in int4, whatever its chunks, with whole rows at a time: [1, N]."""
+    (n, k), block_n = weight.shape, 4
     out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     launch(
         _int4_row_kernel,
@@ -713,8 +690,7 @@ def int4_row(x: Tensor, weight) -> Tensor:
         GROUP=weight.group,
         WORDS=words_per_chunk(k),
         BLOCK_N=block_n,
-        BLOCK=block,
-        STAGES=2,
+        BLOCK=power_of_2(k // 8),
         num_warps=4,
     )
     return out
@@ -725,7 +701,7 @@ def int_triton(
 ) -> Tensor:
     """Multiplies x [M, K] by a weight in int8 or int4: `matmul_triton` or, with `geglu`, `matmul_geglu_triton`."""
     config = int_config(len(x), *weight.shape, weight.group)
-    if config is None and len(x) == 1 and weight.group and not geglu:
+    if config is None and len(x) == 1 and weight.group and weight.shape[1] <= LONGEST_ROW and not geglu:
         return int4_row(x, weight)
     if config is None or dtype != torch.bfloat16:  # made in each call; of few rows unrounded, as by the kernels
         wide = torch.float32 if len(x) <= 8 else dtype
