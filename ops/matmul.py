@@ -19,6 +19,7 @@ from ops.common import (
     launch_dependents,
     load_scalar,
     power_of_2,
+    prefetch_l2,
     store_rounded,
     tl,
     triton,
@@ -122,8 +123,8 @@ class GemvConfig(NamedTuple):
 class GemmConfig(NamedTuple):
     """How up to 64 rows are multiplied: a program owns block_n outputs of all rows, at most block_m of them.
 
-    split_k programs share those outputs, each with a part of the columns; then the results are partial sums. The rest
-    is as in `GemvConfig`.
+    split_k programs share those outputs, each with a part of the columns; then the results are partial sums. `early`
+    tiles are brought to L2 while the kernel before still runs. The rest is as in `GemvConfig`.
     """
 
     block_m: int
@@ -132,12 +133,13 @@ class GemmConfig(NamedTuple):
     split_k: int
     num_warps: int
     num_stages: int
+    early: int = 0
 
 
 def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) -> GemvConfig | GemmConfig | None:
     """Picks how m rows are multiplied by a weight [n, k] of `dtype`; None means cuBLAS.
 
-    What was fastest in whole steps of gemma-7b and gemma-2b on an H200.
+    What was fastest in whole steps of gemma-7b and gemma-2b on an H200 and, beyond one row, on an H100.
     """
     if m == 1 and dtype != torch.int8:
         in_8 = dtype.itemsize == 1
@@ -157,10 +159,13 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
         return None
     if m > 16 and dtype == E4M3 and n <= 16384:
         return None
+    wide = dtype.itemsize == 2 or (dtype == E4M3 and m <= 16)
     block_n = 64 if m <= 16 or dtype.itemsize == 1 else 128
-    block_k = 128 // dtype.itemsize  # a cache line of each weight row
-    split_k = pick_split_k(n, k, block_n, 1.5 * SMS if m <= 16 else 0.7 * SMS, 4 * block_k)
-    return GemmConfig(max(16, power_of_2(m)), block_n, block_k, split_k, num_warps=4, num_stages=6)
+    block_k = (256 if wide else 128) // dtype.itemsize  # two cache lines or one of each weight row
+    wanted = 0.7 if m > 16 else 1 if wide else 1.5
+    split_k = pick_split_k(n, k, block_n, wanted * SMS, 4 * block_k)
+    num_stages = 6 if not wide else 4 if m <= 16 else 3
+    return GemmConfig(max(16, power_of_2(m)), block_n, block_k, split_k, 4, num_stages, early=int(wide))
 
 
 def pick_split_k(n: int, k: int, block_n: int, wanted: float, least: int) -> int:
@@ -198,7 +203,8 @@ def with_config(
         return gemv(x, weight, dtype, geglu, next_scale, config)
     if geglu:
         few_deep = len(x) <= 16 and weight.shape[1] > 2048
-        config = config._replace(block_n=64, num_stages=4 if few_deep else 3)
+        int8 = weight.data.dtype == torch.int8
+        config = config._replace(block_n=64, num_stages=4 if few_deep and int8 else 3)
     elif not partials:
         config = config._replace(split_k=1)
     return gemm(x, weight, dtype, geglu, next_scale, config)
@@ -315,6 +321,7 @@ def store_partial(out_ptr, y, scale, n, m, rows, OUT: tl.constexpr):
 @jit
 def _gemm_kernel(
     out_ptr,
+    weight_ptr,
     weight_tiles,
     x_tiles,
     input_scale_ptr,
@@ -325,11 +332,13 @@ def _gemm_kernel(
     rows,
     tiles,
     OUT: tl.constexpr,
+    IN: tl.constexpr,
     GEGLU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
     PROMOTE: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
@@ -342,6 +351,13 @@ def _gemm_kernel(
     launch_dependents(PDL)
     first_row = tl.program_id(0) * BLOCK_N
     first_tile = tl.program_id(1) * tiles
+    early_ptr = weight_ptr + first_row.to(tl.int64) * IN + first_tile * BLOCK_K
+    inside = (first_tile + EARLY) * BLOCK_K <= IN
+    count = tl.where(inside, tl.minimum(BLOCK_N, OUT - first_row), 0)
+    ITEM: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    prefetch_l2(early_ptr, IN * ITEM, count, EARLY * BLOCK_K * ITEM, PDL)
+    if GEGLU:
+        prefetch_l2(early_ptr + OUT * IN, IN * ITEM, count, EARLY * BLOCK_K * ITEM, PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if GEGLU:
         up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -417,16 +433,18 @@ def gemm(
     launch(
         _gemm_kernel,
         (-(-n // config.block_n), split_k),
-        out,
+        *(out, data),
         TensorDescriptor.from_tensor(data, [config.block_n, config.block_k]),
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         *(weight.input_scale, weight.scale, next_scale, other, None if other is None else other.stride(0), m, tiles),
         OUT=n,
+        IN=k,
         GEGLU=geglu,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
+        EARLY=min(config.early, tiles),
         PROMOTE=config.block_k if data.dtype == E4M3 else 0,
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,
