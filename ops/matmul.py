@@ -108,7 +108,7 @@ def fp8_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
 
 
 class GemvConfig(NamedTuple):
-    """How one row is multiplied: a program owns block_n outputs and adds up block_k columns at a time.
+    """How one row, or two, are multiplied: a program owns block_n outputs and adds up block_k columns at a time.
 
     num_stages - 1 such tiles are in flight. The first `early` of them are loaded while the kernel before still runs.
     """
@@ -141,7 +141,7 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
 
     What was fastest in whole steps of gemma-7b and gemma-2b on an H200 and, beyond one row, on an H100.
     """
-    if m == 1 and dtype != torch.int8:
+    if (m == 1 and dtype != torch.int8) or (m == 2 and dtype.itemsize == 2 and n >= 32768 and k > 2048):
         in_8 = dtype.itemsize == 1
         if k > 8192 and n <= 2560 and not in_8:
             return GemvConfig(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
@@ -222,7 +222,9 @@ def _gemv_kernel(
     weight_scale_ptr,
     next_scale_ptr,
     other_ptr,
+    other_stride,
     out_ptr,
+    ROWS: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     GEGLU: tl.constexpr,
@@ -233,9 +235,9 @@ def _gemv_kernel(
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiplies one row of x by BLOCK_N rows of the weight or, with GEGLU, by as many of gate and of up.
+    """Multiplies each of ROWS rows of x by BLOCK_N rows of the weight or, with GEGLU, by as many of gate and of up.
 
-    With other_ptr the result is a gate, too, whose other factor is there.
+    With other_ptr the result is a gate, too, whose other factor is there, in rows other_stride apart.
     """
     launch_dependents(PDL)
     first = tl.program_id(0) * BLOCK_N
@@ -244,7 +246,7 @@ def _gemv_kernel(
         row = tl.minimum(first + i // 2, OUT - 1) + i % 2 * OUT
     else:
         row = tl.minimum(first + tl.arange(0, BLOCK_N), OUT - 1)
-    acc = tl.zeros([row.shape[0], BLOCK_K], tl.float32)
+    acc = (tl.zeros([row.shape[0], BLOCK_K], tl.float32),) * ROWS
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
     columns = tl.arange(0, BLOCK_K)
     early = ()
@@ -257,24 +259,34 @@ def _gemv_kernel(
     wait_for_previous(PDL)
     for tile in tl.static_range(EARLY):
         k = tile * BLOCK_K
-        x = tl.load(x_ptr + k + columns, mask=k + columns < IN, other=0.0)
-        acc += early[tile].to(tl.float32) * x.to(tl.float32)[None, :]
+        acc = _add_products(acc, early[tile], x_ptr + k + columns, k + columns < IN, ROWS, IN)
     for k in tl.range(EARLY * BLOCK_K, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
         weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0)
-        x = tl.load(x_ptr + k + columns, mask=mask, other=0.0)
-        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-    y = tl.sum(acc, axis=1)
-    if input_scale is not None:
-        y *= input_scale * weight_scale
-    y = y.to(dtype).to(tl.float32)
-    if GEGLU:
-        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
-        y = gelu_times(gate, up, dtype)
-    n = first + tl.arange(0, BLOCK_N)
-    if other_ptr is not None:
-        y = gelu_times(y, tl.load(other_ptr + n, mask=n < OUT, other=0.0).to(tl.float32), dtype)
-    store_rounded(out_ptr + n, y, next_scale, n < OUT, dtype)
+        acc = _add_products(acc, weight, x_ptr + k + columns, mask, ROWS, IN)
+    for m in tl.static_range(ROWS):
+        y = tl.sum(acc[m], axis=1)
+        if input_scale is not None:
+            y *= input_scale * weight_scale
+        y = y.to(dtype).to(tl.float32)
+        if GEGLU:
+            gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
+            y = gelu_times(gate, up, dtype)
+        n = first + tl.arange(0, BLOCK_N)
+        if other_ptr is not None:
+            other = tl.load(other_ptr + m * other_stride + n, mask=n < OUT, other=0.0)
+            y = gelu_times(y, other.to(tl.float32), dtype)
+        store_rounded(out_ptr + m * OUT + n, y, next_scale, n < OUT, dtype)
+
+
+@jit
+def _add_products(acc, weight, x_ptrs, mask, ROWS: tl.constexpr, IN: tl.constexpr):
+    """Adds a tile of the weight times the same columns of each row of x, at x_ptrs of the first, to the row's sums."""
+    sums = ()
+    for m in tl.static_range(ROWS):
+        x = tl.load(x_ptrs + m * IN, mask=mask, other=0.0)
+        sums = sums + (acc[m] + weight.to(tl.float32) * x.to(tl.float32)[None, :],)
+    return sums
 
 
 def gemv(
@@ -286,18 +298,18 @@ def gemv(
     config: GemvConfig | None = None,
     other: Tensor | None = None,
 ) -> Tensor:
-    """`matmul`, with `geglu` `matmul_geglu`, or with `other` `gelu_gate`, of one row x [1, K] by a weight in bf16,
+    """`matmul`, with `geglu` `matmul_geglu`, or with `other` `gelu_gate`, of few rows x [M, K] by a weight in bf16,
     float32 or E4M3."""
     (m, k), data = x.shape, weight.data
-    if m > 1:
-        raise ValueError(f"gemv takes one row, not {m}")
     n = data.shape[0] // 2 if geglu else data.shape[0]
     config = config or linear_config(m, data.shape[0], k, data.dtype)
     out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
     launch(
         _gemv_kernel,
         (-(-n // config.block_n),),
-        *(x, data, weight.input_scale, weight.scale, next_scale, other, out),
+        *(x, data, weight.input_scale, weight.scale, next_scale),
+        *(other, None if other is None else other.stride(0), out),
+        ROWS=m,
         OUT=n,
         IN=k,
         GEGLU=geglu,
