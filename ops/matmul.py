@@ -19,6 +19,7 @@ from ops.common import (
     launch_dependents,
     load_scalar,
     power_of_2,
+    prefetch_l2,
     store_rounded,
     tl,
     triton,
@@ -107,7 +108,7 @@ def fp8_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
 
 
 class GemvConfig(NamedTuple):
-    """How one row is multiplied: a program owns block_n outputs and adds up block_k columns at a time.
+    """How one row, or two, are multiplied: a program owns block_n outputs and adds up block_k columns at a time.
 
     num_stages - 1 such tiles are in flight. The first `early` of them are loaded while the kernel before still runs.
     """
@@ -122,8 +123,8 @@ class GemvConfig(NamedTuple):
 class GemmConfig(NamedTuple):
     """How up to 64 rows are multiplied: a program owns block_n outputs of all rows, at most block_m of them.
 
-    split_k programs share those outputs, each with a part of the columns; then the results are partial sums. The rest
-    is as in `GemvConfig`.
+    split_k programs share those outputs, each with a part of the columns; then the results are partial sums. `early`
+    tiles are brought to L2 while the kernel before still runs. The rest is as in `GemvConfig`.
     """
 
     block_m: int
@@ -132,14 +133,15 @@ class GemmConfig(NamedTuple):
     split_k: int
     num_warps: int
     num_stages: int
+    early: int = 0
 
 
 def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) -> GemvConfig | GemmConfig | None:
     """Picks how m rows are multiplied by a weight [n, k] of `dtype`; None means cuBLAS.
 
-    What was fastest in whole steps of gemma-7b and gemma-2b on an H200.
+    What was fastest in whole steps of gemma-7b and gemma-2b on an H200 and, beyond one row, on an H100.
     """
-    if m == 1 and dtype != torch.int8:
+    if (m == 1 and dtype != torch.int8) or (m == 2 and dtype.itemsize == 2 and n >= 32768 and k > 2048):
         in_8 = dtype.itemsize == 1
         if k > 8192 and n <= 2560 and not in_8:
             return GemvConfig(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
@@ -157,10 +159,13 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
         return None
     if m > 16 and dtype == E4M3 and n <= 16384:
         return None
+    wide = dtype.itemsize == 2 or (dtype == E4M3 and m <= 16)
     block_n = 64 if m <= 16 or dtype.itemsize == 1 else 128
-    block_k = 128 // dtype.itemsize  # a cache line of each weight row
-    split_k = pick_split_k(n, k, block_n, 1.5 * SMS if m <= 16 else 0.7 * SMS, 4 * block_k)
-    return GemmConfig(max(16, power_of_2(m)), block_n, block_k, split_k, num_warps=4, num_stages=6)
+    block_k = (256 if wide else 128) // dtype.itemsize  # two cache lines or one of each weight row
+    wanted = 0.7 if m > 16 else 1 if wide else 1.5
+    split_k = pick_split_k(n, k, block_n, wanted * SMS, 4 * block_k)
+    num_stages = 6 if not wide else 4 if m <= 16 else 3
+    return GemmConfig(max(16, power_of_2(m)), block_n, block_k, split_k, 4, num_stages, early=int(wide))
 
 
 def pick_split_k(n: int, k: int, block_n: int, wanted: float, least: int) -> int:
@@ -198,7 +203,8 @@ def with_config(
         return gemv(x, weight, dtype, geglu, next_scale, config)
     if geglu:
         few_deep = len(x) <= 16 and weight.shape[1] > 2048
-        config = config._replace(block_n=64, num_stages=4 if few_deep else 3)
+        int8 = weight.data.dtype == torch.int8
+        config = config._replace(block_n=64, num_stages=4 if few_deep and int8 else 3)
     elif not partials:
         config = config._replace(split_k=1)
     return gemm(x, weight, dtype, geglu, next_scale, config)
@@ -216,7 +222,9 @@ def _gemv_kernel(
     weight_scale_ptr,
     next_scale_ptr,
     other_ptr,
+    other_stride,
     out_ptr,
+    ROWS: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     GEGLU: tl.constexpr,
@@ -227,9 +235,9 @@ def _gemv_kernel(
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiplies one row of x by BLOCK_N rows of the weight or, with GEGLU, by as many of gate and of up.
+    """Multiplies each of ROWS rows of x by BLOCK_N rows of the weight or, with GEGLU, by as many of gate and of up.
 
-    With other_ptr the result is a gate, too, whose other factor is there.
+    With other_ptr the result is a gate, too, whose other factor is there, in rows other_stride apart.
     """
     launch_dependents(PDL)
     first = tl.program_id(0) * BLOCK_N
@@ -238,7 +246,7 @@ def _gemv_kernel(
         row = tl.minimum(first + i // 2, OUT - 1) + i % 2 * OUT
     else:
         row = tl.minimum(first + tl.arange(0, BLOCK_N), OUT - 1)
-    acc = tl.zeros([row.shape[0], BLOCK_K], tl.float32)
+    acc = (tl.zeros([row.shape[0], BLOCK_K], tl.float32),) * ROWS
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
     columns = tl.arange(0, BLOCK_K)
     early = ()
@@ -251,24 +259,34 @@ def _gemv_kernel(
     wait_for_previous(PDL)
     for tile in tl.static_range(EARLY):
         k = tile * BLOCK_K
-        x = tl.load(x_ptr + k + columns, mask=k + columns < IN, other=0.0)
-        acc += early[tile].to(tl.float32) * x.to(tl.float32)[None, :]
+        acc = _add_products(acc, early[tile], x_ptr + k + columns, k + columns < IN, ROWS, IN)
     for k in tl.range(EARLY * BLOCK_K, IN, BLOCK_K, num_stages=STAGES):
         mask = k + columns < IN
         weight = tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0)
-        x = tl.load(x_ptr + k + columns, mask=mask, other=0.0)
-        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-    y = tl.sum(acc, axis=1)
-    if input_scale is not None:
-        y *= input_scale * weight_scale
-    y = y.to(dtype).to(tl.float32)
-    if GEGLU:
-        gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
-        y = gelu_times(gate, up, dtype)
-    n = first + tl.arange(0, BLOCK_N)
-    if other_ptr is not None:
-        y = gelu_times(y, tl.load(other_ptr + n, mask=n < OUT, other=0.0).to(tl.float32), dtype)
-    store_rounded(out_ptr + n, y, next_scale, n < OUT, dtype)
+        acc = _add_products(acc, weight, x_ptr + k + columns, mask, ROWS, IN)
+    for m in tl.static_range(ROWS):
+        y = tl.sum(acc[m], axis=1)
+        if input_scale is not None:
+            y *= input_scale * weight_scale
+        y = y.to(dtype).to(tl.float32)
+        if GEGLU:
+            gate, up = tl.split(tl.reshape(y, [BLOCK_N, 2]))
+            y = gelu_times(gate, up, dtype)
+        n = first + tl.arange(0, BLOCK_N)
+        if other_ptr is not None:
+            other = tl.load(other_ptr + m * other_stride + n, mask=n < OUT, other=0.0)
+            y = gelu_times(y, other.to(tl.float32), dtype)
+        store_rounded(out_ptr + m * OUT + n, y, next_scale, n < OUT, dtype)
+
+
+@jit
+def _add_products(acc, weight, x_ptrs, mask, ROWS: tl.constexpr, IN: tl.constexpr):
+    """Adds a tile of the weight times the same columns of each row of x, at x_ptrs of the first, to the row's sums."""
+    sums = ()
+    for m in tl.static_range(ROWS):
+        x = tl.load(x_ptrs + m * IN, mask=mask, other=0.0)
+        sums = sums + (acc[m] + weight.to(tl.float32) * x.to(tl.float32)[None, :],)
+    return sums
 
 
 def gemv(
@@ -280,18 +298,18 @@ def gemv(
     config: GemvConfig | None = None,
     other: Tensor | None = None,
 ) -> Tensor:
-    """`matmul`, with `geglu` `matmul_geglu`, or with `other` `gelu_gate`, of one row x [1, K] by a weight in bf16,
+    """`matmul`, with `geglu` `matmul_geglu`, or with `other` `gelu_gate`, of few rows x [M, K] by a weight in bf16,
     float32 or E4M3."""
     (m, k), data = x.shape, weight.data
-    if m > 1:
-        raise ValueError(f"gemv takes one row, not {m}")
     n = data.shape[0] // 2 if geglu else data.shape[0]
     config = config or linear_config(m, data.shape[0], k, data.dtype)
     out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
     launch(
         _gemv_kernel,
         (-(-n // config.block_n),),
-        *(x, data, weight.input_scale, weight.scale, next_scale, other, out),
+        *(x, data, weight.input_scale, weight.scale, next_scale),
+        *(other, None if other is None else other.stride(0), out),
+        ROWS=m,
         OUT=n,
         IN=k,
         GEGLU=geglu,
@@ -315,6 +333,7 @@ def store_partial(out_ptr, y, scale, n, m, rows, OUT: tl.constexpr):
 @jit
 def _gemm_kernel(
     out_ptr,
+    weight_ptr,
     weight_tiles,
     x_tiles,
     input_scale_ptr,
@@ -325,11 +344,13 @@ def _gemm_kernel(
     rows,
     tiles,
     OUT: tl.constexpr,
+    IN: tl.constexpr,
     GEGLU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
     PROMOTE: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
@@ -342,6 +363,13 @@ def _gemm_kernel(
     launch_dependents(PDL)
     first_row = tl.program_id(0) * BLOCK_N
     first_tile = tl.program_id(1) * tiles
+    early_ptr = weight_ptr + first_row.to(tl.int64) * IN + first_tile * BLOCK_K
+    inside = (first_tile + EARLY) * BLOCK_K <= IN
+    count = tl.where(inside, tl.minimum(BLOCK_N, OUT - first_row), 0)
+    ITEM: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    prefetch_l2(early_ptr, IN * ITEM, count, EARLY * BLOCK_K * ITEM, PDL)
+    if GEGLU:
+        prefetch_l2(early_ptr + OUT * IN, IN * ITEM, count, EARLY * BLOCK_K * ITEM, PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if GEGLU:
         up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -417,16 +445,18 @@ def gemm(
     launch(
         _gemm_kernel,
         (-(-n // config.block_n), split_k),
-        out,
+        *(out, data),
         TensorDescriptor.from_tensor(data, [config.block_n, config.block_k]),
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         *(weight.input_scale, weight.scale, next_scale, other, None if other is None else other.stride(0), m, tiles),
         OUT=n,
+        IN=k,
         GEGLU=geglu,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
+        EARLY=min(config.early, tiles),
         PROMOTE=config.block_k if data.dtype == E4M3 else 0,
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,

@@ -607,16 +607,11 @@ def test_definition_of_matmul_by_integers(dtype, group):
 
 @PRODUCTS
 @pytest.mark.parametrize("early", [0, 1, 2])
-@pytest.mark.parametrize("shape", [(11, 80), (16, 256), (5, 100)])
+@pytest.mark.parametrize("shape", [(1, 11, 80), (1, 16, 256), (1, 5, 100), (3, 11, 80), (4, 5, 100)])
 def test_gemv(dtype, shape, early):
-    x, weight, out = dense_inputs(1, *shape, dtype)
+    x, weight, out = dense_inputs(*shape, dtype)
     config = GemvConfig(block_n=4, block_k=64, num_warps=4, num_stages=3, early=early)
     assert_same(matmul.gemv(x, weight, out, config=config), product(x, weight, out))
-
-
-def test_gemv_takes_one_row():
-    with pytest.raises(ValueError, match="one row, not 2"):
-        matmul.gemv(*dense_inputs(2, 8, 64, BF16))
 
 
 @PRODUCTS
@@ -626,10 +621,10 @@ def test_matmul_geglu(dtype, m):
     next_scale = scalar(0.05) if dtype == E4M3 else None
     expected = norm.geglu(product(x, weight, out), out, next_scale)
     assert_same(matmul.matmul_geglu_triton(x, weight, out, next_scale), expected)
-    if m == 1:
+    if m < 5:
         config = GemvConfig(block_n=2, block_k=32, num_warps=4, num_stages=2, early=1)
         assert_same(matmul.gemv(x, weight, out, True, next_scale, config), expected)
-    else:
+    if m > 1:
         config = GemmConfig(16, block_n=32, block_k=32, split_k=2, num_warps=4, num_stages=2)
         assert_same(matmul.gemm(x, weight, out, True, next_scale, config), expected)
 
@@ -643,6 +638,9 @@ def test_gelu_gate(dtype, m, p):
     expected = norm.geglu(torch.cat((product(x, weight, dtype), other), 1), dtype)
     for gelu_gate in (matmul.gelu_gate, matmul.gelu_gate_triton):
         assert_same(gelu_gate(x, weight, other, dtype), expected)
+    if m == 3:
+        config = GemvConfig(block_n=2, block_k=64, num_warps=4, num_stages=2)
+        assert_same(matmul.gemv(x, weight, dtype, config=config, other=other), expected)
 
 
 @PRODUCTS
