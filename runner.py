@@ -237,6 +237,7 @@ class Runner:
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
         self.seconds = [0.0] * 4  # that the last events took, on a CPU
         self.steps, self.prefills, self.pool = {}, {}, None
+        self.timed = {}  # seconds of recorded steps and of making their drafts
         self.groups, self.shared, self.whole_shared = [], {}, {}  # of rows in use; by tokens a row: in whose memory
         self.tile_of = *model.config.global_group, model.dtype
         # Functions, not methods of self: without a cycle, memory is free as soon as the runner is.
@@ -298,7 +299,8 @@ class Runner:
             if "InvalidCxxCompiler" not in f"{error!r}{error.__cause__!r}":
                 raise
             raise ValueError("--compile needs a C++ compiler: install g++ or leave it out") from None
-        self.step_seconds = {run: self._timed(run) for run in runs if self.compile and self.device.type == "cuda"}
+        recorded = len(runs) > 1 and self.compile and self.device.type == "cuda"
+        self.step_seconds = {run: self._timed(run) for run in runs} if recorded else {}
         self.state.step.zero_()
         self.state.position.zero_()  # of rows that stay idle: their steps read one slot
         if self.device.type == "cuda":
@@ -324,9 +326,9 @@ class Runner:
     def _timed(self, run: int) -> float:
         """Seconds of a recorded step of `run` tokens a row, all of which are done."""
         key = len(self.state.token), run, self.kind, None
-        if (*key, "seconds") not in self.steps:
-            self.steps[*key, "seconds"] = _seconds_on_gpu(self.steps[key].replay)
-        return self.steps[*key, "seconds"]
+        if key not in self.timed:
+            self.timed[key] = _seconds_on_gpu(self.steps[key].replay)
+        return self.timed[key]
 
     def _make_step(self, model: Transformer, shared: Shared | None, run: int) -> "torch.cuda.CUDAGraph | None":
         """Compiles the step for this number of rows and kind of draw; on CUDA also records it as one graph.
@@ -689,18 +691,18 @@ class Runner:
         if self.compile and self.device.type == "cpu":
             return 0.0
         key = len(self.state.token), run, self.kind, "drafts"
-        if key not in self.steps:
+        if key not in self.timed:
 
             def drafts():
                 self.drafter.drafts(model, self.cache, self.state, self.kind, run - 1)
 
             if self.device.type == "cuda":
-                self.steps[key] = _seconds_on_gpu(self.record(drafts).replay if self.compile else drafts)
+                self.timed[key] = _seconds_on_gpu(self.record(drafts).replay if self.compile else drafts)
             else:
                 start = time.perf_counter()
                 drafts()
-                self.steps[key] = time.perf_counter() - start
-        return self.steps[key]
+                self.timed[key] = time.perf_counter() - start
+        return self.timed[key]
 
     def seconds_of_last(self) -> float | None:
         """How long the event took whose entry was read last; None where that is not known: of the first, or where

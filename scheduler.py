@@ -278,12 +278,13 @@ class Scheduler:
         self._release()
 
     def _steps_left(self) -> int:
-        """How many steps are to come at most, of what runs now."""
+        """How many tokens, and so steps, are to come at most, of what runs now."""
         return max((each.request.max_new_tokens - each.planned for each in self.running), default=0)
 
     def _fewer(self) -> int:
         """How many rows steps need have from now on, if those are half as many at most; else 0."""
-        if self.waiting or self._steps_left() < SHRINK:
+        run = self.pace.tokens(self.pace.current) if self.pace else 1
+        if self.waiting or self._steps_left() < SHRINK * run:
             return 0
         rows = self.runner.fewer_rows(sum(each.last == inf for each in self.running))
         return rows if rows <= self.rows // 2 else 0
@@ -363,6 +364,7 @@ class Scheduler:
                 stops = each.request.stops
                 if tokens > 1:
                     each.drafted = len(each.request.prompt) + count - 2
+                    each.planned = max(each.planned, count + self.runner.events - event - 1)
                     accepted = count - len(each.tokens) - 1
                     right.append((accepted, accepted if done else tokens - 1))
                 for token in run[: count - len(each.tokens)]:
