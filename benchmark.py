@@ -204,7 +204,8 @@ def speculate(args: argparse.Namespace, context: int = 128, new_tokens: int = 25
     models agree on nothing: so many drafts are right at each place, behind right ones, as `right` says, whatever models
     make. gain is the decoding speed over that without drafts, tokens_per_step what a step appends to a row. With
     --checkpoint_path, a trained model and one for its drafts, what these make of --text is measured instead: code that is
-    to be repeated (copy), and code that is to go on (free)."""
+    to be repeated (copy), and code that is to go on (free). Peer then, at batch 1: transformers' prompt lookup and
+    assisted generation, the whole call."""
     if args.checkpoint_path:
         yield from speculate_trained(args)
         return
@@ -235,8 +236,15 @@ def speculate_trained(args: argparse.Namespace, context: int = 256, new_tokens: 
     drafters = {"prompt lookup": PromptLookup(), args.checkpoint_path[1].name: DraftModel(draft)}
     for (kind, prompts), (by, drafter), batch in product(kinds.items(), drafters.items(), args.batches or (1, 8)):
         case = {"model": args.checkpoint_path[0].name, "text": kind, "drafts": by}
-        shape = {"batch": batch, "context": len(prompts[0]), "new_tokens": new_tokens}
-        yield from rows_of_drafts(args, model, prompts[:batch], drafter, counts, case | shape)
+        case |= {"batch": batch, "context": len(prompts[0]), "new_tokens": new_tokens}
+        yield from rows_of_drafts(args, model, prompts[:batch], drafter, counts, case)
+        if "transformers" in args.peers and batch == 1:
+            run, first = peers.transformers_drafts(args.checkpoint_path, prompts[0], new_tokens), None
+            for count in (count for count in counts if count != "auto"):
+                named = {f"transformers, {by}": partial(run, by, count)}
+                (row,) = measure(args, named, case | {"speculate_k": count})
+                first = first or row["tokens_per_second"]
+                yield rounded(row | {"gain": row["tokens_per_second"] / first})
 
 
 def rows_of_drafts(args, model, prompts, drafter, counts: list, case: dict, **options) -> Iterator[dict]:
@@ -440,7 +448,12 @@ PROTOCOLS = {
     "prefix-cache": Protocol(prefix_cache, "cuda", ("gemma-7b",), ("bf16", "fp8-kv")),
     "beams": Protocol(beams, "cuda", ("gemma-7b",), ("bf16", "fp8-kv")),
     "speculate": Protocol(
-        speculate, "cuda", tuple(DRAFTS_OF), ("fp8-all",), options=("batches", "drafts_per_step", *TRAINED[:2])
+        speculate,
+        "cuda",
+        tuple(DRAFTS_OF),
+        ("fp8-all",),
+        ("transformers",),
+        ("batches", "drafts_per_step", *TRAINED[:2]),
     ),
     "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all"), options=("batches", "picture")),
     "weights": Protocol(weights, "cuda", ("gemma-7b",), tuple(PRECISIONS), options=TRAINED),

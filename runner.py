@@ -300,7 +300,8 @@ class Runner:
                 raise
             raise ValueError("--compile needs a C++ compiler: install g++ or leave it out") from None
         recorded = len(runs) > 1 and self.compile and self.device.type == "cuda"
-        self.step_seconds = {run: self._timed(run) for run in runs} if recorded else {}
+        self.step_seconds = self.timed.setdefault((len(self.state.token), kind), {})  # `Pace` goes on with it
+        self.step_seconds |= {run: self._timed(run) for run in runs} if recorded else {}
         self.state.step.zero_()
         self.state.position.zero_()  # of rows that stay idle: their steps read one slot
         if self.device.type == "cuda":

@@ -105,7 +105,7 @@ class Scheduler:
     ):
         self.runner, self.model, self.rows, self.lag = runner, model, rows, LAGS[check]
         if pace is not None:
-            pace.seconds |= runner.step_seconds
+            pace.seconds = runner.step_seconds
         self.pace, self.runs = pace, deque()  # tokens a row of the events that were not read yet, 0 for prefills
         self.behind = False  # whether a draft model has not met all tokens
         self.pages = runner.pages

@@ -160,6 +160,21 @@ def transformers_generate(model, prompts: list[list[int]], new_tokens: int, **op
     return run
 
 
+def transformers_drafts(directories: list, prompt: list[int], new_tokens: int) -> Callable[[str, int], None]:
+    """Returns a function that continues a prompt by the first of two checkpoints with the peer's drafts: of whom, "prompt
+    lookup" or the second checkpoint, and how many a step, 0 for none."""
+    model, assistant = map(transformers_checkpoint, directories)
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+
+    def run(by: str, count: int):
+        assistant.generation_config.num_assistant_tokens = count
+        drafts = {"prompt_lookup_num_tokens": count} if by == "prompt lookup" else {"assistant_model": assistant}
+        transformers_generate(model, [prompt], new_tokens, **(drafts if count else {}))()
+
+    return run
+
+
 @contextmanager
 def transformers_batching(
     model, prompts: list[list[int]], limits: list[int], timeout: float

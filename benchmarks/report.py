@@ -244,15 +244,15 @@ def speculate(rows: list[dict]) -> str:
 
     def content(row: dict) -> str:
         if row["speculate_k"] == 0:
-            return decode_rate(row)
-        return f"{row['gain']:.2f} × ({row['tokens_per_step']:.2f})"
+            return decode_rate(row) if "decode_tokens_per_second" in row else whole_rate(row)
+        return f"{row['gain']:.2f} ×" + form(row.get("tokens_per_step"), " ({:.2f})")
 
     def right(row: dict) -> str:
         return ", ".join(f"{share:.2f}" for share in row.get("right", ())) or row.get("text", "")
 
     out = "Tokens/s while decoding without drafts, and with them the gain, and what a step appends to a row:\n\n"
     rows = [row | {"right": right(row)} for row in rows]
-    return out + pivot(rows, ("model", "precision", "drafts", "right", "batch"), drafts, content)
+    return out + pivot(rows, ("model", "precision", "name", "drafts", "right", "batch"), drafts, content)
 
 
 def sweep(rows: list[dict]) -> str:
@@ -526,18 +526,23 @@ def command(name: str, content: dict, picture: bool) -> str:
     found = {"models": "model", "precisions": "precision", "ops": "ops"}
     if protocol in ("sweep", "throughput", "speculate"):
         found["batches"] = "batch"
+    if protocol == "speculate":
+        found["drafts_per_step"], ours = "speculate_k", [row for row in ours if row["speculate_k"]]
     if protocol == "throughput":
         found["shapes"], ours = "shape", [{"shape": MIXED} | row for row in ours]
     if protocol == "samples":  # which measures a single one whatever is asked for
         found["batches"], ours = "samples", [row for row in ours if row["samples"] > 1]
     if protocol in ("cpu", "startup", "stop-check"):
         ours, found = rows, {"models": "model", "precisions": "precision"} if protocol != "cpu" else {}
-    out = f"python benchmark.py {protocol}"
+    trained = protocol == "speculate" and "text" in rows[0]
+    out = f"python benchmark.py {protocol}" + " --checkpoint_path DIR DRAFT_DIR --text held_out.jsonl" * trained
+    if trained:
+        del found["models"]
     for option, key in found.items():
         values = dict.fromkeys(str(row[key]) for row in ours if key in row)
         out += f" --{option} {' '.join(values)}" if values else ""
     programs = {row.get("name", "").split(",")[0].lower() for row in rows}
-    if protocol in ("latency", "tutorial", "throughput", "samples", "cpu"):
+    if protocol in ("latency", "tutorial", "throughput", "samples", "cpu") or trained:
         names = [peer for peer in ("transformers", "vllm") if peer in programs]
         out += f" --peers {' '.join(names)}" if names else " --no_peers"
     if any("checkpoint" in row for row in rows):
