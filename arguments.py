@@ -6,7 +6,7 @@ from collections.abc import Callable
 from cache import Codec, cache_bytes
 from device import check_memory, free_memory
 from model import Transformer
-from runner import activation_bytes, held_bytes, runner_bytes
+from runner import activation_bytes, configs_of, held_bytes, runner_bytes
 from sampling import DrawKind
 from scheduler import CHUNK
 
@@ -114,7 +114,7 @@ def rows_and_pages(
     tokens a row. Raises ValueError if there is no room for the largest request, or for the rows.
     """
     config, held, count_of_all = model.config, held_bytes(model), pages.total()
-    configs = [config, *([drafter.model.config] if getattr(drafter, "model", None) else [])]
+    configs = configs_of(model, drafter)
     tokens = min(CHUNK if model.ops.packs else PADDED * CHUNK, count_of_all * longest)
     activations = activation_bytes(model, tokens)
     # Bytes a logit that a draw takes: sorting, float64, and what a penalty makes of them

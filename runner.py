@@ -183,8 +183,9 @@ class Runner:
     serve many runs, one at a time: prompts, sampling and, on a GPU, the number of rows change between them, and
     within a run `admit` fills rows with new prompts, whatever the others do. `compile` records the decode step as one
     CUDA graph, once for each number of rows and of drafts and `DrawKind`, all in one memory pool; on a CPU torch.compile
-    makes the step. With a `drafter` (speculate.py) steps append runs of `longest_run` tokens at most. `compile_prefill` does so with prefill, for prompts padded to a power of two. Raises ValueError for an FP8
-    cache whose scales are bad.
+    makes the step. `compile_prefill` does so with prefill, for prompts padded to a power of two. With a `drafter`
+    (speculate.py) steps append runs of `longest_run` tokens at most. Raises ValueError for an FP8 cache whose scales are
+    bad.
 
     `admit` and `step` are events of one chain: each begins, on the device, when the one before has ended, and writes an
     entry of the log, which `read` gives to the host. On CUDA two streams alternate. Event i waits, on the device, for
@@ -209,7 +210,7 @@ class Runner:
         model.kv_scales.check(codec)
         self.batch_size, self.length, self.codec = batch_size, length, codec
         self.drafter, self.longest_run = drafter, longest_run
-        self.draft_model = getattr(drafter, "model", None)  # one with a cache of its own
+        self.draft_model = None if drafter is None else drafter.model  # one with a cache of its own
         page_count = 1 + batch_size * -(-length // PAGE) if page_count is None else page_count
         self.compile, self.compile_prefill = compile, compile_prefill
         self.device, self.ops, self.packs = model.device, model.ops, model.ops.packs
@@ -229,7 +230,7 @@ class Runner:
             self.streams_of_noise = 1 if drafter is None else drafter.streams
             of_drafts = longest_run, drafter is not None, self.streams_of_noise
             self.whole_state = State.empty(batch_size, self.length, self.device, *of_drafts)
-            if getattr(drafter, "needs_states", False):
+            if drafter is not None and drafter.needs_states:
                 shape = batch_size, model.config.hidden_size
                 self.whole_state.hidden = torch.zeros(shape, dtype=model.dtype, device=self.device)
             self.log = torch.zeros_like(self.whole_state.log, device="cpu", pin_memory=self.device.type == "cuda")
@@ -737,6 +738,11 @@ def snapshots_of(config, batch_size: int, length: int, ahead: int = 0) -> int:
     return min(8, 1 + batch_size // 8) if rings else 0
 
 
+def configs_of(model: Transformer, drafter) -> list:
+    """Those of the models that have a KV cache: this one, and that of drafts, if there is one."""
+    return [each.config for each in (model, drafter and drafter.model) if each is not None]
+
+
 def runner_bytes(configs: list, rows: int, length: int, codec: Codec, pages: int, longest_run: int = 1) -> int:
     """Bytes of the KV caches, noise and log of a runner with these rows and pages, of a model and perhaps that of its
     drafts."""
@@ -839,8 +845,10 @@ def lease(
     if held is None:
         if roomy:
             more = _padded_rows(rows), min(max(512, power_of_2(length)), model.config.context_length)
-            configs = [model.config, *([drafter.model.config] if getattr(drafter, "model", None) else [])]
-            if runner_bytes(configs, *more, codec, pages, longest_run) < free_memory(model.device) // 2:
+            if (
+                runner_bytes(configs_of(model, drafter), *more, codec, pages, longest_run)
+                < free_memory(model.device) // 2
+            ):
                 rows, length = more
         held = Runner(model, rows, length, codec, compile, compile_prefill, pages, drafter, longest_run)
     if held.weights != (weights := _versions(model)):

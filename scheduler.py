@@ -108,6 +108,7 @@ class Scheduler:
             pace.seconds = runner.step_seconds
         self.pace, self.runs = pace, deque()  # tokens a row of the events that were not read yet, 0 for prefills
         self.behind = False  # whether a draft model has not met all tokens
+        self.ended: Running | None = None  # the only request, once it has ended, if its pages and a draft model stay
         self.pages = runner.pages
         self.requests, self.waiting = iter(requests), deque()  # those that come next, one a row at most, were taken
         self.free, self.rings = list(range(rows)), list(range(rows))
@@ -149,7 +150,7 @@ class Scheduler:
                     tokens = self.pace.next() if self.pace else 1
                     if tokens > 1 and self.behind:
                         yield from self._read(on_token, lag=0)
-                        self._catch_up()
+                        self._catch_up([each for each in self.running if each.first < inf == each.last], 2)
                     self.steps += 1
                     if on_step is not None:
                         on_step(self.steps, self.runner)
@@ -157,8 +158,8 @@ class Scheduler:
                     yield from self._read(on_token)
                 elif not prefills:
                     yield from self._read(on_token, lag=0)
-            if self.kept is not None and self.pace and self.runner.draft_model is not None:
-                self._catch_up()
+            if self.ended is not None:
+                self._catch_up([self.ended], 1)
         finally:
             for each in self.running:
                 if each.last == inf:
@@ -245,14 +246,14 @@ class Scheduler:
         self.running.append(running)
         return running
 
-    def _catch_up(self):
-        """Has the draft model's cache filled with what steps without drafts have made; the log has been read."""
+    def _catch_up(self, running: list[Running], spare: int):
+        """Has the draft model's cache filled with what it has not met of these, but for the last `spare` tokens: those
+        that drafts begin with, or the one that the other cache lacks, too. The log has been read."""
         pieces = []
-        for each in self.running:
-            if each.first < inf == each.last:
-                text = each.request.prompt + each.tokens
-                if each.drafted < len(text) - 2:  # the draft's first pass takes two tokens
-                    pieces.append((each, each.drafted, text[each.drafted : -2]))
+        for each in running:
+            text = each.request.prompt + each.tokens
+            if each.drafted < len(text) - spare:
+                pieces.append((each, each.drafted, text[each.drafted : -spare]))
         while pieces:
             tokens, count = len(pieces[0][2]), 1
             while count < len(pieces) and tokens + len(pieces[count][2]) <= CHUNK:
@@ -377,6 +378,8 @@ class Scheduler:
                         break
                 if done:
                     self.running.remove(each)
+                    if self.kept is not None and self.pace is not None and self.runner.draft_model is not None:
+                        self.ended = each
                     if each.last == inf:
                         self._leave(each)
                     yield each.request, each.tokens

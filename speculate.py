@@ -36,6 +36,8 @@ class Drafter(Protocol):
 
     weight_bytes: int
     streams: int
+    model: torch.nn.Module | None
+    needs_states: bool
 
     def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
         """Guesses [B, count] of the tokens behind each row's newest one, from the state of a batch (`runner.State`).
@@ -47,7 +49,7 @@ class Drafter(Protocol):
 class PromptLookup:
     """What came next where a row's last tokens were before, in its prompt or in what it has made of it."""
 
-    weight_bytes, streams = 0, 1
+    weight_bytes, streams, model, needs_states = 0, 1, None, False
 
     def drafts(self, model, cache, state, kind: DrawKind, count: int) -> Tensor:
         return model.ops.lookup(state.history, state.position, count)
@@ -61,6 +63,7 @@ class DraftModel:
 
     model: torch.nn.Module
     reject: bool = False
+    needs_states = False
 
     @property
     def streams(self) -> int:
@@ -111,7 +114,7 @@ class AssistantDrafter:
     """Those of a drafter that was trained with the model, reads its keys and values, and goes on from its last state."""
 
     assistant: torch.nn.Module
-    needs_states, streams = True, 1
+    streams, model, needs_states = 1, None, True
 
     @property
     def weight_bytes(self) -> int:

@@ -1173,11 +1173,11 @@ def test_model_whose_caches_keep_values_alone(name):
     """A prompt, a piece behind it and a step: by kernels as by their definitions."""
     model, results = small_model(case="gemma4-unified").to(DEVICE), []
     model.kv_scales = KVScales([(0.3, 0.02)] * model.config.n_layers)
-    x = torch.randint(3, 120, (2, 70)).to(DEVICE)
+    x = torch.randint(3, 120, (1, 70)).to(DEVICE)
     for kind in ("torch", "kernels"):
         model.ops = ops.choose(kind, DEVICE)
-        cache = KVCache.empty(model.config, 2, 130, CODECS[name], DEVICE, model.kv_scales)
-        position = torch.full((2,), 66, device=DEVICE)
+        cache = KVCache.empty(model.config, 1, 130, CODECS[name], DEVICE, model.kv_scales)
+        position = torch.full((1,), 66, device=DEVICE)
         logits = [model(x[:, :66], cache), model(x[:, 66:69], cache, position)]
         results.append(torch.stack([*logits, model(x[:, 69:], cache, position + 3)]))
     # what lies between two codes may be rounded to either

@@ -8,10 +8,12 @@ import torch
 from conftest import TINY_GEMMA, fake_input, small_model
 
 import generate as program
+from cache import codec_of
 from cli import Stats
 from generate import generate
-from runner import release
-from sampling import DrawKind, Sampling, accept_or_draw, distribution, draw, draw_from
+from runner import lease, release
+from sampling import ALL_GREEDY, DrawKind, Sampling, accept_or_draw, distribution, draw, draw_from
+from scheduler import Request, Scheduler
 from speculate import DraftModel, Pace, PromptLookup, check_same_tokens
 
 REPEATING = [2, 9, 8, 7, 6, 5, 9, 8, 7, 6]
@@ -75,6 +77,24 @@ def test_right_drafts_are_all_accepted_also_behind_steps_without(monkeypatch):
         assert stats.right.total() > 60
         counted.append(stats.steps)
     assert counted[0] == 5  # the first token is prefill's; the last step may make 7
+
+
+def test_a_conversations_next_turn_finds_what_the_draft_model_has_met():
+    """Also what the turn before has made without drafts."""
+    model = small_model(case="gemma2-window-half")
+    codec, kind, prompt = codec_of(None, model.dtype), ALL_GREEDY, REPEATING
+    with lease(model, 1, 192, codec, drafter=DraftModel(model), longest_run=8) as runner:
+        held, cached = runner.pages.take([], 192), 0
+        for script in ((1,), (2, 1), (8,)):
+            runner.start(model, 1, kind, ())
+            request = Request((0, 0), prompt, 30, Sampling(temperature=0))
+            scheduler = Scheduler(runner, model, [request], 1, "every", Script(*script))
+            ((_, tokens),) = scheduler.run(cached=cached, held=held)
+            runner.finish()
+            assert scheduler.right == scheduler.drafts
+            cached, prompt = len(prompt + tokens) - 1, [*prompt, *tokens, 5, 9, 8]
+        assert scheduler.right.total() > 20
+        runner.pages.release(held)
 
 
 def test_a_stop_or_a_limit_ends_a_run_anywhere():
