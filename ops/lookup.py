@@ -2,6 +2,9 @@
 
 This is prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding): code, quotations and answers
 about a text repeat what was there before. A draft costs no model, and one that is wrong costs a place of a step.
+
+Tokens a step of 7 drafts, small-gemma on code that it repeats: 3.70 where 3 tokens are looked up, 3.80 for 5, 3.81 for 8;
+3.11 for 3 if the earliest place counts instead of the latest.
 """
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from ops.common import jit, launch, launch_dependents, power_of_2, tl, wait_for_previous
 
-LONGEST = 3  # tokens that are looked up at most
+LONGEST = 5  # tokens that are looked up at most
 LOOKUP_BLOCK, LOOKUP_WARPS = 4096, 16
 
 

@@ -877,7 +877,7 @@ def test_runs_end_where_they_have_to(greedy):
 
 def looked_up(tokens: list[int], count: int) -> list[int]:
     """What `prompt_lookup` is to find behind these tokens."""
-    for n in (3, 2, 1):
+    for n in (5, 4, 3, 2, 1):
         for end in range(len(tokens) - 1, n - 1, -1):
             if tokens[end - n : end] == tokens[-n:]:
                 for i in range(count):
