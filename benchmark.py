@@ -53,7 +53,7 @@ from ops import Ops, choose
 from runner import Runner, lease
 from sampling import ALL_GREEDY, Sampling
 from scheduler import Request, Scheduler
-from speculate import AssistantDrafter, DraftModel, PromptLookup, check_same_tokens
+from speculate import AssistantDrafter, Drafter, DraftModel, PromptLookup, check_same_tokens
 from text import read_texts
 
 ROOT = Path(__file__).parent
@@ -247,15 +247,26 @@ def speculate_trained(args: argparse.Namespace, context: int = 256, new_tokens: 
                 yield rounded(row | {"gain": row["tokens_per_second"] / first})
 
 
-def rows_of_drafts(args, model, prompts, drafter, counts: list, case: dict, **options) -> Iterator[dict]:
+def rows_of_drafts(
+    args: argparse.Namespace,
+    model: Transformer,
+    prompts: list[list[int]],
+    drafter: Drafter,
+    counts: list[int | str],
+    case: dict,
+    **options,
+) -> Iterator[dict]:
     """A row for each number of drafts a step, of which the first is 0."""
     rate, options = None, options | {"compile": args.device.type == "cuda"}
     for count in counts:
         of_drafts = {"drafter": drafter, "speculate_k": count} if count else {}
         run, done = ours(model, prompts, case["new_tokens"], **options, **of_drafts), []
-        (row,) = measure(
-            args, {OURS: lambda run=run, done=done: done.append(run()) or done[-1]}, case | {"speculate_k": count}
-        )
+
+        def kept(run=run, done=done) -> Stats:
+            done.append(run())
+            return done[-1]
+
+        (row,) = measure(args, {OURS: kept}, case | {"speculate_k": count})
         stats, rate = done[-1], rate or row["decode_tokens_per_second"]
         drawn, right = stats.new_tokens - stats.rows, stats.right.total()
         row |= {"tokens_per_step": drawn / (drawn - right), "gain": row["decode_tokens_per_second"] / rate}
@@ -488,7 +499,7 @@ def config_of_peer(name: str) -> dict:
     return peers.hf_config(ModelConfig.from_name(name))
 
 
-def random_drafter(by: str, name: str, model: Transformer):
+def random_drafter(by: str, name: str, model: Transformer) -> Drafter:
     """What makes drafts for a model: prompt lookup, an assistant, or a random model of a published size, in BF16."""
     if by == "prompt lookup":
         return PromptLookup()
