@@ -126,21 +126,22 @@ def penalize_drafts(result: Tensor, logits: Tensor, drafts: Tensor, repetition_p
     result[:, 1:].scatter_(2, index, penalized(logits[:, 1:].gather(2, index), repetition_penalty[:, 1:]))
 
 
+def _filtered(logits: Tensor, settings: dict[str, Tensor], filters) -> Tensor:
+    """The probabilities that filters leave of logits [B, N], in float64."""
+    logits = (logits - logits.amax(-1, keepdim=True)).double()
+    for filter in filters:
+        logits = filter(logits, settings[filter.__name__])
+    return logits.softmax(-1)
+
+
 def distribution(logits: Tensor, settings: dict[str, Tensor], kind: DrawKind) -> Tensor:
     """The probabilities [B, V], in float64, with which `draw` takes the tokens of logits [B, V]."""
-
-    def filtered(logits: Tensor, filters) -> Tensor:
-        logits = (logits - logits.amax(-1, keepdim=True)).double()
-        for filter in filters:
-            logits = filter(logits, settings[filter.__name__])
-        return logits.softmax(-1)
-
     result = None
     if kind.in_any_order:
-        result = filtered(logits, [filter for filter in FILTERS if filter not in NEED_ORDER])
+        result = _filtered(logits, settings, [filter for filter in FILTERS if filter not in NEED_ORDER])
     if kind.candidates or kind.in_order:
         largest, ids = logits.topk(kind.candidates) if kind.candidates else logits.sort(descending=True)
-        of_order = torch.zeros_like(logits, dtype=torch.float64).scatter(1, ids, filtered(largest, FILTERS))
+        of_order = torch.zeros_like(logits, dtype=torch.float64).scatter(1, ids, _filtered(largest, settings, FILTERS))
         ordered = needs_order(settings["top_k"], settings["top_p"], logits.shape[-1])
         result = of_order if result is None else torch.where(ordered, of_order, result)
     if kind.greedy:
@@ -197,11 +198,7 @@ def draw(
     """
 
     def pick(logits: Tensor, filters) -> Tensor:
-        logits = (logits - logits.amax(-1, keepdim=True)).double()
-        for filter in filters:
-            logits = filter(logits, settings[filter.__name__])
-        cumulative = logits.softmax(-1).cumsum(-1)
-        return (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+        return draw_from(_filtered(logits, settings, filters), noise)[:, None]
 
     token = None
     if kind.in_any_order:

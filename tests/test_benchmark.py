@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, copy_tiny_gemma
+from conftest import ROOT, copy_tiny_gemma, small_model
 from safetensors.torch import load_file, save_file
 
 import benchmark
@@ -29,6 +29,7 @@ from formats import Weight
 from generate import generate, load_model
 from model import Transformer
 from runner import Runner
+from speculate import PromptLookup
 
 CPU = torch.device("cpu")
 CUDA_PROTOCOLS = [name for name, protocol in benchmark.PROTOCOLS.items() if protocol.device == "cuda"]
@@ -545,3 +546,15 @@ def test_what_was_measured_before_a_failure_is_written(tmp_path, monkeypatch, ca
         benchmark.main(["cpu", "--output", str(tmp_path / "out.json")])
     assert json.loads((tmp_path / "out.json").read_text())["results"] == [{"name": "first", "seconds": 1.0}]
     assert "first" in capsys.readouterr().out
+
+
+def test_drafts_are_right_as_often_as_is_said():
+    """Those of a random model, which agrees with none."""
+    model = small_model()
+    operations, prompt = model.ops, [2, 9, 8, 7, 6, 5, 9, 8]
+    for right, expected in (((1.0,) * 7, 1.0), ((0.0,) * 7, 0.0), ((0.5,) * 7, 0.5)):
+        model.ops, stats = benchmark.forced_right(operations, right, model.device), Stats()
+        drafts = dict(drafter=PromptLookup(), speculate_k=7, stats=stats)
+        generate(model, [prompt] * 8, 40, temperature=0, stop_ids=(), **drafts)
+        share = stats.right.total() / stats.drafts.total()
+        assert share == pytest.approx(expected, abs=0.15 if expected == 0.5 else 0)
