@@ -268,8 +268,7 @@ def rows_of_drafts(
 
         (row,) = measure(args, {OURS: kept}, case | {"speculate_k": count})
         stats, rate = done[-1], rate or row["decode_tokens_per_second"]
-        drawn, right = stats.new_tokens - stats.rows, stats.right.total()
-        row |= {"tokens_per_step": drawn / (drawn - right), "gain": row["decode_tokens_per_second"] / rate}
+        row |= {"tokens_per_step": stats.tokens_per_step, "gain": row["decode_tokens_per_second"] / rate}
         row["right_by_place"] = [stats.right[place] / tried for place, tried in sorted(stats.drafts.items())]
         yield rounded(row | {"share_of_drafts": stats.draft_seconds / stats.decode_seconds})
 

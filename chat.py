@@ -67,9 +67,8 @@ def _take_turns(
     history, kept = [], []  # tokens of the messages, and those whose keys and values are in the pages that are held
     while True:
         runs = pace.runs if pace else (1,)
-        runner.start(
-            model, 1, kind, model.config.stop_ids, runs=runs
-        )  # compiled, the first time, before anybody has to wait
+        # Compiled, the first time, before anybody has to wait
+        runner.start(model, 1, kind, model.config.stop_ids, runs=runs)
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:

@@ -154,6 +154,12 @@ class Stats:
         return (self.new_tokens - self.rows) / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
+    def tokens_per_step(self) -> float:
+        """New tokens that a step appends to a row; the first of each row is prefill's."""
+        drawn = self.new_tokens - self.rows
+        return drawn / (drawn - self.right.total())
+
+    @property
     def bandwidth(self) -> float:
         """Bytes a second."""
         return self.bytes_read / self.decode_seconds if self.decode_seconds else 0.0
@@ -171,11 +177,9 @@ def _drafts_in_words(stats: Stats) -> str:
     if not stats.drafts:
         return ""
     shares = " ".join(f"{stats.right[place] / count:.2f}" for place, count in sorted(stats.drafts.items()))
-    decoded = stats.new_tokens - stats.rows
     share = f", {stats.draft_seconds / stats.decode_seconds:.0%} of decoding" if stats.draft_seconds else ""
     return (
-        f"drafts: {(decoded) / (decoded - sum(stats.right.values())):.2f} tokens a row and step, {shares} right by place "
-        f"behind right ones{share}\n"
+        f"drafts: {stats.tokens_per_step:.2f} tokens a row and step, {shares} right by place behind right ones{share}\n"
     )
 
 

@@ -120,10 +120,7 @@ def decode_step(
     tokens, guessed, states, before = state.token[:, None], None, None, state.count
     probabilities = None
     if drafts:
-        if drafter.streams > 1 and kind != ALL_GREEDY:
-            guessed, probabilities = drafter.drawn(model, cache, state, kind, drafts)
-        else:
-            guessed = drafter.drafts(model, cache, state, kind, drafts)
+        guessed, probabilities = guesses(drafter, model, cache, state, kind, drafts)
         tokens = torch.cat((tokens, guessed), dim=1)
     if state.hidden is not None:
         states, before = state.hidden.new_empty(tokens.numel(), state.hidden.shape[1]), state.count.clone()
@@ -137,6 +134,13 @@ def decode_step(
     if states is not None:  # of the token that the newest one was drawn behind
         last = torch.arange(0, len(states), tokens.shape[1], device=states.device) + state.count - before - 1
         state.hidden.copy_(states[last.clamp(min=0)])
+
+
+def guesses(drafter, model: Transformer, cache: KVCache, state: State, kind: DrawKind, count: int):
+    """Drafts [B, count], and what they were drawn with, where they may be rejected."""
+    if drafter.streams > 1 and kind != ALL_GREEDY:
+        return drafter.drawn(model, cache, state, kind, count)
+    return drafter.drafts(model, cache, state, kind, count), None
 
 
 def next_token(
@@ -696,7 +700,7 @@ class Runner:
         if key not in self.timed:
 
             def drafts():
-                self.drafter.drafts(model, self.cache, self.state, self.kind, run - 1)
+                guesses(self.drafter, model, self.cache, self.state, self.kind, run - 1)
 
             if self.device.type == "cuda":
                 self.timed[key] = _seconds_on_gpu(self.record(drafts).replay if self.compile else drafts)

@@ -182,14 +182,10 @@ def _places(
     where its key and value come from registers.
     """
     used = s + lane < end
-    if TOKENS > 1:
-        if WINDOW > 0:
-            used = used & (_age(s + lane, slot, S, WINDOW) < WINDOW + TOKENS - 1)
-    else:
-        if KV_PRODUCTS > 0:
-            used = used & (s + lane != slot)
-        if WINDOW > 0:  # what is in a slot is so many tokens older than the new one
-            used = used & ((slot - s - lane + S) % S < WINDOW)
+    if TOKENS == 1 and KV_PRODUCTS > 0:
+        used = used & (s + lane != slot)
+    if WINDOW > 0:
+        used = used & (_age(s + lane, slot, S, WINDOW) < WINDOW + TOKENS - 1)
     if slots_ptr is None:
         base = ((page * KV_HEADS + tl.program_id(1)) * PAGE + s % PAGE) * D
         places = base + lane[:, None] * D
