@@ -6,6 +6,7 @@ Nothing here builds a model. Every file is checked whole (header, names, shapes,
 import json
 import math
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,13 @@ NOT_TEXT = (  # parts of multimodal models
     "embed_vision.",
     "embed_audio.",
     "vision_embedder.",
+)
+COMPANIONS = (  # files beside config.json and the weights that an export has from its source
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
 )
 SCALES_NAME, SCALES_FORMAT = "fp8_scales.safetensors", "gemma-fast-fp8-scales"
 Scale = float | list[float]  # a factor, or one of each expert
@@ -753,3 +761,10 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
         shape = joined_shape(name, [tensor.shape for tensor in tensors], checkpoint.config)
         entries[name] = (tensors[0].dtype, shape, partial(blocks, tensors))
     write_safetensors(file, entries, {"weight_format": WEIGHT_FORMATS[dtypes.pop()]})
+
+
+def copy_companions(source: Path, directory: Path):
+    """Copies those of COMPANIONS that the checkpoint in `source` has."""
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from checkpoint import (
     Checkpoint,
     Scale,
     check_weight_scale,
+    copy_companions,
     joined_shape,
     load_weights,
     open_checkpoint,
@@ -57,13 +57,6 @@ from text import batches, sample_windows
 from tokenizer import open_tokenizer
 
 ROWS = 4096  # of a weight that are in memory at once
-COPIED = (  # files that an export has from its source
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
 
 
 def quantize_fp8(checkpoint: Checkpoint, scales: dict[str, Scale], file: Path, progress=lambda n: None):
@@ -118,9 +111,7 @@ def export_hf(checkpoint: Checkpoint, scales: dict[str, Scale], directory: Path,
     }
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / "model.safetensors", entries, {"format": "pt"})  # first: failing leaves no part
-    for name in COPIED:
-        if (source / name).exists():
-            shutil.copyfile(source / name, directory / name)
+    copy_companions(source, directory)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import secrets
 import sys
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 from files import read_json, write_atomically
@@ -214,6 +214,18 @@ def read_texts(file: Path) -> list[str]:
     if not any(texts):
         raise ValueError(f"{name} holds no text")
     return texts
+
+
+def read_objects(file: Path, what: str) -> Iterator[tuple[str, dict]]:
+    """The objects of JSON lines, blank ones skipped, and where each is: file and number of the line.
+
+    Raises FileNotFoundError without the file, ValueError with the number of a line that is no JSON object in UTF-8."""
+    name, content = _read(file, what)
+    for number, line in enumerate(_lines(content, name), start=1):
+        if line.strip():
+            if not (entry := _object(line)):
+                raise ValueError(f"{name}, line {number}: not a JSON object")
+            yield f"{name}, line {number}", entry
 
 
 def _read(file: Path, what: str) -> tuple[str, bytes]:

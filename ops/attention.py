@@ -37,22 +37,8 @@ def attend(
     cache that they are in, and finds those of prompts in `positions.kept`. The result is in `dtype` or, with
     output_scale, in E4M3. This definition takes sequences of T tokens, M = N * T, padding included.
     """
-    batch, tokens, head_dim, decoding = positions.batch, positions.tokens, layer.head_dim, positions.decoding
-    heads = summed(qkv, dtype).view(batch, tokens, -1, head_dim)
-    n_keys = layer.n_kv_heads if layer.kv_products else 0
-    qk, v = heads.split_with_sizes([layer.n_heads + n_keys, heads.shape[2] - layer.n_heads - n_keys], dim=2)
-    if layer.kv_products == 1:
-        v = qk[:, :, layer.n_heads :]
-    if layer.v_norm:
-        v = rms_norm(v, None, layer.eps)
-    if layer.q_norm is not None:
-        q, k = qk.split_with_sizes([layer.n_heads, n_keys], dim=2)
-        norms = ((q, layer.q_norm), (k, layer.k_norm))
-        qk = torch.cat([rms_norm(x, weight, layer.eps, layer.norm_offset) for x, weight in norms], dim=2)
-    cos, sin = positions.rope.view(2, batch, tokens, 1, head_dim).unbind()
-    qk = rotate(qk, cos, sin)
-    q, k = qk.split_with_sizes([layer.n_heads, n_keys], dim=2)
-
+    batch, tokens, decoding = positions.batch, positions.tokens, positions.decoding
+    q, k, v = split_heads(summed(qkv, dtype).view(batch, tokens, -1), layer, positions.rope)
     if layer.kv_products:
         keys, values = _seen(k, v, layer, cache, positions, dtype)
         if positions.kept is not None and not decoding:
@@ -64,6 +50,26 @@ def attend(
     scale = layer.scale * k_scale
     y = softmax_attention(q.transpose(1, 2), keys, values, scale, positions.mask, layer.window, layer.softcap)
     return rescale(y.transpose(1, 2).reshape(batch * tokens, -1), v_scale, output_scale)
+
+
+def split_heads(qkv: Tensor, layer: AttentionLayer, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [N, T, H, D], keys and values [N, T, K, D] of wqkv's output [N, T, (H + kv_products * K) * D], normed and
+    rotated by rope [2, N * T, D]; of a layer without products, no keys and values."""
+    heads = qkv.unflatten(-1, (-1, layer.head_dim))
+    n_keys = layer.n_kv_heads if layer.kv_products else 0
+    qk, v = heads.split_with_sizes([layer.n_heads + n_keys, heads.shape[2] - layer.n_heads - n_keys], dim=2)
+    if layer.kv_products == 1:
+        v = qk[:, :, layer.n_heads :]
+    if layer.v_norm:
+        v = rms_norm(v, None, layer.eps)
+    if layer.q_norm is not None:
+        q, k = qk.split_with_sizes([layer.n_heads, n_keys], dim=2)
+        norms = ((q, layer.q_norm), (k, layer.k_norm))
+        qk = torch.cat([rms_norm(x, weight, layer.eps, layer.norm_offset) for x, weight in norms], dim=2)
+    cos, sin = rope.view(2, *qkv.shape[:2], 1, layer.head_dim).unbind()
+    qk = rotate(qk, cos, sin)
+    q, k = qk.split_with_sizes([layer.n_heads, n_keys], dim=2)
+    return q, k, v
 
 
 def _seen(k: Tensor, v: Tensor, layer: AttentionLayer, cache, positions: Positions, dtype: torch.dtype):
