@@ -294,7 +294,10 @@ def by_torch(device: torch.device) -> Training:
 
     on_gpu = device.type == "cuda"
     compiled = partial(torch.compile, dynamic=False) if on_gpu else lambda function: function
-    gated = compiled(geglu)
+    gated, added = compiled(geglu), compiled(add_norm)
+
+    def unrounded_add_norm(x, y, post_weight, weight, eps, input_scale=None, offset=1.0, factor=None):
+        return added(x, y, post_weight, weight, eps, None, offset, factor)  # in front of a frozen FP8 weight, too
 
     def core(q, k, v, layer, documents):
         by = flex_attention if on_gpu and layer.head_dim <= FUSED_HEAD else masked_attention
@@ -303,7 +306,7 @@ def by_torch(device: torch.device) -> Training:
     operations = replace(
         TORCH,
         embed=_embed,
-        add_norm=compiled(add_norm),
+        add_norm=unrounded_add_norm,
         matmul=product,
         matmul_geglu=lambda x, weight, dtype, scale=None: gated(product(x, weight, dtype), dtype),
         experts=experts,

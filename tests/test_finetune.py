@@ -89,3 +89,213 @@ def test_loss_and_gradients_are_those_of_transformers(reference):
         expected[name] = torch.cat([theirs[their_name].grad for their_name, _ in parts])
     their_model.zero_grad()
     assert_close(found, expected, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A Gemma 2 with both caps, as a checkpoint in our format: no transformers needed."""
+    return save_random(tmp_path_factory.mktemp("small"), "gemma2-window-small")
+
+
+def save_random(directory, case: str):
+    """A random model of a case, in float32, and tiny-gemma's tokenizer, whose ids it has no rows for."""
+    from conftest import SIZES, small_model
+
+    from files import tensor_bytes, write_safetensors
+
+    model_type, own = CASES[case]
+    (directory / "config.json").write_text(json.dumps(SIZES | own | {"model_type": model_type}))
+    shutil.copy(TINY_GEMMA / "tokenizer.model", directory)
+    entries = {
+        name: ("F32", tuple(p.shape), lambda p=p: [tensor_bytes(p)])
+        for name, p in small_model(case=case).named_parameters()
+    }
+    write_safetensors(directory / "gemma.safetensors", entries, {"weight_format": "fp32"})
+    return directory
+
+
+def test_recomputing_changes_no_gradient(small):
+    rows = documents(20, 12)
+    batch = Data(rows, 32).batch([rows], CPU)
+    loss, kept = backward(objective_of(small, recompute=False), batch)
+    again, recomputed = backward(objective_of(small, recompute=True), batch)
+    assert loss == again
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_rows_in_one_forward_are_rows_one_by_one(small):
+    rows = [[document] for document in documents(24, 20, 16, 9)]
+    data, objective = Data(documents(24), 24), objective_of(small)
+    loss, together = backward(objective, data.batch(rows, CPU))
+    together = {name: gradient.clone() for name, gradient in together.items()}
+    apart_loss, apart = backward(objective, *(data.batch([row], CPU) for row in rows))
+    assert loss == pytest.approx(apart_loss, rel=1e-6)
+    assert_close(apart, together, 1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_chunked_loss_is_that_of_whole_logits(softcap, monkeypatch):
+    monkeypatch.setattr("ops.training.LOGITS", 7 * 50)  # 7 of 30 rows at a time
+    h, weight = (torch.randn(n, 16, requires_grad=True) for n in (30, 50))
+    targets = torch.randint(0, 50, (30,))
+    targets[::4] = IGNORED
+    loss = cross_entropy(h, weight, targets, softcap)
+    (3 * loss).backward()
+    found, h.grad, weight.grad = (h.grad, weight.grad), None, None
+    logits = h @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+    (3 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(found, (h.grad, weight.grad)):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_bf16_rounds_the_masters_and_sums_up_in_float32(small):
+    """Gradients are in float32, and near those of float32 throughout."""
+    rows = documents(20, 12)
+    batch = Data(rows, 32).batch([rows], CPU)
+    _, expected = backward(objective_of(small), batch)
+    model = whole_model(open_checkpoint(small), ALONE, torch.bfloat16)
+    _, found = backward(Objective(model, by_torch(CPU), torch.bfloat16, True), batch)
+    for name, gradient in expected.items():
+        assert found[name].dtype == torch.float32
+        similar = F.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0)
+        assert similar > 0.95, name
+    assert any(not torch.equal(found[name], found[name].bfloat16().float()) for name in ("embedding.weight",))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters
+
+
+def test_only_adapters_are_trained_and_at_first_change_nothing(small):
+    rows = documents(20, 12)
+    batch = Data(rows, 32).batch([rows], CPU)
+    before, whole = backward(objective_of(small), batch)
+    model, _ = load_model(small, "cpu", "fp32")
+    add_adapters(model, 4, seed=1)
+    objective = Objective(model, by_torch(CPU), torch.float32, True)
+    loss, found = backward(objective, batch)
+    assert loss == before
+    layers = model.config.n_layers
+    assert len(found) == layers * (4 + 7)  # A of each weight; B of q, k, v, o, gate, up and down
+    assert all(".lora." in name for name in found)
+    # What B's gradient is of that of the weight that the adapter is beside: scale * G Aᵀ
+    for module, part, place in (("attention.wqkv", slice(128, 256), 1), ("feed_forward.w2", slice(None), 0)):
+        lora = model.get_submodule(f"layers.1.{module}.lora")
+        expected = 2 * whole[f"layers.1.{module}.weight"][part] @ lora.factors()[place][0].T
+        assert_close({"b": lora.b[place].grad}, {"b": expected}, 1e-4)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+def test_adapters_beside_quantized_weights(format, small):
+    """The gradient through a quantized weight is that through the numbers that it stands for."""
+    from model import Transformer
+
+    config = tiny_config("gemma2-window-small")
+    rows = documents(20, 12)
+    batch = Data(rows, 32).batch([rows], CPU)
+    model = Transformer.random(config, dtype=torch.float32, format=format)
+    plain = Transformer.random(config, dtype=torch.float32)
+    for (_, module), (name, twin) in zip(model.named_modules(), plain.named_modules()):
+        if hasattr(module, "format"):
+            twin.weight = torch.nn.Parameter(module.format.dequantize(module, torch.float32), False)
+    found = []
+    for each in (model, plain):
+        add_adapters(each, 4, seed=1)
+        found.append(backward(Objective(each, by_torch(CPU), torch.float32, True), batch))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert_close(found[0][1], found[1][1], 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def shown(document: Document, tokenizer) -> str:
+    """Its text, with targets in brackets; turns, and tokens that have no text, by their numbers."""
+    text, inside = "", False
+    for index, (token, learned) in enumerate(zip(document.tokens, document.learned)):
+        learned = bool(learned) and index > 0
+        text += "[" * (learned and not inside) + "]" * (inside and not learned)
+        turn = token in (tokenizer.start_of_turn, tokenizer.end_of_turn)
+        text += "" if turn else tokenizer.decode([token])
+        text += f"<{token}>" * (turn or tokenizer.is_control(token))
+        inside = learned
+    return text + "]" * inside
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi "},
+    {"role": "assistant", "content": "x = 1"},
+    {"role": "user", "content": "And <end_of_turn>?"},
+    {"role": "assistant", "content": "y"},
+    {"role": "user", "content": "left out"},
+]
+
+
+def test_targets_of_each_form():
+    """By hand: 2 is <bos>, 1 <eos>, 4 and 5 begin and end a turn."""
+    tokenizer = open_tokenizer(TINY_GEMMA, tiny_config())
+    cases = [
+        ({"text": "import os"}, "<2>[import os<1>]"),
+        ({"prompt": "a =", "completion": " 1"}, "<2>a =[ 1<1>]"),
+        (
+            {"messages": CHAT},
+            "<2><4>user\nBe brief.\n\nHi<5>\n<4>model\n[x = 1<5>]\n"
+            "<4>user\nAnd <end_of_turn>?<5>\n<4>model\n[y<5>]",
+        ),
+        (
+            {"prompt": CHAT[:4], "completion": CHAT[4:5]},
+            "<2><4>user\nBe brief.\n\nHi<5>\n<4>model\nx = 1<5>\n<4>user\nAnd <end_of_turn>?<5>\n<4>model\n[y<5>]",
+        ),
+    ]
+    for entry, expected in cases:
+        (document,) = documents_of(entry, tokenizer)
+        assert shown(document, tokenizer) == expected
+    (document,) = documents_of({"prompt": "a =", "completion": " 1"}, tokenizer, everything=True)
+    assert shown(document, tokenizer) == "<2>[a = 1<1>]"
+
+
+def test_a_template_that_writes_earlier_turns_otherwise_makes_a_document_an_answer(json_tokenizer, tmp_path):
+    """As Gemma 4's larger models have it: behind the head of the newest turn alone there is an empty thought."""
+    directory = shutil.copytree(json_tokenizer, tmp_path / "tokenizer")
+    template = directory / "chat_template.jinja"
+    head = "{{- '<|turn>model\\n' -}}"
+    assert head in template.read_text()
+    template.write_text(template.read_text().replace(head, "{{- '<|turn>model\\n<|channel>thought\\n<channel|>' -}}"))
+    from tokenizer import JsonTokenizer
+
+    tokenizer = JsonTokenizer(directory / "tokenizer.json")
+    messages = [each for each in CHAT if each["role"] != "system"]
+    found = documents_of({"messages": messages}, tokenizer)
+    begin, end, thought, after = (tokenizer._id(x) for x in ("<|turn>", "<turn|>", "<|channel>", "<channel|>"))
+    empty = f"<{begin}>model\n<{thought}>thought\n<{after}>"
+    first = f"<{tokenizer.bos_id}><{begin}>user\nHi<{end}>\n"
+    second = f"{first}<{begin}>model\nx = 1<{end}>\n<{begin}>user\nAnd <end_of_turn>?<{end}>\n"
+    expected = [f"{first}{empty}[x = 1<{end}>]", f"{second}{empty}[y<{end}>]"]
+    assert [shown(document, tokenizer) for document in found] == expected
+
+
+def test_rows_are_filled_best_fit_and_every_epoch_has_all_of_them():
+    assert pack([3, 9, 5, 5, 2, 1], 10) == [[1, 5], [2, 3], [0, 4]]
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 33, (300,), generator=generator).tolist()
+    rows = pack(lengths, 32)
+    assert sorted(index for row in rows for index in row) == list(range(300))
+    assert all(sum(lengths[index] for index in row) <= 32 for row in rows)
+    assert len(rows) <= 1.05 * sum(lengths) / 32
+
+    data = Data(documents(*[8] * 7), 8, seed=3)
+    epochs = [[data.row(7 * epoch + i)[0].tokens.tobytes() for i in range(7)] for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(d.tokens.tobytes() for d in data.documents)
+    assert epochs[0] != epochs[1]
+    # Three ranks: as many batches each, together the rows of one
+    places = range(5)
+    whole = sorted(tuple(b.tokens.tolist()) for b in data.batches(places, 0, 1, 1, CPU))
+    shares = [list(data.batches(places, rank, 3, 1, CPU)) for rank in range(3)]
+    assert [len(share) for share in shares] == [2, 2, 2]
+    assert sorted(tuple(b.tokens.tolist()) for share in shares for b in share if b.n_tokens) == whole
+    assert data.targets_in(places) == sum(b.n_targets for share in shares for b in share)
