@@ -6,15 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
+from array import array
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CASES, ROOT, TINY_GEMMA, copy_tiny_gemma, tiny_config
+from conftest import CASES, ROOT, SIZES, TINY_GEMMA, small_model, tiny_config
 
 import finetune
 from checkpoint import open_checkpoint, sources
+from files import tensor_bytes, write_safetensors
 from finetune import Objective, Ranks, Trainer, add_adapters, whole_model
 from generate import load_model
 from ops.training import IGNORED, by_torch, cross_entropy
@@ -30,8 +31,6 @@ def documents(*lengths: int, vocab: int = 128, seed: int = 0) -> list[Document]:
     generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
     learned = [(torch.rand(n, generator=generator) < 0.7).tolist() for n in lengths]
-    from array import array
-
     return [Document(array("i", t), bytes(m)) for t, m in zip(tokens, learned)]
 
 
@@ -93,22 +92,14 @@ def test_loss_and_gradients_are_those_of_transformers(reference):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A Gemma 2 with both caps, as a checkpoint in our format: no transformers needed."""
-    return save_random(tmp_path_factory.mktemp("small"), "gemma2-window-small")
-
-
-def save_random(directory, case: str):
-    """A random model of a case, in float32, and tiny-gemma's tokenizer, whose ids it has no rows for."""
-    from conftest import SIZES, small_model
-
-    from files import tensor_bytes, write_safetensors
-
-    model_type, own = CASES[case]
-    (directory / "config.json").write_text(json.dumps(SIZES | own | {"model_type": model_type}))
+    """A Gemma 2 with both caps, in float32, and tiny-gemma's tokenizer: in our format, so without transformers."""
+    directory, settings = tmp_path_factory.mktemp("small"), dict(vocab_size=4096, num_hidden_layers=2)
+    model_type, own = CASES["gemma2-window-small"]
+    (directory / "config.json").write_text(json.dumps(SIZES | own | settings | {"model_type": model_type}))
     shutil.copy(TINY_GEMMA / "tokenizer.model", directory)
+    model = small_model(case="gemma2-window-small", **settings)
     entries = {
-        name: ("F32", tuple(p.shape), lambda p=p: [tensor_bytes(p)])
-        for name, p in small_model(case=case).named_parameters()
+        name: ("F32", tuple(p.shape), lambda p=p: [tensor_bytes(p.detach())]) for name, p in model.named_parameters()
     }
     write_safetensors(directory / "gemma.safetensors", entries, {"weight_format": "fp32"})
     return directory
@@ -299,3 +290,124 @@ def test_rows_are_filled_best_fit_and_every_epoch_has_all_of_them():
     assert [len(share) for share in shares] == [2, 2, 2]
     assert sorted(tuple(b.tokens.tolist()) for share in shares for b in share if b.n_tokens) == whole
     assert data.targets_in(places) == sum(b.n_targets for share in shares for b in share)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+LINES = [
+    {"prompt": "def add(a, b):\n", "completion": "    return a + b\n"},
+    {"text": "import os\n\n\ndef path_of(name):\n    return os.path.join('a', name)\n"},
+    {"messages": CHAT},
+    *({"text": f"x{i} = {i}\n" * (1 + i % 3)} for i in range(9)),
+]
+
+
+@pytest.fixture
+def command(small, tmp_path):
+    """Options of a run of 6 steps of 2 rows, which takes a second."""
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    options = f"--checkpoint_path {small} --data {file} --eval_data {file} --device cpu --max_length 48 --batch_tokens 96"
+    return f"{options} --max_steps 6 --save_every 2 --learning_rate 1e-3".split()
+
+
+def run(command: list[str], out, *options: str) -> int:
+    return finetune.main([*command, "--output_dir", str(out), *options])
+
+
+def log_of(out) -> list[dict]:
+    """Lines without times."""
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def weights_of(out) -> bytes:
+    return next(out.glob("*model.safetensors")).read_bytes()
+
+
+def ended_at(monkeypatch, step: int):
+    """Has the next run end like by Ctrl-C before this step."""
+    original = Trainer.train_step
+
+    def train_step(self):
+        if self.step == step:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize("options", [(), ("--lora_rank", "2")])
+def test_resumed_is_straight_through_bit_for_bit(options, command, tmp_path, monkeypatch, capsys):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert run(command, straight, *options) == 0
+    assert "6 steps" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        ended_at(patch, 5)  # behind the checkpoint of step 4
+        assert run(command, resumed, *options) == 130
+    assert run(command, resumed, *options, "--resume") == 0
+    assert "2 steps" in capsys.readouterr().err
+    assert log_of(resumed) == log_of(straight)
+    assert weights_of(resumed) == weights_of(straight)
+    assert sorted(each.name for each in (straight / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    losses = [line["eval_loss"] for line in log_of(straight) if "eval_loss" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert (straight / "curves.svg").read_text().count("<circle") == 4
+
+
+def test_a_save_that_is_cut_leaves_the_checkpoint_before(command, tmp_path, monkeypatch, capsys):
+    out, original = tmp_path / "out", finetune.dcp.save
+    with monkeypatch.context() as patch:
+
+        def save(state, storage_writer):
+            original(state, storage_writer=storage_writer)
+            if len(saved := list((out / "checkpoints").glob("step-*"))) == 1:
+                (file,) = (out / "checkpoints" / ".step-00000004.tmp").glob("*.distcp")
+                file.write_bytes(file.read_bytes()[:1000])
+                os._exit(9) if os.fork() == 0 else os.wait()  # as a kill would, without any clean-up
+                raise KeyboardInterrupt(saved)
+
+        patch.setattr(finetune.dcp, "save", save)
+        assert run(command, out) == 130
+    assert sorted(each.name for each in (out / "checkpoints").iterdir()) == [".step-00000004.tmp", "step-00000002"]
+    assert run(command, out, "--resume") == 0
+    assert "4 steps" in capsys.readouterr().err
+
+
+def test_what_is_overfitted_is_known():
+    model = small_model(case="gemma3-window-small").requires_grad_(True)
+    objective = Objective(model, by_torch(CPU), torch.float32, True)
+    trainer = trainer_of(objective, Data(documents(24), 24), steps=20, learning_rate=1e-2)
+    losses = [trainer.train_step()["loss"] for _ in range(20)]
+    assert losses[-1] < 0.05 < 2 < losses[0]
+
+
+def trainer_of(objective: Objective, data: Data, steps: int, learning_rate: float, rows: int = 1) -> Trainer:
+    settings = {"rows": rows, "all_rows": steps * rows, "learning_rate": learning_rate, "weight_decay": 0.0}
+    return Trainer(objective, data, ALONE, settings, steps)
+
+
+def test_a_step_is_the_mean_over_its_targets(small):
+    """However many forwards it takes: rows with few targets don't weigh more."""
+    rows = documents(24, 20, 16, 9, vocab=4096)
+    data = Data(rows, 24)
+    trainers = [trainer_of(objective_of(small), data, steps=2, learning_rate=1e-3, rows=4) for _ in range(2)]
+    trainers[1].at_once = 4
+    figures = [trainer.train_step() for trainer in trainers]
+    expected, _ = backward(objective_of(small), data.batch([[each] for each in rows], CPU))
+    for each in figures:
+        assert each["targets"] == data.n_targets
+        assert each["loss"] == pytest.approx(expected / data.n_targets, rel=1e-6)
+    assert figures[0]["gradient_norm"] == pytest.approx(figures[1]["gradient_norm"], rel=1e-5)
+
+
+def test_a_step_whose_gradients_are_not_finite_changes_nothing(small):
+    trainer = trainer_of(objective_of(small), Data(documents(24, vocab=4096), 24), steps=3, learning_rate=1e-3)
+    norm = trainer.objective.model.norm.weight
+    before, norm.data[3] = norm[5].item(), float("inf")
+    assert trainer.train_step()["skipped"]
+    assert norm[5].item() == before and trainer.step == 1
+    norm.data[3] = 0.0
+    assert not trainer.train_step()["skipped"]
+    assert norm[5].item() != before
