@@ -67,6 +67,7 @@ from training_data import Batch, Data, read_documents
 
 SHARD = 5 * 10**9  # bytes of an exported file
 KEPT = 2  # checkpoints of a run
+CLIP = 1.0  # norm that longer gradients are scaled down to
 PEAKS = {  # FLOP/s of dense BF16 products, as NVIDIA states them
     "H100": 989e12,
     "H200": 989e12,
@@ -297,10 +298,14 @@ class Trainer:
         if ranks.count > 1 and not self.sharded:
             for gradient in gradients:
                 ranks.sum(gradient).div_(ranks.count)
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        values = torch.cat([ranks.sum(loss)[None].double(), norm[None].double().to(loss.device), ranks.sum(counts)])
-        total, length, tokens, flop = values.tolist()
+        # In float64: of millions of squares that are summed up in float32, the order would show
+        norms = [torch.linalg.vector_norm(local(gradient), dtype=torch.float64) for gradient in gradients]
+        squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(counts[0])
+        if not self.sharded and not ranks.first:
+            squares = torch.zeros_like(squares)  # the first rank's are those of all
+        sums = ranks.sum(torch.cat((torch.stack((loss.double(), squares)), counts)))
+        total, squares, tokens, flop = sums.tolist()
+        length = math.sqrt(squares)
         figures = {
             "step": self.step + 1,
             "learning_rate": rate,
@@ -311,7 +316,8 @@ class Trainer:
         figures |= {"loss": total / targets if targets else None, "gradient_norm": length}
         figures["skipped"] = not targets or not math.isfinite(length)
         if not figures["skipped"]:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), 1.0, norm)
+            for gradient in gradients if length > CLIP else ():
+                gradient.mul_(CLIP / length)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -397,6 +403,11 @@ class Trainer:
                 f"{found[-1]} can't be read: {cause_of(error)}; delete it to go on from the one before"
             ) from None
         self.step = content["step"]
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's share of a tensor that may be sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def saved(directory: Path) -> list[Path]:

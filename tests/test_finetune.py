@@ -1,12 +1,13 @@
 """Fine-tuning: the loss and its gradients beside transformers', documents and their targets, resuming, what is left."""
 
 import json
-import os
+import random
+import resource
 import shutil
-import signal
 import subprocess
 import sys
 from array import array
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from finetune import Objective, Ranks, Trainer, add_adapters, whole_model
 from generate import load_model
 from ops.training import IGNORED, by_torch, cross_entropy
 from tokenizer import open_tokenizer
-from training_data import Data, Document, documents_of, pack
+from training_data import Data, Document, documents_of, pack, read_documents
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -92,12 +93,19 @@ def test_loss_and_gradients_are_those_of_transformers(reference):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A Gemma 2 with both caps, in float32, and tiny-gemma's tokenizer: in our format, so without transformers."""
-    directory, settings = tmp_path_factory.mktemp("small"), dict(vocab_size=4096, num_hidden_layers=2)
-    model_type, own = CASES["gemma2-window-small"]
-    (directory / "config.json").write_text(json.dumps(SIZES | own | settings | {"model_type": model_type}))
+    """A Gemma 2 with both caps, and tiny-gemma's tokenizer."""
+    settings = dict(vocab_size=4096, num_hidden_layers=2)
+    directory = save_random(tmp_path_factory.mktemp("small") / "gemma2", "gemma2-window-small", **settings)
     shutil.copy(TINY_GEMMA / "tokenizer.model", directory)
-    model = small_model(case="gemma2-window-small", **settings)
+    return directory
+
+
+def save_random(directory: Path, case: str, **settings) -> Path:
+    """A random model of a case in float32, in our format and so without transformers."""
+    directory.mkdir()
+    model_type, own = CASES[case]
+    (directory / "config.json").write_text(json.dumps(SIZES | own | {"model_type": model_type} | settings))
+    model = small_model(case=case, **settings)
     entries = {
         name: ("F32", tuple(p.shape), lambda p=p: [tensor_bytes(p.detach())]) for name, p in model.named_parameters()
     }
@@ -235,8 +243,7 @@ def test_targets_of_each_form():
         ({"prompt": "a =", "completion": " 1"}, "<2>a =[ 1<1>]"),
         (
             {"messages": CHAT},
-            "<2><4>user\nBe brief.\n\nHi<5>\n<4>model\n[x = 1<5>]\n"
-            "<4>user\nAnd <end_of_turn>?<5>\n<4>model\n[y<5>]",
+            "<2><4>user\nBe brief.\n\nHi<5>\n<4>model\n[x = 1<5>]\n<4>user\nAnd <end_of_turn>?<5>\n<4>model\n[y<5>]",
         ),
         (
             {"prompt": CHAT[:4], "completion": CHAT[4:5]},
@@ -305,11 +312,15 @@ LINES = [
 
 @pytest.fixture
 def command(small, tmp_path):
+    return command_of(small, tmp_path)
+
+
+def command_of(checkpoint: Path, directory: Path) -> list[str]:
     """Options of a run of 6 steps of 2 rows, which takes a second."""
-    file = tmp_path / "train.jsonl"
+    file = directory / "train.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    options = f"--checkpoint_path {small} --data {file} --eval_data {file} --device cpu --max_length 48 --batch_tokens 96"
-    return f"{options} --max_steps 6 --save_every 2 --learning_rate 1e-3".split()
+    data = f"--checkpoint_path {checkpoint} --data {file} --eval_data {file} --device cpu --max_length 64"
+    return f"{data} --batch_tokens 128 --max_steps 6 --save_every 2 --learning_rate 1e-3".split()
 
 
 def run(command: list[str], out, *options: str) -> int:
@@ -362,11 +373,10 @@ def test_a_save_that_is_cut_leaves_the_checkpoint_before(command, tmp_path, monk
 
         def save(state, storage_writer):
             original(state, storage_writer=storage_writer)
-            if len(saved := list((out / "checkpoints").glob("step-*"))) == 1:
+            if list((out / "checkpoints").glob("step-*")):
                 (file,) = (out / "checkpoints" / ".step-00000004.tmp").glob("*.distcp")
                 file.write_bytes(file.read_bytes()[:1000])
-                os._exit(9) if os.fork() == 0 else os.wait()  # as a kill would, without any clean-up
-                raise KeyboardInterrupt(saved)
+                raise KeyboardInterrupt
 
         patch.setattr(finetune.dcp, "save", save)
         assert run(command, out) == 130
@@ -411,3 +421,214 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing(small):
     norm.data[3] = 0.0
     assert not trainer.train_step()["skipped"]
     assert norm[5].item() != before
+
+
+def parameters_of(command: list[str], out) -> dict[str, torch.Tensor]:
+    """What a run's newest checkpoint has, read by one process."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "loop", lambda trainer, *rest: found.update(trainer.state()))
+        patch.setattr(finetune, "export", lambda *_: None)
+        assert run(command, out, "--resume") == 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def ran(small, json_tokenizer, tmp_path_factory) -> dict[str, tuple[list[str], Path]]:
+    """Runs in processes of their own, all started by one that imports all once: the options and OUT of each."""
+    directory = tmp_path_factory.mktemp("ran")
+    # As Gemma 4's E2B: layers with the keys of others, which pass from one sharded layer to the next
+    shared = save_random(directory / "gemma4", "gemma4-shared", vocab_size=640, vocab_size_per_layer_input=640)
+    shutil.copytree(json_tokenizer, shared, dirs_exist_ok=True)
+    plain, lora = command_of(small, directory), ("--lora_rank", "2")
+    often = [*plain, "--max_steps", "12", "--save_every", "1"]
+    runs = {
+        "two": plain,
+        "four": plain,
+        "lora": [*plain, *lora],
+        "gemma4": command_of(shared, directory),
+        "killed": often,
+    }
+    outs = {name: (options, directory / f"{name}-out") for name, options in runs.items()}
+
+    def job(name: str, ranks: int, *more: str, **how) -> dict:
+        options, out = outs[name]
+        return {"ranks": ranks, "argv": [*options, "--output_dir", str(out), *more], **how}
+
+    delays = random.Random(0)
+    jobs = [job("two", 2), job("four", 2, end_at=4), job("four", 4, "--resume"), job("lora", 2), job("gemma4", 2)]
+    # Steps and saves take some 50 ms each, loading some 300
+    jobs += [job("killed", 1, "--resume", kill_after=delays.uniform(0.4, 0.9)) for _ in range(3)]
+    jobs.append(job("killed", 1, "--resume"))
+    program = ROOT / "tests" / "processes.py"
+    done = subprocess.run([sys.executable, program, json.dumps(jobs)], capture_output=True, text=True, timeout=300)
+    statuses = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    expected = [[0] * 2, [130] * 2, [0] * 4, [0] * 2, [0] * 2, [-9], [-9], [-9], [0]]
+    assert statuses == expected, done.stderr
+    return outs
+
+
+@pytest.mark.parametrize("name", ["two", "four", "lora", "gemma4"])
+def test_ranks_train_what_one_process_does(name, ran, tmp_path):
+    """Two; two and then four; two with adapters; two with layers that share keys."""
+    (options, out), one = ran[name], tmp_path / "one"
+    assert run(options, one) == 0
+    lines = list(zip(log_of(out), log_of(one), strict=True))
+    assert len(lines) == 6 + 4
+    for line, theirs in lines:
+        assert line.keys() == theirs.keys()
+        for key in line.keys() & {"loss", "eval_loss", "gradient_norm"}:
+            assert line[key] == pytest.approx(theirs[key], rel=1e-5), line
+    found, expected = (
+        {name: x for name, x in parameters_of(options, each).items() if not name.endswith((".exp_avg", "_sq", ".step"))}
+        for each in (out, one)
+    )
+    assert_close(found, expected, 1e-6)
+
+
+def test_killed_runs_go_on(ran, tmp_path):
+    """Killed three times, between steps or in a save, a run ends as one that was left alone."""
+    options, out = ran["killed"]
+    assert run(options, tmp_path / "straight") == 0
+    assert log_of(out) == log_of(tmp_path / "straight")
+    assert weights_of(out) == weights_of(tmp_path / "straight")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left, and what is refused
+
+
+def test_exported_is_a_checkpoint_of_transformers(reference, tmp_path):
+    """Every tensor has its place and its numbers; cut into files of 100 kB, with an index."""
+    import transformers
+
+    their_model, directory = reference
+    objective = objective_of(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "SHARD", 10**5)
+        finetune.export(objective.model, open_checkpoint(directory), tmp_path, ALONE)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values()), found
+    assert model.dtype == torch.bfloat16
+    expected = their_model.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name].bfloat16()), name
+    again, _ = load_model(tmp_path, "cpu")
+    assert torch.equal(again.embedding.weight, objective.model.embedding.weight.bfloat16())
+
+
+def test_of_a_multimodal_checkpoint_the_text_model_is_exported():
+    import transformers
+
+    for model_type, text_type in finetune.MULTIMODAL.items():
+        config = transformers.AutoConfig.for_model(model_type).to_dict() | {"eos_token_id": [1, 106]}
+        exported = finetune.exported_config(config)
+        assert exported["model_type"] == text_type and exported["eos_token_id"] == [1, 106]
+        (architecture,) = exported["architectures"]
+        assert getattr(transformers, architecture).config_class.model_type == text_type
+
+
+def test_adapter_in_its_file_is_what_was_trained(command, tmp_path):
+    """W + 2 B A, by the names of PEFT, has the loss that was measured at the end."""
+    from safetensors.torch import load_file
+
+    out = tmp_path / "out"
+    assert run(command, out, "--lora_rank", "2") == 0
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["r"] == 2 and settings["lora_alpha"] == 4
+    factors = load_file(out / "adapter_model.safetensors")
+    objective = objective_of(command[1])
+    parameters = dict(objective.model.named_parameters())
+    with torch.no_grad():
+        for name, parts in sources(objective.model.config).items():
+            row = 0
+            for theirs, shape in parts:
+                key = f"base_model.model.{theirs.removesuffix('.weight')}"
+                if f"{key}.lora_A.weight" in factors:
+                    a, b = (factors.pop(f"{key}.lora_{which}.weight") for which in "AB")
+                    parameters[name][row : row + shape[0]] += 2 * b @ a
+                row += shape[0]
+    assert not factors
+    documents, _ = read_documents(Path(command[3]), open_tokenizer(TINY_GEMMA, tiny_config()), 64)
+    data = Data(documents, 64)
+    measured = trainer_of(objective, data, steps=1, learning_rate=0.0).evaluate(data)
+    assert measured == pytest.approx(log_of(out)[-1]["eval_loss"], rel=1e-5)
+
+
+BAD = [  # a line of data, and what is said of it
+    ("{", "line 2: not a JSON object"),
+    ('{"tekst": "a"}', "line 2: not an object with either 'messages', or 'prompt' and 'completion', or 'text'"),
+    ('{"text": "a", "messages": []}', "line 2: not an object with either"),
+    ('{"text": 3}', "line 2: 'text' must be a str"),
+    ('{"prompt": "a", "completion": null}', "line 2: 'completion' must be a str"),
+    ('{"messages": "a"}', "line 2: messages must be a list"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: no message is the assistant's"),
+    ('{"messages": [{"role": "judge", "content": "a"}, {"role": "assistant", "content": "a"}]}', "the role 'judge'"),
+]
+
+
+def said(status: int, capsys) -> str:
+    """The one line of error of a run that failed."""
+    assert status == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if "error: " in line]
+    return line
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_bad_lines_are_named(line, message, command, tmp_path, capsys):
+    Path(command[3]).write_text(f'{{"text": "a"}}\n{line}\n')
+    assert message in said(run(command, tmp_path / "out"), capsys)
+
+
+def test_what_is_refused(command, small, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert "needs a CUDA GPU" in said(run(command, out, "--fp8"), capsys)
+    assert "exceeds the context of 256" in said(run(command, out, "--max_length", "300"), capsys)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "a b c d e f g h i j", "completion": "k"}) + "\n")
+    error = said(run(command, out, "--max_length", "8", "--data", str(long)), capsys)
+    assert f"nothing to learn in {long}: rows of 8 tokens (--max_length) end before any target" in error
+    with monkeypatch.context() as patch:
+
+        def out_of_memory(self):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(Trainer, "train_step", out_of_memory)
+        error = said(run(command, out), capsys)
+        assert "out of cpu memory with rows of 64 tokens; lower --rows_at_once or --max_length" in error
+    assert "is not empty: add --resume" in said(run(command, out), capsys)
+    assert run(command, out, "--resume") == 0
+    capsys.readouterr()
+    error = said(run(command, out, "--resume", "--learning_rate", "1e-4"), capsys)
+    assert "is of a run with another learning_rate: 0.001, not 0.0001" in error
+    Path(command[3]).write_text('{"text": "another"}\n')
+    assert "of a run with another data" in said(run(command, out, "--resume"), capsys)
+
+
+def test_a_full_disk_is_one_line(command, tmp_path, capsys):
+    """Here it is a limit of the size of files; nothing of the checkpoint stays."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        error = said(run(command, tmp_path / "out"), capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path / 'out' / 'checkpoints' / 'step-00000002'} can't be written: File too large" in error
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
+
+
+def test_quantized_weights_take_adapters_only(calibrated, tmp_path, capsys):
+    import quantize
+
+    directory = shutil.copytree(calibrated, tmp_path / "checkpoint")
+    assert quantize.main(["--mode", "int4", "--checkpoint_path", str(directory)]) == 0
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "import os"}\n')
+    options = f"--checkpoint_path {directory}/gemma-int4-g32.safetensors --data {data} --device cpu --max_length 16"
+    error = said(run([*options.split(), "--max_steps", "1"], tmp_path / "out"), capsys)
+    assert "int4 weights can't be trained: train adapters beside them (--lora_rank)" in error
+    assert run([*options.split(), "--max_steps", "2"], tmp_path / "out", "--lora_rank", "2") == 0
+    assert "loss" in capsys.readouterr().err

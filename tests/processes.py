@@ -1,0 +1,48 @@
+"""Runs of finetune.py in processes of their own, from one that has imported all and is forked: `python processes.py
+JOBS`, JOBS being JSON, [{"ranks": 2, "argv": [...], "kill_after": seconds or null, "end_at": step or null}, ...].
+
+A job's processes are connected as torchrun connects them. Prints each job's exit statuses, of one that was killed -9."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import finetune
+
+
+def start(job: dict, rank: int, port: int) -> int:
+    if pid := os.fork():
+        return pid
+    torch.set_num_threads(1)
+    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in settings.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    if job.get("end_at") is not None:
+        train_step = finetune.Trainer.train_step
+
+        def ending(self):
+            if self.step == job["end_at"]:
+                os._exit(130)
+            return train_step(self)
+
+        finetune.Trainer.train_step = ending
+    os._exit(finetune.main(job["argv"]))
+
+
+for job in json.loads(sys.argv[1]):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = [start(job, rank, port) for rank in range(job["ranks"])]
+    if job.get("kill_after") is not None:
+        time.sleep(job["kill_after"])
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], flush=True)
