@@ -79,9 +79,18 @@ PEAKS = {  # FLOP/s of dense BF16 products, as NVIDIA states them
 # The model and its loss
 
 
-class Kept(dict):
-    """Keys and values that layers leave for later ones. Of a class of its own: FSDP copies plain dictionaries that it
-    finds in a module's arguments."""
+class Kept:
+    """Keys and values that layers leave for later ones, by name. No dictionary: FSDP copies those that it finds in a
+    module's arguments, and what is left in a copy nobody finds."""
+
+    def __init__(self):
+        self.entries = {}
+
+    def __setitem__(self, name: str, value: tuple[Tensor, Tensor]):
+        self.entries[name] = value
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.entries[name]
 
 
 @contextmanager
@@ -416,12 +425,14 @@ def saved(directory: Path) -> list[Path]:
 
 
 def cause_of(error: BaseException) -> str:
-    """One line of what went wrong on one of the ranks."""
-    if isinstance(error, CheckpointException):
+    """What went wrong, in a line: of an error that several led to, the system's."""
+    if isinstance(error, CheckpointException):  # of one rank or more
         error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (error.strerror if isinstance(error, OSError) else None) or f"{error}" or type(error).__name__
+    chain = [error]
+    while before := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(before)
+    system = next((each.strerror for each in chain if isinstance(each, OSError) and each.strerror), None)
+    return system or str(error) or type(error).__name__
 
 
 def multiplied(model: Transformer) -> int:
@@ -665,9 +676,9 @@ def train(args: argparse.Namespace, ranks: Ranks):
     checkpoint = open_checkpoint(args.checkpoint_path)
     config = checkpoint.config
     check_window(size, config.context_length)
+    training = choose(ranks.device, dtype, config.norm_eps, config.norm_offset, args.fp8)  # before anything takes long
     if args.fp8 and size % 128:
         raise ValueError(f"--fp8 needs rows of a multiple of 128 tokens: --max_length {-(-size // 128) * 128}, say")
-    training = choose(ranks.device, dtype, config.norm_eps, config.norm_offset, args.fp8)  # before anything takes long
     if ranks.first:
         prepare_output(args)
     tokenizer = open_tokenizer(checkpoint.directory, config)
@@ -676,7 +687,7 @@ def train(args: argparse.Namespace, ranks: Ranks):
     objective = Objective(model, training, dtype, not args.keep_activations)
     if not args.lora_rank:
         shard(objective, ranks, dtype)
-    rows = max(1, args.batch_tokens // size)
+    rows = min(max(1, args.batch_tokens // size), len(data.rows))
     all_rows = args.max_steps * rows if args.max_steps else (args.epochs or 1) * len(data.rows)
     rate = args.learning_rate if args.learning_rate is not None else 2e-4 if args.lora_rank else 1e-5
     settings = {

@@ -390,7 +390,7 @@ def test_what_is_overfitted_is_known():
     objective = Objective(model, by_torch(CPU), torch.float32, True)
     trainer = trainer_of(objective, Data(documents(24), 24), steps=20, learning_rate=1e-2)
     losses = [trainer.train_step()["loss"] for _ in range(20)]
-    assert losses[-1] < 0.05 < 2 < losses[0]
+    assert losses[0] > 2 and losses[-1] < 0.05
 
 
 def trainer_of(objective: Objective, data: Data, steps: int, learning_rate: float, rows: int = 1) -> Trainer:
@@ -461,7 +461,8 @@ def ran(small, json_tokenizer, tmp_path_factory) -> dict[str, tuple[list[str], P
     jobs += [job("killed", 1, "--resume", kill_after=delays.uniform(0.4, 0.9)) for _ in range(3)]
     jobs.append(job("killed", 1, "--resume"))
     program = ROOT / "tests" / "processes.py"
-    done = subprocess.run([sys.executable, program, json.dumps(jobs)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, program, json.dumps(jobs)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     statuses = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     expected = [[0] * 2, [130] * 2, [0] * 4, [0] * 2, [0] * 2, [-9], [-9], [-9], [0]]
     assert statuses == expected, done.stderr
