@@ -1,10 +1,12 @@
 """Runs of finetune.py in processes of their own, from one that has imported all and is forked: `python processes.py
-JOBS`, JOBS being JSON, [{"ranks": 2, "argv": [...], "kill_after": seconds or null, "end_at": step or null}, ...].
+JOBS`, JOBS being JSON, [{"ranks": 2, "argv": [...], "kill_after": seconds, "goes_on": [OUT, OUT of another run]}, ...].
 
-A job's processes are connected as torchrun connects them. Prints each job's exit statuses, of one that was killed -9."""
+A job's processes are connected as torchrun connects them. One that goes on does so from all but the newest checkpoint of
+the other run. Prints each job's exit statuses, of one that was killed -9."""
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -24,24 +26,19 @@ def start(job: dict, rank: int, port: int) -> int:
     torch.set_num_threads(1)
     settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in settings.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    if job.get("end_at") is not None:
-        train_step = finetune.Trainer.train_step
-
-        def ending(self):
-            if self.step == job["end_at"]:
-                os._exit(130)
-            return train_step(self)
-
-        finetune.Trainer.train_step = ending
     os._exit(finetune.main(job["argv"]))
 
 
 for job in json.loads(sys.argv[1]):
+    if "goes_on" in job:
+        out, other = job["goes_on"]
+        shutil.copytree(other, out)
+        shutil.rmtree(finetune.saved(Path(out) / "checkpoints")[-1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pids = [start(job, rank, port) for rank in range(job["ranks"])]
-    if job.get("kill_after") is not None:
+    if "kill_after" in job:
         time.sleep(job["kill_after"])
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
