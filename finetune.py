@@ -275,6 +275,8 @@ class Trainer:
         self.objective, self.data, self.ranks, self.settings, self.steps = objective, data, ranks, settings, steps
         self.at_once, self.step = at_once, 0
         self.parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        frozen = not any(p is objective.model.norm.weight for p in self.parameters.values())
+        self.flop_a_token = (4 if frozen else 6) * multiplied(objective.model)
         self.sharded = any(isinstance(p, DTensor) for p in self.parameters.values())
         matrices = [p for p in self.parameters.values() if p.dim() > 1]
         others = [p for p in self.parameters.values() if p.dim() < 2]
@@ -295,23 +297,24 @@ class Trainer:
         start, places, ranks = now(self.ranks.device), self.places(self.step), self.ranks
         targets, loss = self.data.targets_in(places), torch.zeros((), device=ranks.device)
         rate = learning_rate(self.step, self.steps, self.settings["learning_rate"])
-        counts = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+        tokens = flop = 0
         if targets:
             for batch in self.data.batches(places, ranks.rank, ranks.count, self.at_once, ranks.device):
                 one = self.objective(batch)
                 # Gradients are averaged over the ranks: by FSDP, or below
                 (one * (ranks.count / targets)).backward()
                 loss += one.detach()
-                counts += torch.tensor([batch.n_tokens, self.flop(batch)], dtype=torch.float64)
+                tokens, flop = tokens + batch.n_tokens, flop + self.flop(batch)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if ranks.count > 1 and not self.sharded:
             for gradient in gradients:
                 ranks.sum(gradient).div_(ranks.count)
         # In float64: of millions of squares that are summed up in float32, the order would show
         norms = [torch.linalg.vector_norm(local(gradient), dtype=torch.float64) for gradient in gradients]
-        squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(counts[0])
+        squares = torch.stack(norms).square().sum() if norms else loss.double()
         if not self.sharded and not ranks.first:
             squares = torch.zeros_like(squares)  # the first rank's are those of all
+        counts = torch.tensor([tokens, flop], dtype=torch.float64, device=ranks.device)
         sums = ranks.sum(torch.cat((torch.stack((loss.double(), squares)), counts)))
         total, squares, tokens, flop = sums.tolist()
         length = math.sqrt(squares)
@@ -344,7 +347,7 @@ class Trainer:
 
     def flop(self, batch: Batch) -> float:
         """What training on a batch takes: 6 a weight and token, 4 where weights are frozen, and attention's."""
-        model, config = self.objective.model, self.objective.model.config
+        config = self.objective.model.config
         pairs = {}  # of a query and a key that it sees, by window
         for layer in range(config.n_layers):
             window = config.window if config.is_local(layer) else None
@@ -356,8 +359,7 @@ class Trainer:
             12 * config.n_heads * config.head_dim_of(i) * pairs[config.window if config.is_local(i) else None]
             for i in range(config.n_layers)
         )
-        frozen = any(hasattr(module, "lora") for module in model.modules())
-        return batch.n_tokens * (4 if frozen else 6) * multiplied(model) + attention
+        return batch.n_tokens * self.flop_a_token + attention
 
     # -----------------------------------------------------------------------------------------------------------------
     # Checkpoints

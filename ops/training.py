@@ -233,7 +233,8 @@ class _CrossEntropy(torch.autograd.Function):
         numbers = weight.to(h.dtype)
         grad_h = torch.empty_like(h) if of_h else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
-        loss, rows = torch.zeros((), device=h.device), max(1, LOGITS // len(weight))
+        loss, parts = torch.zeros((), device=h.device), -(-len(h) * len(weight) // LOGITS)
+        rows = -(-len(h) // parts)
         for i in range(0, len(h), rows):
             part = slice(i, i + rows)
             one, gradient = of_logits(h[part] @ numbers.T, targets[part], softcap, 1.0)
@@ -292,7 +293,10 @@ def by_torch(device: torch.device) -> Training:
     """The definition. On a GPU what lies between products is compiled, and attention FlexAttention's."""
     from torch.utils.checkpoint import checkpoint
 
-    on_gpu = device.type == "cuda"
+    if on_gpu := device.type == "cuda":
+        torch._dynamo.config.recompile_limit = (
+            64  # one function serves layers of several kinds, with gradients and without
+        )
     compiled = partial(torch.compile, dynamic=False) if on_gpu else lambda function: function
     gated, added = compiled(geglu), compiled(add_norm)
 
@@ -362,7 +366,8 @@ class TransformerEngine:
         return Training("te", operations, self.plain.of_logits, precision, checkpoint)
 
     def add_norm(self, x, y, post_weight, weight, eps, input_scale=None, offset=1.0, factor=None):
-        x, _ = self.plain.ops.add_norm(x, y, post_weight, None, eps, None, offset, factor)
+        if y is not None:
+            x, _ = self.plain.ops.add_norm(x, y, post_weight, None, eps, None, offset, factor)
         return x, None if weight is None else Normed(x, weight)
 
     def takes(self, weight) -> bool:
@@ -401,12 +406,14 @@ class TransformerEngine:
 
     def run(self, module, x: Tensor, parameters: dict[str, Tensor], weight: Tensor):
         """Runs a module with these parameters. Of a frozen weight the FP8 form is made once, and kept."""
-        module._parameters.update(parameters)
         first = None
         if self.recipe is not None and not weight.requires_grad:
             first = not getattr(module, "has_fp8_weight", False)
             module.has_fp8_weight = True
-        return module(x, is_first_microbatch=first)
+        module._parameters.update(parameters)
+        y = module(x, is_first_microbatch=first)
+        module._parameters.update(dict.fromkeys(parameters))  # rounded or gathered ones shall not stay in memory
+        return y
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, documents: Documents) -> Tensor:
         if layer.head_dim > FUSED_HEAD or layer.softcap is not None:

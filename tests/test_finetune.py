@@ -134,7 +134,7 @@ def test_rows_in_one_forward_are_rows_one_by_one(small):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_chunked_loss_is_that_of_whole_logits(softcap, monkeypatch):
-    monkeypatch.setattr("ops.training.LOGITS", 7 * 50)  # 7 of 30 rows at a time
+    monkeypatch.setattr("ops.training.LOGITS", 7 * 50)  # at most 7 of 30 rows at a time
     h, weight = (torch.randn(n, 16, requires_grad=True) for n in (30, 50))
     targets = torch.randint(0, 50, (30,))
     targets[::4] = IGNORED
@@ -634,3 +634,125 @@ def test_quantized_weights_take_adapters_only(calibrated, tmp_path, capsys):
     assert "int4 weights can't be trained: train adapters beside them (--lora_rank)" in error
     assert run([*options.split(), "--max_steps", "2"], tmp_path / "out", "--lora_rank", "2") == 0
     assert "loss" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+GPU_CASES = {  # sizes that TransformerEngine's modules take; Gemma 2's caps go by FlexAttention
+    "gemma": ("gemma-gqa", {}),
+    "gemma2": ("gemma2-window-half", dict(attn_logit_softcapping=20.0, final_logit_softcapping=10.0)),
+    "gemma3": ("gemma3-window-half", {}),
+    "gemma4": ("gemma4-unified", {}),
+    "experts": ("gemma4-experts", {}),
+}
+
+
+def gpu_model(case: str, seed: int = 0):
+    """A model whose heads have 128 numbers or, of global layers of Gemma 4, 512; weights as small as trained ones."""
+    from model import Transformer
+
+    name, own = GPU_CASES[case]
+    sizes = dict(hidden_size=256, intermediate_size=512, head_dim=128, vocab_size=512, max_position_embeddings=1024)
+    sizes |= dict(global_head_dim=512, moe_intermediate_size=128) if name.startswith("gemma4") else {}
+    model = Transformer.random(tiny_config(name, **(sizes | own)), dtype=torch.float32, seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+        for layer in model.layers if name.startswith("gemma4") else ():  # whose scores are not scaled otherwise
+            for norm in filter(None, (layer.attention.q_norm, layer.attention.k_norm)):
+                norm.weight.fill_(len(norm.weight) ** -0.25)
+    model.requires_grad_(True)
+    for layer in model.layers if model.config.layer_scalar else ():
+        layer.scalar.requires_grad_(False)
+    return model
+
+
+def gradients_on(device: str, model, dtype: torch.dtype, fp8: str | None, batch_rows, by=None, recompute=True):
+    """Loss and gradients, on the CPU in float32, of a copy of `model` on `device`."""
+    from copy import deepcopy
+
+    from ops.training import choose
+
+    device, model = torch.device(device), deepcopy(model)
+    for name, buffer in model.named_buffers():
+        setattr(model, name, buffer.to(device))
+    model.to(device)
+    config = model.config
+    training = by or choose(device, dtype, config.norm_eps, config.norm_offset, fp8)
+    objective = Objective(model, training, dtype, recompute)
+    loss, found = backward(objective, Data(batch_rows, 128).batch([batch_rows], device))
+    return training.name, loss, {name: gradient.float().cpu() for name, gradient in found.items()}
+
+
+def assert_similar(found: dict, expected: dict, least: float):
+    """Each gradient points where it should, and is as long."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if gradient.norm() > 0:
+            similar = F.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0).item()
+            longer = (found[name].norm() / gradient.norm()).item()
+            assert similar > least and 1 - 2 * (1 - least) < longer < 1 + 2 * (1 - least), (name, similar, longer)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", GPU_CASES)
+@pytest.mark.parametrize("fp8", [None, "current", "delayed", "block"])
+def test_transformer_engine_is_near_float32(case, fp8):
+    """BF16 and FP8 against the definition in float32 on a CPU, three documents in a row that is not full."""
+    pytest.importorskip("transformer_engine.pytorch")
+    model, rows = gpu_model(case), documents(60, 40, 17, vocab=512)
+    _, expected_loss, expected = gradients_on("cpu", model, torch.float32, None, rows)
+    name, loss, found = gradients_on("cuda", model, torch.bfloat16, fp8, rows)
+    assert name == "te"
+    assert loss == pytest.approx(expected_loss, rel=0.01 if fp8 is None else 0.03)
+    assert_similar(found, expected, least_of(case, 0.98 if fp8 is None else 0.9))
+
+
+def least_of(case: str, least: float) -> float:
+    """Where rounding sends a token to another expert, gradients differ more."""
+    return least - 0.15 if case == "experts" else least
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_pytorch_on_a_gpu_is_near_float32(case):
+    """What trains where there is no TransformerEngine."""
+    model, rows = gpu_model(case), documents(60, 40, 17, vocab=512)
+    _, expected_loss, expected = gradients_on("cpu", model, torch.float32, None, rows)
+    by = by_torch(torch.device("cuda"))
+    _, loss, found = gradients_on("cuda", model, torch.bfloat16, None, rows, by=by)
+    assert loss == pytest.approx(expected_loss, rel=0.01)
+    assert_similar(found, expected, least_of(case, 0.98))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("fp8", [None, "current", "delayed"])
+def test_recomputing_on_a_gpu_changes_no_gradient(fp8):
+    pytest.importorskip("transformer_engine.pytorch")
+    model, rows = gpu_model("gemma3"), documents(60, 40, 17, vocab=512)
+    found = [gradients_on("cuda", model, torch.bfloat16, fp8, rows, recompute=each) for each in (False, True)]
+    assert found[0][1] == found[1][1]
+    assert_similar(found[1][2], found[0][2], 0.9999)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [(), ("--lora_rank", "4")])
+def test_fp8_learns_what_bf16_does(options, tmp_path):
+    """Tiny-gemma: held-out losses within 0.5 %, after the same steps; a resumed run's log is the straight one's."""
+    pytest.importorskip("transformer_engine.pytorch")
+    text = (ROOT / "model.py").read_text().split("\n\n\n")
+    for name, part in (("train", text[::2]), ("held_out", text[1::2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in part))
+    command = f"--data {tmp_path}/train.jsonl --eval_data {tmp_path}/held_out.jsonl --max_length 512"
+    command = f"{command} --batch_tokens 2048 --max_steps 20 --save_every 10 --learning_rate 3e-4".split()
+    losses = []
+    for fp8 in ((), ("--fp8",), ("--fp8", "block")):
+        out = tmp_path / f"out{len(losses)}"
+        assert run(command, out, *options, *fp8) == 0
+        losses.append([line["eval_loss"] for line in log_of(out) if "eval_loss" in line])
+    assert losses[0][-1] < 0.98 * losses[0][0]
+    for each in losses[1:]:
+        assert each[-1] == pytest.approx(losses[0][-1], rel=0.005)
