@@ -67,6 +67,7 @@ from training_data import Batch, Data, read_documents
 
 SHARD = 5 * 10**9  # bytes of an exported file
 KEPT = 2  # checkpoints of a run
+ROOT_PARTS = ("embedding.", "norm.", "per_layer_inputs.")  # what is in no layer
 CLIP = 1.0  # norm that longer gradients are scaled down to
 PEAKS = {  # FLOP/s of dense BF16 products, as NVIDIA states them
     "H100": 989e12,
@@ -215,20 +216,24 @@ def whole_model(checkpoint: Checkpoint, ranks: Ranks, dtype: torch.dtype) -> Tra
         model = Transformer(checkpoint.config)
     modules = {f"layers.{i}.": layer for i, layer in enumerate(model.layers)}
     for prefix, module in (modules | {"": model}).items():
-        parts = {name: part for name, part in checkpoint.parts.items() if name.startswith(prefix)}
-        if not prefix:
-            parts = {name: part for name, part in parts.items() if not name.startswith("layers.")}
+        names = [name for name in checkpoint.parts if name.startswith(prefix or ROOT_PARTS)]
+        parts = {name: checkpoint.parts[name] for name in names}
         loaded = load_weights(replace(checkpoint, parts=parts), ranks.device, torch.float32)
         # A copy, since it may be a view of the file
         loaded = {name.removeprefix(prefix): x.clone() if x.device.type == "cpu" else x for name, x in loaded.items()}
         module.load_state_dict(loaded, strict=bool(prefix), assign=True)
-        module.requires_grad_(True)
         if prefix:
             shard(module, ranks, dtype)
     for name, buffer in model.named_buffers():
         setattr(model, name, buffer.to(ranks.device))
+    return unfrozen(model)
+
+
+def unfrozen(model: Transformer) -> Transformer:
+    """The model, with all of its parameters to be trained but the scalars of layers: constants in the reference, too."""
+    model.requires_grad_(True)
     for layer in model.layers if model.config.layer_scalar else ():
-        layer.scalar.requires_grad_(False)  # a constant of the layer in the reference, too
+        layer.scalar.requires_grad_(False)
     return model
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from array import array
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from conftest import CASES, ROOT, SIZES, TINY_GEMMA, small_model, tiny_config
 import finetune
 from checkpoint import open_checkpoint, sources
 from files import tensor_bytes, write_safetensors
-from finetune import Objective, Ranks, Trainer, add_adapters, whole_model
+from finetune import Objective, Ranks, Trainer, add_adapters, unfrozen, whole_model
 from generate import load_model
-from ops.training import IGNORED, by_torch, cross_entropy
+from ops.norm import rms_norm
+from ops.training import IGNORED, TransformerEngine, by_torch, cross_entropy
 from tokenizer import open_tokenizer
 from training_data import Data, Document, documents_of, pack, read_documents
 
@@ -637,6 +639,101 @@ def test_quantized_weights_take_adapters_only(calibrated, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# TransformerEngine's modules
+
+
+class StandIns:
+    """What TransformerEngine documents of its modules, in PyTorch: shows, without a GPU, that each gets the weights,
+    norms and documents that are meant. What the real ones make is checked on a GPU, below."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self, in_features, out_features, bias, params_dtype, device):
+            super().__init__()
+            assert not bias and device == "meta"
+            self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, device=device))
+
+        def forward(self, x, is_first_microbatch=None):
+            return F.linear(x, self.weight)
+
+    class LayerNormLinear(Linear):
+        def __init__(self, *sizes, eps, normalization, zero_centered_gamma, return_layernorm_output, **options):
+            super().__init__(*sizes, **options)
+            assert normalization == "RMSNorm"
+            self.layer_norm_weight = torch.nn.Parameter(torch.empty(sizes[0], device="meta"))
+            self.norm = partial(rms_norm, eps=eps, offset=float(zero_centered_gamma))
+            self.returns_norm = return_layernorm_output
+
+        def forward(self, x, is_first_microbatch=None):
+            h = self.norm(x, self.layer_norm_weight)
+            y = F.linear(h, self.weight)
+            return (y, h) if self.returns_norm else y
+
+    class LayerNormMLP(torch.nn.Module):
+        def __init__(
+            self, hidden, ffn, bias, activation, eps, normalization, zero_centered_gamma, params_dtype, device
+        ):
+            super().__init__()
+            assert not bias and activation == "geglu" and normalization == "RMSNorm" and device == "meta"
+            shapes = {"layer_norm_weight": (hidden,), "fc1_weight": (2 * ffn, hidden), "fc2_weight": (hidden, ffn)}
+            self.shapes, self.norm = shapes, partial(rms_norm, eps=eps, offset=float(zero_centered_gamma))
+
+        def forward(self, x, is_first_microbatch=None):
+            assert {name: tuple(self._parameters[name].shape) for name in self.shapes} == self.shapes
+            norm, first, second = (self._parameters[name] for name in self.shapes)
+            gate, up = F.linear(self.norm(x, norm), first).chunk(2, dim=-1)
+            return F.linear(F.gelu(gate, approximate="tanh") * up, second)
+
+    class DotProductAttention:
+        def __init__(
+            self, heads, head_dim, num_gqa_groups, qkv_format, attn_mask_type, window_size, softmax_scale, **_
+        ):
+            assert (qkv_format, attn_mask_type) == ("thd", "padding_causal")
+            self.sizes, self.window, self.scale = (heads, num_gqa_groups, head_dim), window_size, softmax_scale
+
+        def __call__(self, q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv):
+            """Document by document."""
+            heads, groups, head_dim = self.sizes
+            assert q.shape[1:] == (heads, head_dim) and k.shape[1:] == v.shape[1:] == (groups, head_dim)
+            assert cu_seqlens_q.dtype == torch.int32 and int(cu_seqlens_q.diff().max()) <= max_seqlen_q
+            outputs = []
+            for start, end in zip(cu_seqlens_q.tolist(), cu_seqlens_kv.tolist()[1:]):
+                at = torch.arange(end - start)
+                behind = at[:, None] - at
+                seen = (behind >= 0) & ((self.window[0] < 0) | (behind <= self.window[0]))
+                parts = (x[start:end].transpose(0, 1) for x in (q, k, v))
+                y = F.scaled_dot_product_attention(*parts, attn_mask=seen, scale=self.scale, enable_gqa=True)
+                outputs.append(y.transpose(0, 1).flatten(1))
+            return torch.cat(outputs)
+
+    @staticmethod
+    def checkpoint(function, use_reentrant):
+        assert not use_reentrant
+        return function()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("case", ["gemma-gqa", "gemma3-window-small", "gemma4-experts", "gemma4-shared"])
+def test_transformer_engine_gets_what_the_definition_has(case, lora, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    found, rows = [], documents(20, 12)
+    for stand_in in (False, True):
+        model = small_model(case=case)
+        add_adapters(model, 4, seed=1) if lora else unfrozen(model)
+        training = by_torch(CPU)
+        if stand_in:
+            config = model.config
+            engine = TransformerEngine(StandIns, config.norm_eps, config.norm_offset, None)
+            training = engine.training()
+        found.append(backward(Objective(model, training, torch.float32, True), Data(rows, 32).batch([rows], CPU)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert_close(found[1][1], found[0][1], 1e-4)
+    kinds = {type(module).__name__ for module in engine.modules.values()}
+    assert kinds == ({"Linear", "LayerNormLinear"} if lora else {"Linear", "LayerNormLinear", "LayerNormMLP"})
+    # Nothing of what they were given stays with them
+    assert all(p is None for module in engine.modules.values() for p in module._parameters.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # On a GPU
 
 
@@ -664,10 +761,7 @@ def gpu_model(case: str, seed: int = 0):
         for layer in model.layers if name.startswith("gemma4") else ():  # whose scores are not scaled otherwise
             for norm in filter(None, (layer.attention.q_norm, layer.attention.k_norm)):
                 norm.weight.fill_(len(norm.weight) ** -0.25)
-    model.requires_grad_(True)
-    for layer in model.layers if model.config.layer_scalar else ():
-        layer.scalar.requires_grad_(False)
-    return model
+    return unfrozen(model)
 
 
 def gradients_on(device: str, model, dtype: torch.dtype, fp8: str | None, batch_rows, by=None, recompute=True):
