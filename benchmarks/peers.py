@@ -5,6 +5,7 @@ nothing of this project, so that vLLM may bring its own versions of what we use,
 """
 
 import ctypes
+import gc
 import glob
 import importlib.metadata
 import importlib.util
@@ -173,6 +174,56 @@ def transformers_drafts(directories: list, prompt: list[int], new_tokens: int) -
         transformers_generate(model, [prompt], new_tokens, **(drafts if count else {}))()
 
     return run
+
+
+def transformers_training(config: dict, device, lora_rank: int, length: int, rows: int) -> Callable[[], None] | None:
+    """A step of transformers' model on `rows` rows of `length` random tokens, one at a time: parameters in float32,
+    products in BF16 by autocast, AdamW fused, attention by sdpa; with lora_rank PEFT's adapters on a BF16 model. None,
+    with a line, where PEFT is not installed or memory is too small, even where activations are computed again."""
+    import torch
+    import transformers
+
+    def start(keeps: bool) -> Callable[[], None]:
+        dtype = torch.bfloat16 if lora_rank else torch.float32
+        settings = transformers.AutoConfig.for_model(**config)
+        with torch.device(device):
+            options = dict(attn_implementation="sdpa", dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(settings, **options)
+        if lora_rank:
+            from peft import LoraConfig, get_peft_model
+
+            modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+            model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=modules))
+        model.train()
+        if not keeps:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        tokens = torch.randint(3, settings.vocab_size, (rows, 1, length), device=device)
+
+        def step():
+            for row in tokens:
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = model(input_ids=row, labels=row, use_cache=False).loss
+                (loss / rows).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        return step
+
+    for keeps in (True, False):
+        try:
+            return start(keeps)
+        except (torch.OutOfMemoryError, ImportError) as error:
+            told = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(f"transformers' training is left out: {told}", file=sys.stderr, flush=True)
+    return None
 
 
 @contextmanager

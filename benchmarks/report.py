@@ -361,6 +361,24 @@ def memory(rows: list[dict]) -> str:
     return out
 
 
+def training(rows: list[dict]) -> str:
+    columns = {
+        "model": lambda row: row["model"],
+        "trained": lambda row: row["trained"],
+        "GPUs": lambda row: str(row["gpus"]),
+        "rows x tokens": lambda row: f"{row['batch']} x {row['length']:,}",
+        "products": lambda row: row["precision"].upper(),
+        "program": lambda row: row["name"],
+        "activations": lambda row: row.get("activations", ""),
+        "step, ms": lambda row: form(1e3 * row["seconds"], "{:,.0f}"),
+        "tokens/s": figure("tokens_per_second"),
+        "TFLOP/s a GPU": figure("tflops"),
+        "MFU": figure("mfu", "{:.0%}"),
+        "peak, GiB": figure("peak_allocated_gib", "{:.1f}"),
+    }
+    return markdown([{head: of(row) for head, of in columns.items()} for row in rows])
+
+
 def cpu(rows: list[dict]) -> str:
     def content(row: dict) -> str:
         return whole_rate(row) + form(row.get("times_transformers"), " ({:.2f} ×)")
@@ -468,6 +486,14 @@ without the hardware's fast accumulation.""",
 the GPU for; fragmentation is the share of the latter that was never allocated. "Expandable segments" is the allocator's
 setting of that name.""",
         memory,
+    ),
+    "finetune": Section(
+        "Fine-tuning",
+        """A step on random tokens: forward, backward and AdamW on parameters in float32, or on adapters beside frozen
+weights in BF16; a row at a time, attention over the whole row. MFU is the share of the GPU's dense BF16 peak, for FP8
+too, that 6 FLOP a weight and token take (4 where weights are frozen) and attention's. transformers runs the same recipe
+under autocast.""",
+        training,
     ),
     "cpu": Section("CPU", "tiny-gemma, the checkpoint of this repository, in turn with transformers' `generate`.", cpu),
 }
