@@ -4,11 +4,13 @@
     torchrun --standalone --nproc_per_node 8 finetune.py --data train.jsonl --output_dir OUT      on eight GPUs
 
 Lines of the data are {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}; of chats the answers are
-learned, of prompts the completions, of texts everything (training_data.py). OUT gets the fine-tuned checkpoint as Hugging
-Face has it, or the adapter as PEFT has it; log.jsonl and curves.svg; and, in checkpoints/, what --resume goes on from.
+learned, of prompts the completions, of texts everything (training_data.py). OUT gets the fine-tuned checkpoint as
+Hugging Face has it, or the adapter as PEFT has it; log.jsonl and curves.svg; and, in checkpoints/, what --resume goes on
+from.
 
 Parameters are in float32, rounded to BF16 where they are multiplied: what an update adds to a weight is often less than
-what BF16 can tell apart. On several GPUs they are sharded (FSDP2); adapters are on each, and their gradients are summed.
+what BF16 can tell apart. On several GPUs they are sharded (FSDP2); adapters are on each, and gradients are summed up.
+Routers of experts are trained by the loss alone, as in transformers: nothing balances what experts are given.
 """
 
 import interrupt
@@ -76,6 +78,7 @@ PEAKS = {  # FLOP/s of dense BF16 products, as NVIDIA states them
     "A100": 312e12,
     "L40S": 362e12,
 }
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model and its loss
 
@@ -113,8 +116,8 @@ def rounded(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 class Objective(nn.Module):
-    """The loss of a model, whose blocks run by `training`'s operations in `dtype`. With `recompute` each block keeps its
-    input alone for the backward, which runs it again."""
+    """The loss of a model, whose blocks run by `training`'s operations in `dtype`. With `recompute` each block keeps
+    its input alone for the backward, which runs it again."""
 
     def __init__(self, model: Transformer, training: Training, dtype: torch.dtype, recompute: bool):
         super().__init__()
@@ -230,7 +233,7 @@ def whole_model(checkpoint: Checkpoint, ranks: Ranks, dtype: torch.dtype) -> Tra
 
 
 def unfrozen(model: Transformer) -> Transformer:
-    """The model, with all of its parameters to be trained but the scalars of layers: constants in the reference, too."""
+    """The model, all of its parameters to be trained but the scalars of layers: constants in the reference, too."""
     model.requires_grad_(True)
     for layer in model.layers if model.config.layer_scalar else ():
         layer.scalar.requires_grad_(False)
@@ -377,8 +380,8 @@ class Trainer:
         return state
 
     def save(self, directory: Path):
-        """Writes a checkpoint of this step below `directory`: aside, and renamed when it is whole. The newest KEPT stay.
-        Raises OSError, naming it, if it can't be written."""
+        """Writes a checkpoint of this step below `directory`: aside, and renamed when it is whole. The newest KEPT
+        stay. Raises OSError, naming it, if it can't be written."""
         target = directory / f"step-{self.step:08}"
         aside = directory / f".{target.name}.tmp"
         if self.ranks.first:
@@ -391,7 +394,6 @@ class Trainer:
             if self.ranks.first:
                 content = {"step": self.step, "settings": self.settings}
                 (aside / "run.json").write_text(json.dumps(content, indent=2) + "\n")
-                shutil.rmtree(target, ignore_errors=True)
                 aside.rename(target)
         except (OSError, CheckpointException) as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -577,33 +579,27 @@ def print_figures(trainer: Trainer, args: argparse.Namespace, lines: list[dict],
     if device.type == "cuda":
         by = {"te": "TransformerEngine", "torch": "PyTorch"}[trainer.objective.training_ops.name]
         name = f"{ranks.count} x {torch.cuda.get_device_name(device)} by {by}"
-    run = [line for line in lines if "tokens" in line][-steps:] if steps else []
-    tokens, targets, seconds = (sum(line[key] for line in run) for key in ("tokens", "targets", "seconds"))
-    print(
-        f"{name}, {str(trainer.objective.dtype).removeprefix('torch.')}{f', {args.fp8} FP8' if args.fp8 else ''}, "
-        f"seed {args.seed}\n"
-        f"load {load_seconds:.2f} s; {len(data.documents):,} documents in {len(data.rows):,} rows of {data.size} tokens, "
-        f"{data.n_tokens / data.size / len(data.rows):.0%} full; {data.n_targets / data.n_tokens:.0%} of tokens are targets",
-        file=sys.stderr,
-    )
-    if run:
-        after = run[len(run) > 1 :]  # the first step compiles and plans
-        seconds_after = sum(line["seconds"] for line in after)
-        speed = speed_in_words(after, ranks)
+    precision = str(trainer.objective.dtype).removeprefix("torch.") + (f", {args.fp8} FP8" if args.fp8 else "")
+    full, learned = data.n_tokens / data.size / len(data.rows), data.n_targets / data.n_tokens
+    rows = f"{len(data.documents):,} documents in {len(data.rows):,} rows of {data.size} tokens, {full:.0%} full"
+    told = [
+        f"{name}, {precision}, seed {args.seed}",
+        f"load {load_seconds:.2f} s; {rows}; {learned:.0%} of tokens are targets",
+    ]
+    if run := [line for line in lines if "tokens" in line][-steps:] if steps else []:
+        tokens, targets, seconds = (sum(line[key] for line in run) for key in ("tokens", "targets", "seconds"))
+        after = run[1:] or run  # the first step compiles and plans
         held = [line["eval_loss"] for line in lines if "eval_loss" in line]
-        print(
-            f"{steps} steps, {tokens:,} tokens, {targets:,} targets in {seconds:.1f} s, {seconds - seconds_after:.1f} s of "
-            f"them the first step; then {speed}\n"
+        skipped = sum(line["skipped"] for line in run)
+        first = f"the first step in {run[0]['seconds']:.1f} s"
+        told += [
+            f"{steps} steps, {tokens:,} tokens, {targets:,} targets in {seconds:.1f} s, {first}; then "
+            + speed_in_words(after, ranks),
             f"loss {run[0]['loss']:.4f} in the first step, {run[-1]['loss']:.4f} in the last"
-            + (f"; held-out {held[0]:.4f} -> {held[-1]:.4f}" if held else "")
-            + (
-                f"; {skipped} steps skipped, whose gradients were not finite"
-                if (skipped := sum(x["skipped"] for x in run))
-                else ""
-            ),
-            file=sys.stderr,
-        )
-    print(f"peak memory {peak_memory(device) / GIB:.2f} GiB", file=sys.stderr)
+            + (f"; held-out {held[0]:.4f} at first, {held[-1]:.4f} at the end" if held else "")
+            + (f"; {skipped} steps skipped, whose gradients were not finite" if skipped else ""),
+        ]
+    print("\n".join(told), f"peak memory {peak_memory(device) / GIB:.2f} GiB", sep="\n", file=sys.stderr)
 
 
 def speed_in_words(lines: list[dict], ranks: Ranks) -> str:
@@ -628,7 +624,13 @@ def program_parser() -> argparse.ArgumentParser:
     add_model_options(parser, "checkpoint_path")
     add("--data", type=path, required=True, metavar="FILE", help="JSON lines to learn from; '-' is stdin")
     add("--eval_data", type=path, metavar="FILE", help="JSON lines to measure the loss of (default: none)")
-    add("--output_dir", type=path, required=True, metavar="OUT", help="a new directory, or with --resume a run's")
+    add(
+        "--output_dir",
+        type=path,
+        required=True,
+        metavar="OUT",
+        help="a new directory, or with --resume a run's; of all hosts",
+    )
     add(
         "--lora_rank",
         type=number(int, 0),

@@ -127,7 +127,7 @@ def attend_documents(
     dtype,
     output_scale=None,
 ) -> Tensor:
-    """`ops.attention.attend` without a cache for one sequence of M tokens, of which `positions.mask` is the Documents."""
+    """`ops.attention.attend` without a cache, for one sequence of M tokens, whose Documents are `positions.mask`."""
     q, k, v = split(qkv[None], layer, positions.rope)
     if layer.kv_products == 0:
         k, v = positions.kept["kv"]
@@ -208,9 +208,9 @@ def experts(h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dt
 # The loss
 
 
-def logit_gradients(logits: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The sum of the targets' cross-entropies in nats, and `scale` times its gradient in logits [M, V] before the
-    softcap, in their dtype; all in float32 until then."""
+def logit_gradients(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """The sum of the targets' cross-entropies in nats, and its gradient in logits [M, V] before the softcap, rounded to
+    their dtype at the end."""
     x, bend = logits.float(), None
     if softcap is not None:
         bend = torch.tanh(x / softcap)
@@ -223,7 +223,7 @@ def logit_gradients(logits: Tensor, targets: Tensor, softcap: float | None, scal
     gradient = torch.where(counted, (x - total).exp() - hit.float(), 0)
     if softcap is not None:
         gradient = gradient * (1 - bend.square())
-    return loss, (gradient * scale).to(logits.dtype)
+    return loss, gradient.to(logits.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -237,7 +237,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows = -(-len(h) // parts)
         for i in range(0, len(h), rows):
             part = slice(i, i + rows)
-            one, gradient = of_logits(h[part] @ numbers.T, targets[part], softcap, 1.0)
+            one, gradient = of_logits(h[part] @ numbers.T, targets[part], softcap)
             loss += one
             if of_h:
                 torch.mm(gradient, numbers, out=grad_h[part])
@@ -294,9 +294,8 @@ def by_torch(device: torch.device) -> Training:
     from torch.utils.checkpoint import checkpoint
 
     if on_gpu := device.type == "cuda":
-        torch._dynamo.config.recompile_limit = (
-            64  # one function serves layers of several kinds, with gradients and without
-        )
+        # One function serves layers of several kinds, with gradients and without
+        torch._dynamo.config.recompile_limit = 64
     compiled = partial(torch.compile, dynamic=False) if on_gpu else lambda function: function
     gated, added = compiled(geglu), compiled(add_norm)
 
@@ -442,7 +441,8 @@ class TransformerEngine:
 
 def _recipe(name: str):
     """TransformerEngine's FP8 recipe of that name in RECIPES. Scales are those of the tensors at hand ("current"), of
-    the largest values of the last 1,024 steps ("delayed"), or of blocks of 128 numbers ("block")."""
+    the largest values of the last 1,024 steps ("delayed"), or of blocks of 128 numbers ("block"). What "delayed" has
+    seen is in no checkpoint: a run that is resumed begins its history anew, and is not quite the straight one."""
     from transformer_engine.common import recipe
 
     if name == "delayed":
@@ -451,8 +451,8 @@ def _recipe(name: str):
 
 
 def choose(device: torch.device, dtype: torch.dtype, eps: float, norm_offset: float, fp8: str | None) -> Training:
-    """For activations in `dtype`: TransformerEngine on a GPU that has it, else PyTorch, with a note; products in FP8 by a
-    recipe of RECIPES.
+    """For activations in `dtype`: TransformerEngine on a GPU that has it, else PyTorch, with a note; products in FP8 by
+    a recipe of RECIPES.
 
     `eps` and `norm_offset` are the model's. Raises ValueError for FP8 where it can't run.
     """
