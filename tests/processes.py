@@ -1,8 +1,9 @@
 """Runs of finetune.py in processes of their own, from one that has imported all and is forked: `python processes.py
-JOBS`, JOBS being JSON, [{"ranks": 2, "argv": [...], "kill_after": seconds, "goes_on": [OUT, OUT of another run]}, ...].
+JOBS`, JOBS being JSON, [{"ranks": 2, "argv": [...], "kill": [OUT, step, seconds], "goes_on": [OUT, OUT of another]}].
 
-A job's processes are connected as torchrun connects them. One that goes on does so from all but the newest checkpoint of
-the other run. Prints each job's exit statuses, of one that was killed -9."""
+A job's processes are connected as torchrun connects them. They are killed so many seconds after the checkpoint of a step
+was there. One that goes on does so from all but the newest checkpoint of the other run. Prints each job's exit statuses,
+of one that was killed -9."""
 
 import json
 import os
@@ -38,8 +39,11 @@ for job in json.loads(sys.argv[1]):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pids = [start(job, rank, port) for rank in range(job["ranks"])]
-    if "kill_after" in job:
-        time.sleep(job["kill_after"])
+    if "kill" in job:
+        out, step, seconds = job["kill"]
+        while not any(int(each.name[5:]) >= step for each in finetune.saved(Path(out) / "checkpoints")):
+            time.sleep(0.001)
+        time.sleep(seconds)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
     print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], flush=True)

@@ -460,8 +460,9 @@ def ran(small, json_tokenizer, tmp_path_factory) -> dict[str, tuple[list[str], P
     delays = random.Random(0)
     goes_on = [str(outs[name][1]) for name in ("four", "two")]
     jobs = [job("two", 2), job("four", 4, "--resume", goes_on=goes_on), job("lora", 2), job("gemma4", 2)]
-    # Steps and saves take some 50 ms each, loading some 300
-    jobs += [job("killed", 1, "--resume", kill_after=delays.uniform(0.4, 0.9)) for _ in range(2)]
+    # Steps and saves take some 30 ms each
+    for step in (2, 6):
+        jobs.append(job("killed", 1, "--resume", kill=(str(outs["killed"][1]), step, delays.uniform(0, 0.06))))
     jobs.append(job("killed", 1, "--resume"))
     program = ROOT / "tests" / "processes.py"
     command = [sys.executable, program, json.dumps(jobs)]
