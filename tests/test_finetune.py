@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from array import array
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,16 @@ from files import tensor_bytes, write_safetensors
 from finetune import Objective, Ranks, Trainer, add_adapters, unfrozen, whole_model
 from generate import load_model
 from ops.norm import rms_norm
-from ops.training import IGNORED, TransformerEngine, by_torch, cross_entropy
+from ops.rope import AttentionLayer
+from ops.training import (
+    IGNORED,
+    Documents,
+    TransformerEngine,
+    by_torch,
+    cross_entropy,
+    flex_attention,
+    masked_attention,
+)
 from tokenizer import open_tokenizer
 from training_data import Data, Document, documents_of, pack, read_documents
 
@@ -164,6 +174,22 @@ def test_bf16_rounds_the_masters_and_sums_up_in_float32(small):
         similar = F.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0)
         assert similar > 0.95, name
     assert any(not torch.equal(found[name], found[name].bfloat16().float()) for name in ("embedding.weight",))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 7])
+def test_flex_attention_sees_what_the_definition_sees(softcap, window, monkeypatch):
+    """FlexAttention as it is before it is compiled, which a CPU runs without gradients."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    monkeypatch.setattr("ops.training._flex", lambda: flex.flex_attention)
+    layer = AttentionLayer(4, 2, 32, 0.2, softcap, window)
+    q, k, v = (torch.randn(1, 40, heads, 32) for heads in (4, 2, 2))
+    row = Documents.of([20, 12, 8], CPU)
+    expected = masked_attention(q, k, v, layer, row)
+    with warnings.catch_warnings(action="ignore"):  # that it is not compiled
+        assert torch.allclose(flex_attention(q, k, v, layer, row), expected, atol=1e-5)
+    alone = masked_attention(*(x[:, 20:32] for x in (q, k, v)), layer, Documents.of([12], CPU))
+    assert torch.allclose(expected[:, 20:32], alone, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
