@@ -161,8 +161,14 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", ["gemma-gqa", "gemma4-experts", "gemma4-shared"])
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [
+        *(("gemma4-experts", form) for form in FORMS),
+        *(("gemma-gqa", form) for form in ("published", "fp8", "int4")),
+        *(("gemma4-shared", form) for form in ("published", "converted", "int8")),
+    ],
+)
 def test_shards_are_parts_of_the_whole_and_add_up_to_it(case, form, tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint.PIECE", 5000)
     settings, write = FORMS[form]
@@ -318,15 +324,15 @@ def on_processes(script: str) -> list[tuple[int, str, str]]:
 def results(model: Transformer) -> list:
     rows = dict(batch_size=2, stop_ids=())
     return [
-        generate(model, PROMPTS, 12, temperature=0, **rows),
-        generate(model, PROMPTS, 12, temperature=1.0, top_p=0.9, min_p=0.01, seed=5, **rows),
-        generate(model, PROMPTS, 12, temperature=1.0, seed=5, drafter=PromptLookup(), speculate_k=3, **rows),
-        beam_search(model, PROMPTS, 6, num_beams=3, stop_ids=()),
+        generate(model, PROMPTS, 8, temperature=0, **rows),
+        generate(model, PROMPTS, 8, temperature=1.0, top_p=0.9, min_p=0.01, seed=5, **rows),
+        generate(model, PROMPTS, 8, temperature=1.0, seed=5, drafter=PromptLookup(), speculate_k=3, **rows),
+        beam_search(model, PROMPTS, 4, num_beams=3, stop_ids=()),
     ]
 
 
 def test_processes_draw_the_same_tokens_as_one_and_the_first_prints(tiny, capsys):
-    arguments = ["--precision", "fp32", "--device", "cpu", "--max_new_tokens", "12", "--seed", "6"]
+    arguments = ["--precision", "fp32", "--device", "cpu", "--max_new_tokens", "8", "--seed", "6"]
     script = f"""
 import json, warnings
 import generate as program
