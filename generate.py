@@ -494,10 +494,12 @@ class _Trace:
 
 def run(args: argparse.Namespace):
     """Runs the program: by all ranks that share the model, if there are some, of which the first one prints."""
+    if args.tp > 1:
+        _check_for_ranks(args)
     sums = init(args.tp, args.device)
     if sums is None:
         return _run(args, None)
-    _check_ranks(args, sums)
+    sums.check_alike(repr(sorted(vars(args).items())), "options")
     args.device = sums.device
     with open(os.devnull, "w") as nowhere, ExitStack() as quiet:
         for redirected in (redirect_stdout, redirect_stderr) if sums.shard.rank else ():
@@ -506,14 +508,13 @@ def run(args: argparse.Namespace):
     close(sums)
 
 
-def _check_ranks(args: argparse.Namespace, sums: Sums):
-    """Raises ValueError for options that ranks don't take, or that they were not all given."""
+def _check_for_ranks(args: argparse.Namespace):
+    """Raises ValueError for options that ranks don't take."""
     for name in ("interactive", "output", "profile"):
         if getattr(args, name):
             raise ValueError(f"--tp takes no --{name}")
     if str(args.prompts_file) == "-":
         raise ValueError("--tp takes no --prompts_file from stdin, which one process alone can read")
-    sums.check_alike(repr(sorted(vars(args).items())), "options")
 
 
 def _run(args: argparse.Namespace, sums: Sums | None):

@@ -172,17 +172,18 @@ class Sums:
 
 
 class ProcessSums(Sums):
-    """Ranks that are processes, by torch.distributed: NCCL between GPUs, gloo between CPUs."""
+    """Ranks that are processes, by torch.distributed: NCCL between GPUs, gloo between CPUs. They are those of `group`
+    (None: all)."""
 
-    def __init__(self, shard: Shard, device: torch.device):
-        self.shard, self.device = shard, device
+    def __init__(self, shard: Shard, device: torch.device, group=None):
+        self.shard, self.device, self.group = shard, device, group
 
     def gathered(self, x: Tensor) -> Tensor:
         own = x.contiguous().view(-1).view(torch.uint8)  # bytes, of which all backends know what to do
         whole = torch.empty(self.shard.count * own.numel(), dtype=torch.uint8, device=x.device)
         # Older torch knows it by another name
         gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
-        gather(whole, own)
+        gather(whole, own, group=self.group)
         return whole.view(x.dtype).view(self.shard.count, *x.shape)
 
 

@@ -22,6 +22,8 @@ import generate as program
 from beams import beam_search
 from checkpoint import (
     DTYPE_NAMES,
+    LINEAR_WEIGHTS,
+    PER_LAYER_TABLE,
     Checkpoint,
     fp8_scale_names,
     load_weights,
@@ -223,6 +225,55 @@ def test_ranks_generate_what_one_does(case, tmp_path):
             assert its_texts in (None, expected)
 
 
+def assert_parts(checkpoint: Checkpoint, config: ModelConfig, **options):
+    """What ranks load is a part of what one loads."""
+    whole = load_weights(checkpoint, CPU, torch.float32, **options)
+    for count, rank in ((2, 0), (2, 1), (4, 2)):
+        own = load_weights(checkpoint, CPU, torch.float32, **options, shard=Shard(rank, count))
+        assert own.keys() == whole.keys()
+        for name, weight in whole.items():
+            expected = part_of(name.removesuffix(".weight"), weight.float(), config, rank, count)
+            assert own[name].dtype == weight.dtype
+            assert torch.equal(own[name].float(), expected), name
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_ranks_quantize_their_parts_as_they_read_them(apart, tmp_path):
+    config = tiny_config("gemma4-experts", **SIZES)
+    model = Transformer.random(config, dtype=torch.float32)
+    checkpoint, scales = as_published(model, tmp_path, apart), {}
+    for name, weight in model.state_dict().items():
+        if name.endswith(LINEAR_WEIGHTS):
+            scales[f"{name}_scale"] = (weight.abs().amax((-2, -1)) / 448).tolist()
+    assert_parts(checkpoint, config, scales=scales)
+    name = "layers.1.attention.wo.weight_scale"
+    with pytest.raises(ValueError, match=f"is of another model: {name.removesuffix('_scale')} asks"):
+        load_weights(checkpoint, CPU, torch.float32, scales | {name: scales[name] / 2}, shard=Shard(0, 2))
+
+
+def test_ranks_read_published_fp8_of_which_each_part_has_its_scale(tmp_path):
+    config, entries = tiny_config(), {}
+    settings = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}
+    for ours, parts in sources(config).items():
+        for i, (theirs, shape) in enumerate(parts):
+            numbers = torch.randn(shape)
+            if ours.endswith(LINEAR_WEIGHTS):
+                numbers = numbers.to(torch.float8_e4m3fn)
+                for kind in ("weight_scale", "input_scale"):
+                    entries[theirs.replace("weight", kind)] = entry(torch.tensor(0.5 + 0.1 * i))
+            entries[theirs] = entry(numbers)
+    write_safetensors(tmp_path / "model.safetensors", entries, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="1.0 is used"):
+        assert_parts(open_checkpoint(tmp_path, config=config), config)
+
+
+def test_embeddings_of_the_layers_are_shared_in_the_memory_of_the_host(tmp_path):
+    config = tiny_config("gemma4-shared", **UNEVEN)
+    checkpoint = as_published(Transformer.random(config, dtype=torch.float32), tmp_path)
+    assert_parts(checkpoint, config, on_host=(PER_LAYER_TABLE,))
+
+
 def test_bytes_that_all_ranks_read_are_those_of_the_file(tmp_path, monkeypatch):
     model, pieces = small_model(vocab_size=4096), []
     monkeypatch.setattr(checkpoint_file, "_copy_pieces", lambda found, device: pieces.extend(found))
@@ -375,6 +426,6 @@ def test_ranks_that_do_not_fit_are_refused(monkeypatch):
         generate(model, [[2, 3]], drafter=PromptLookup())
     for option in (["--interactive"], ["--output", "x.jsonl"], ["--prompts_file", "-"]):
         with pytest.raises(ValueError, match=f"--tp takes no {option[0]}"):
-            program._check_ranks(program.program_parser().parse_args(["--tp", "2", *option]), model.sums)
+            program.run(program.program_parser().parse_args(["--tp", "2", *option]))
     with pytest.raises(ValueError, match="were given different options"):
         on_ranks(2, lambda sums: sums.check_alike(f"rank {sums.shard.rank}", "options"))
