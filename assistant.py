@@ -229,6 +229,8 @@ def load_assistant(directory: str | Path, target: Transformer) -> Assistant:
     model."""
     directory = Path(directory)
     file = directory / "config.json"
+    if target.sums is not None:
+        raise ValueError("a drafter reads the keys and values of all heads, which ranks share: use a draft model")
     if not file.exists():
         raise FileNotFoundError(f"no drafter at {directory}: it has no config.json")
     content = read_json(file)

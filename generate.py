@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import math
 import os
 import secrets
 import sys
@@ -18,6 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from operator import mul
 from pathlib import Path
@@ -47,7 +47,6 @@ from cache import KVScales, codec_of, context_bytes
 from chat import Printer, converse, system_messages
 from checkpoint import (
     INT_FORMATS,
-    LINEAR_WEIGHTS,
     PER_LAYER_TABLE,
     SCALES_NAME,
     WEIGHT_FORMATS,
@@ -73,6 +72,7 @@ from device import check_memory, now, pick_device, told_if_out_of_memory
 from files import check_writable, write_atomically
 from model import Transformer
 from ops import choose
+from parallel import Sums, agreed, close, init
 from runner import Runner, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import LAGS, Request, Scheduler
@@ -102,6 +102,7 @@ def load_model(
     fp8: bool = False,
     ops: str = "auto",
     ple_device: str | None = None,
+    sums: Sums | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Loads a checkpoint directory (or one weight file in it) on `device` (None: CUDA where there is a GPU).
 
@@ -110,7 +111,8 @@ def load_model(
     that is named. A file with int8 or int4 weights is run as it is. Factors for K and V are taken along where there are
     any: of integer weights their own, else those of the directory. `ops`, one of `ops.NAMES`, says what runs the
     layers. ple_device "cpu" leaves the embeddings that each layer has of its own (Gemma 4 E2B and E4B) in the host's
-    memory, from which a GPU reads the rows that it needs. What ends a turn to the tokenizer joins config.stop_ids.
+    memory, from which a GPU reads the rows that it needs. What ends a turn to the tokenizer joins config.stop_ids. With
+    `sums` (`parallel.init`) the model is a rank's part of it; all ranks then make the same calls with it.
     Raises FileNotFoundError or ValueError with a line that says what is wrong; warns about shards that are converted in
     memory.
     """
@@ -120,7 +122,9 @@ def load_model(
     if precision not in tuple(PRECISIONS):
         raise ValueError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
-    operations = choose(ops, device)  # before gigabytes are read
+    if sums is not None and ops == "te":
+        raise ValueError("ops 'te' runs on one GPU: use 'kernels'")
+    operations = replace(choose(ops, device), sums=sums)  # before gigabytes are read
     checkpoint = open_checkpoint(path, ("fp8", *WEIGHT_FORMATS.values()) if fp8 else WEIGHT_FORMATS.values())
     in_int = checkpoint.weight_format in INT_FORMATS
     if fp8 and in_int:
@@ -159,24 +163,27 @@ def load_model(
             if fp8:
                 raise
             kv_problem = str(error)  # for whoever asks for an E4M3 cache
-    if device.type == "cuda":
-        needed = 0
-        for name, tensors in checkpoint.parts.items():
-            itemsize = 1 if fp8 and name.endswith(LINEAR_WEIGHTS) else dtype.itemsize
-            for tensor in tensors if name not in on_host else ():
-                needed += tensor.size if in_int else math.prod(tensor.shape) * itemsize
-        advice = "use a smaller model" + (" or one with int4 weights" if in_int else " or --fp8")
-        check_memory(needed, device, "the weights", advice)
+    if sums is not None and checkpoint.group:
+        sums.shard.check_group(config, checkpoint.group)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config if sums is None else config.sharded(sums.shard))
         if fp8 or in_int:
             head = {"head_scales.input_scale", "embedding.scale"} & checkpoint.parts.keys()
             model.store("fp8" if fp8 else checkpoint.weight_format, checkpoint.group, head=bool(head))
+    if device.type == "cuda":
+        needed = 0
+        for name, parameter in model.named_parameters():
+            itemsize = dtype.itemsize if parameter.requires_grad else parameter.itemsize
+            needed += parameter.numel() * itemsize if name not in on_host else 0
+        advice = "use a smaller model" + (" or one with int4 weights" if in_int else " or --fp8")
+        check_memory(needed, device, "the weights", advice, sums)
     quantizing = fp8 and checkpoint.weight_format != "fp8"
     linear_scales = {
         k: v for k, v in scales.items() if k.startswith("layers.") and k[-8:] not in (".k_scale", ".v_scale")
     }
-    weights = load_weights(checkpoint, device, dtype, linear_scales if quantizing else None, on_host)
+    weights = load_weights(
+        checkpoint, device, dtype, linear_scales if quantizing else None, on_host, sums and sums.shard
+    )
     if quantizing:
         weights |= {name: torch.tensor(scale, device=device) for name, scale in linear_scales.items()}
     else:  # the FP8 file's own
@@ -295,7 +302,7 @@ def stream_completions(
     if isinstance(seed, list):
         seeds = [each if isinstance(each, tuple) else (each, 0) for each in of_each("seed", seed, prompts)]
     else:
-        seed = secrets.randbits(32) if seed is None else seed
+        seed = agreed(model.sums, secrets.randbits(32)) if seed is None else seed
         seeds = [(seed, place) for place in range(len(prompts))]
     for each in seeds:
         if len(each) != 2 or not all(map(is_whole, each)):
@@ -311,6 +318,8 @@ def stream_completions(
     stop_ids = checked_stop_ids(model, stop_ids)
     stats = Stats() if stats is None else stats
     pace = pace_of(drafter, speculate_k)
+    if model.sums is not None and drafter is not None and speculate_k == "auto":
+        raise ValueError("ranks take drafts of a fixed number, --speculate_k: how many pay, each would find out alone")
 
     n_rows, longest = sum(counts), max(map(len, prompts))
     length = length_of_all(model, prompts, limits)
@@ -332,6 +341,7 @@ def stream_completions(
         torch.device("cpu"),
         f"the text of {n_rows} rows",
         "lower --num_samples, --max_new_tokens or the number of prompts",
+        model.sums,
     )
     longest_first = sorted(range(len(prompts)), key=lambda i: -limits[i])  # one that starts last keeps few rows busy
     requests = (
@@ -424,6 +434,9 @@ def program_parser() -> argparse.ArgumentParser:
     add("--length_penalty", type=float, metavar="X", help=penalty)
     add("--early_stopping", action="store_true", help="a search ends once N texts have ended")
     add("--seed", type=int, help="the same seed gives the same samples (default: a random one)")
+    add(
+        "--tp", type=count, default=1, metavar="N", help="GPUs that share the model: processes of torchrun (default: 1)"
+    )
     add("--compile", action="store_true", help="compile the decode step; on CUDA, record it as one graph")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
     add_model_options(parser, "fp8", "kv_cache_dtype", "device", "ops", "precision")
@@ -480,6 +493,31 @@ class _Trace:
 
 
 def run(args: argparse.Namespace):
+    """Runs the program: by all ranks that share the model, if there are some, of which the first one prints."""
+    if args.tp > 1:
+        _check_for_ranks(args)
+    sums = init(args.tp, args.device)
+    if sums is None:
+        return _run(args, None)
+    sums.check_alike(repr(sorted(vars(args).items())), "options")
+    args.device = sums.device
+    with open(os.devnull, "w") as nowhere, ExitStack() as quiet:
+        for redirected in (redirect_stdout, redirect_stderr) if sums.shard.rank else ():
+            quiet.enter_context(redirected(nowhere))
+        _run(args, sums)
+    close(sums)
+
+
+def _check_for_ranks(args: argparse.Namespace):
+    """Raises ValueError for options that ranks don't take."""
+    for name in ("interactive", "output", "profile"):
+        if getattr(args, name):
+            raise ValueError(f"--tp takes no --{name}")
+    if str(args.prompts_file) == "-":
+        raise ValueError("--tp takes no --prompts_file from stdin, which one process alone can read")
+
+
+def _run(args: argparse.Namespace, sums: Sums | None):
     others = args.json, args.output, args.profile, args.num_samples > 1, (args.batch_size or 1) > 1
     if args.interactive and any(others):
         raise ValueError("--interactive takes no --json, --output, --profile, --num_samples or --batch_size")
@@ -507,10 +545,10 @@ def run(args: argparse.Namespace):
         raise ValueError("--rejection_sampling needs a number, --speculate_k N: the text depends on it")
     output = None if args.output is None else _output(args, asked, beams)
     seed = args.seed if output is None else output.seed
-    seed = secrets.randbits(32) if seed is None else seed
+    seed = agreed(sums, secrets.randbits(32)) if seed is None else seed
     start = time.perf_counter()
     options = args.device, args.precision, args.fp8, args.ops, args.ple_device
-    model, tokenizer = load_model(args.checkpoint_path, *options)
+    model, tokenizer = load_model(args.checkpoint_path, *options, sums)
     drafter = _drafter(args, model, tokenizer)
     load_seconds = now(model.device) - start
     if args.interactive or any(each.messages for each in asked):

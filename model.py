@@ -15,6 +15,32 @@ from config import ModelConfig
 from formats import FORMATS, LINEAR, Weight
 from ops import Ops
 from ops.rope import AttentionLayer, Positions, Shared, rope_frequency
+from parallel import Sums
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What ranks share
+
+
+def shared_product(ops: Ops, x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """x @ weight.T for the next norm to add up: [M, N] in `dtype`, or float32 partial sums. Where ranks have some of the
+    columns each, these are the parts of all of them."""
+    if ops.sums is None:
+        return ops.matmul(x, weight, dtype, partials=True)
+    return ops.sums.parts(ops.matmul(x, weight, torch.float32, partials=True))
+
+
+def looked_up(
+    ops: Ops, tokens: Tensor, embedding: Weight, vocabulary: tuple[int, int], factor: float, dtype: torch.dtype
+) -> Tensor:
+    """Rows of an embedding for tokens [M], times factor: [M, N] in `dtype`. Those of `vocabulary`, [first, end), are
+    here; other ranks have the others."""
+    if ops.sums is None:
+        return ops.embed(tokens, embedding.data, factor, dtype, embedding.scale)
+    first, end = vocabulary
+    here = (tokens >= first) & (tokens < end)
+    own = ops.embed((tokens - first).clamp(0, end - first - 1), embedding.data, factor, dtype, embedding.scale)
+    return ops.sums.total(own.masked_fill(~here[:, None], 0))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers, in the order in which data meets them
@@ -86,7 +112,7 @@ class Attention(nn.Module):
     def forward(self, ops: Ops, h: Tensor, positions: Positions, cache, dtype: torch.dtype) -> Tensor:
         qkv = ops.matmul(h, self.wqkv, dtype, partials=True)
         y = ops.attend(qkv, self.layer, cache, positions, dtype, self.wo.input_scale)
-        return ops.matmul(y, self.wo, dtype, partials=True)
+        return shared_product(ops, y, self.wo, dtype)
 
 
 class FeedForward(nn.Module):
@@ -99,7 +125,7 @@ class FeedForward(nn.Module):
 
     def forward(self, ops: Ops, h: Tensor, dtype: torch.dtype) -> Tensor:
         h = ops.matmul_geglu(h, self.w13, dtype, self.w2.input_scale)
-        return ops.matmul(h, self.w2, dtype, partials=True)
+        return shared_product(ops, h, self.w2, dtype)
 
 
 class Experts(nn.Module):
@@ -119,7 +145,9 @@ class Experts(nn.Module):
             x, router.input_factor, router.proj, router.expert_factor, config.n_active_experts, config.norm_eps
         )
         _, h = Residual(x).added(ops, config, self.norm, self.w13.input_scale)
-        return ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype)
+        if ops.sums is None:
+            return ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype)
+        return ops.sums.parts(ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype, partials=True))
 
 
 class Router(nn.Module):
@@ -152,14 +180,15 @@ class PerLayerInputs(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, width = config, config.n_layers * config.per_layer_size
-        self.embedding = Weight(config.per_layer_vocab_size, width)
+        self.vocabulary = first, end = config.vocabulary(config.per_layer_vocab_size)
+        self.embedding = Weight(end - first, width)
         self.proj = Weight(width, config.hidden_size)
         self.norm, self.normalizers = RMSNorm(config.per_layer_size), rounded_roots(config.per_layer_size)
 
     def forward(self, ops: Ops, tokens: Tensor, x: Tensor) -> Tensor:
         """[M, L, P] for tokens [M] of embedding x [M, N]."""
         config = self.config
-        own = ops.embed(tokens, self.embedding.data, self.normalizers[x.dtype], x.dtype)
+        own = looked_up(ops, tokens, self.embedding, self.vocabulary, self.normalizers[x.dtype], x.dtype)
         product = ops.matmul(x, self.proj, x.dtype)
         factor = config.hidden_size**-0.5
         return ops.per_layer_inputs(own, product, self.norm.weight, factor, config.norm_eps, config.norm_offset)
@@ -226,7 +255,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.ops, self.kv_scales = config, ops.TORCH, KVScales()
-        self.embedding = Weight(config.vocab_size, config.hidden_size)  # the output head, too
+        self.vocabulary = first, end = config.vocabulary(config.vocab_size)
+        self.embedding = Weight(end - first, config.hidden_size)  # the output head, too
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm, self.normalizers = RMSNorm(config.hidden_size), rounded_roots(config.hidden_size)
         self.per_layer_inputs = PerLayerInputs(config) if config.per_layer_size else None
@@ -289,6 +319,11 @@ class Transformer(nn.Module):
                     module.store(FORMATS[format], group)
         if head:
             self.embedding.store(FORMATS[format].of_embedding)
+
+    @property
+    def sums(self) -> Sums | None:
+        """What joins the ranks that share the model; None where there is one."""
+        return self.ops.sums
 
     @property
     def device(self) -> torch.device:
@@ -366,7 +401,7 @@ class Transformer(nn.Module):
         dtype, ops, config = self.dtype, self.ops, self.config
         kinds = self.positions(tokens, cache, position, lengths, longest, shared, decoding)
         flat, embedding, inputs = tokens.flatten().contiguous(), self.embedding, None
-        x = ops.embed(flat, embedding.data, self.normalizers[dtype], dtype, embedding.scale)
+        x = looked_up(ops, flat, embedding, self.vocabulary, self.normalizers[dtype], dtype)
         if self.per_layer_inputs is not None:
             inputs = self.per_layer_inputs(ops, flat, x)
         residual, last = Residual(x), None
@@ -391,6 +426,8 @@ class Transformer(nn.Module):
         if states is not None:
             states.copy_(h if h.dtype == dtype else residual.added(ops, config, self.norm)[1])
         logits = ops.matmul(h, embedding, dtype)
+        if ops.sums is not None:
+            logits = ops.sums.joined(logits, config.vocab_size)
         if (softcap := config.logit_softcap) is not None:
             logits = softcap * torch.tanh(logits.float() / softcap)
         if config.suppressed_ids and (decoding or not all_logits):

@@ -1,0 +1,233 @@
+"""Tensor parallelism: what each of several ranks has of a model, and what they tell each other.
+
+Rank r of W has the shard r. All ranks have the same residual stream, to the last bit, and run the same program on it:
+
+| parameters                        | what a rank has                                                                |
+| --------------------------------- | ------------------------------------------------------------------------------ |
+| embedding, which is the head, too | rows, a multiple of 64 if there are enough; the last rank what is left         |
+| wqkv                              | rows of its query heads, and of the key/value heads that these attend to       |
+| wo                                | columns of its heads                                                           |
+| w13                               | rows of the gate and the same ones of up                                       |
+| w2                                | columns                                                                        |
+| an expert's w13 and w2            | as these: every rank has a part of each expert                                 |
+| the layers' own embeddings        | rows, as the embedding's                                                       |
+| norms, routers and all else       | all of it                                                                      |
+
+Where there are fewer key/value heads than ranks, some ranks have the same one. Scales of rows go with the rows, those of
+groups with the columns; those of a tensor are everyone's, and so are int8's scales of rows whose columns are shared.
+
+A product whose columns are shared leaves a part of the sum on each rank, in float32. All ranks get all parts, and the
+norm that comes next adds them up in the order of the ranks, as it does with the partial sums of a kernel. So a rank
+knows the same sums as another one, and sums differ from those of one rank by their order only.
+"""
+
+import os
+import zlib
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from device import pick_device
+
+VOCABULARY_STEPS = 64, 16, 1  # rows of which a rank has a multiple: the first that leaves every rank some
+TIMEOUT = timedelta(seconds=60)  # how long a rank waits for the others
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a rank has
+
+
+class Cut(NamedTuple):
+    """What a rank has of a matrix: some ranges of rows, one behind another (None: all), and of the columns all or, with
+    `columns`, the rank's share."""
+
+    rows: tuple[tuple[int, int], ...] | None = None
+    columns: bool = False
+
+
+class Shard(NamedTuple):
+    """One of `count` equal parts of a model, counted from 0."""
+
+    rank: int
+    count: int
+
+    def share(self, size: int, what: str) -> tuple[int, int]:
+        """[first, end) of `size` things. Raises ValueError, with what they are, unless all ranks have as many."""
+        if size % self.count:
+            raise ValueError(f"{size} {what} can't be shared evenly among {self.count} ranks")
+        own = size // self.count
+        return self.rank * own, (self.rank + 1) * own
+
+    def kv_heads(self, heads: int) -> tuple[int, int]:
+        """[first, end) of key/value heads: its share or, of fewer than there are ranks, one that others have, too.
+        Raises ValueError if neither is possible."""
+        if heads % self.count and self.count % heads:
+            raise ValueError(
+                f"{heads} key/value heads can't be shared among {self.count} ranks: neither divides the other"
+            )
+        first = self.rank * heads // self.count
+        return first, first + max(1, heads // self.count)
+
+    def vocabulary_width(self, size: int) -> int:
+        """How many of `size` rows all ranks have but the last one, which has at most as many. Raises ValueError if there
+        are too few."""
+        for step in VOCABULARY_STEPS:
+            width = -(-size // (self.count * step)) * step
+            if width * (self.count - 1) < size:
+                return width
+        raise ValueError(f"a vocabulary of {size} can't be shared among {self.count} ranks")
+
+    def vocabulary(self, size: int) -> tuple[int, int]:
+        """[first, end) of the `size` rows of an embedding."""
+        width = self.vocabulary_width(size)
+        return self.rank * width, min((self.rank + 1) * width, size)
+
+    def cut(self, name: str, config) -> Cut:
+        """What it has of the parameter `name` (of any format, by our names) of a model of `config`, which is that of the
+        whole."""
+        module, layer = name.rsplit(".", 1)[0], int(name.split(".")[1]) if name.startswith("layers.") else 0
+        if module == "embedding":
+            return Cut((self.vocabulary(config.vocab_size),))
+        if module == "per_layer_inputs.embedding":
+            return Cut((self.vocabulary(config.per_layer_vocab_size),))
+        if module.endswith((".wo", ".w2")):
+            return Cut(columns=True)
+        if module.endswith(".w13"):
+            size = config.expert_size if ".experts." in name else config.intermediate_size_of(layer)
+            first, end = self.share(size, "columns of a feed-forward")
+            return Cut(((first, end), (size + first, size + end)))
+        if module.endswith(".wqkv"):
+            kinds = [self.share(config.n_heads, "query heads"), *[self.kv_heads(config.kv_heads_of(layer))] * 2]
+            counts = config.n_heads, config.kv_heads_of(layer), config.kv_heads_of(layer)
+            rows, before, dim = [], 0, config.head_dim_of(layer)
+            for (first, end), count in list(zip(kinds, counts))[: 1 + config.kv_products_of(layer)]:
+                rows.append(((before + first) * dim, (before + end) * dim))
+                before += count
+            return Cut(tuple(rows))
+        return Cut()
+
+    def check_group(self, config, group: int):
+        """Raises ValueError unless int4 groups of `group` neighbours divide the columns that ranks have of a row."""
+        widths = [
+            size for i in range(config.n_layers) for size in (config.intermediate_size_of(i), attended(config, i))
+        ]
+        for width in (*widths, config.expert_size):
+            if width // self.count % group:
+                own = f"{width // self.count} columns that each of {self.count} ranks has of {width}"
+                raise ValueError(f"int4 groups of {group} don't divide the {own}")
+
+
+def attended(config, layer: int) -> int:
+    """How many numbers a layer's heads make of a token."""
+    return config.n_heads * config.head_dim_of(layer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What ranks tell each other
+
+
+class Sums:
+    """What joins the ranks of a model. Everything here is done by all of them, in the same order."""
+
+    shard: Shard
+    device: torch.device
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """[W, ...]: the x [...] of all ranks, whose shapes are the same, in their order."""
+        raise NotImplementedError
+
+    def parts(self, y: Tensor) -> Tensor:
+        """Float32 [W, M, N], which add up to a product, of this rank's part of it: [M, N], or partial sums [P, M, N]."""
+        return self.gathered(y.sum(0) if y.dim() == 3 else y)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of the x of all ranks."""
+        return self.gathered(x).sum(0)
+
+    def joined(self, logits: Tensor, size: int) -> Tensor:
+        """[M, size], of the logits [M, own] that a rank has of its rows of the vocabulary."""
+        missing = self.shard.vocabulary_width(size) - logits.shape[1]
+        whole = self.gathered(F.pad(logits, (0, missing)) if missing else logits)
+        return whole.transpose(0, 1).flatten(1)[:, :size].contiguous()
+
+    def of_first(self, x: Tensor) -> Tensor:
+        """The x of rank 0."""
+        return self.gathered(x)[0]
+
+    def least(self, value: int) -> int:
+        """The least value that a rank has."""
+        return int(self.gathered(torch.tensor([value], device=self.device)).min())
+
+    def agreed(self, value: int) -> int:
+        """The value that rank 0 has."""
+        return int(self.gathered(torch.tensor([value], device=self.device))[0])
+
+    def check_alike(self, text: str, what: str):
+        """Raises ValueError unless all ranks have the same text."""
+        found = self.gathered(torch.tensor([zlib.crc32(text.encode())], device=self.device))
+        if (found != found[0]).any():
+            raise ValueError(f"the {self.shard.count} processes were given different {what}")
+
+
+class ProcessSums(Sums):
+    """Ranks that are processes, by torch.distributed: NCCL between GPUs, gloo between CPUs. They are those of `group`
+    (None: all)."""
+
+    def __init__(self, shard: Shard, device: torch.device, group=None):
+        self.shard, self.device, self.group = shard, device, group
+
+    def gathered(self, x: Tensor) -> Tensor:
+        own = x.contiguous().view(-1).view(torch.uint8)  # bytes, of which all backends know what to do
+        whole = torch.empty(self.shard.count * own.numel(), dtype=torch.uint8, device=x.device)
+        # Older torch knows it by another name
+        gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+        gather(whole, own, group=self.group)
+        return whole.view(x.dtype).view(self.shard.count, *x.shape)
+
+
+def least(sums: Sums | None, value: int) -> int:
+    """The least that a rank has, or the value itself where there is one rank: for what decides how a run goes."""
+    return value if sums is None else sums.least(value)
+
+
+def agreed(sums: Sums | None, value: int) -> int:
+    """That of rank 0, or the value itself where there is one rank."""
+    return value if sums is None else sums.agreed(value)
+
+
+def init(tensor_parallel: int, device: str | None = None) -> Sums | None:
+    """Joins the ranks that torchrun has started; None for one process without it.
+
+    Each takes a GPU of its own on its host. Raises ValueError unless there are `tensor_parallel` processes.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != tensor_parallel:
+        how = f"start it by torchrun --nproc-per-node {tensor_parallel}" if started == 1 else "both must be the same"
+        raise ValueError(f"--tp is {tensor_parallel}, and there are {started} processes: {how}")
+    if tensor_parallel == 1:
+        return None
+    # Memory that multicast maps outlives a process that dies; both are read when CUDA starts
+    os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    import torch.distributed
+
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"{local + 1} processes were started here, and there are {torch.cuda.device_count()} GPUs")
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    torch.distributed.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        timeout=TIMEOUT,
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    return ProcessSums(Shard(torch.distributed.get_rank(), tensor_parallel), chosen)
+
+
+def close(sums: Sums | None):
+    """Ends what `init` began."""
+    if sums is not None:
+        torch.distributed.destroy_process_group()
