@@ -82,6 +82,7 @@ from text import (
     Output,
     check_prompt,
     completed,
+    part_of,
     read_prompts,
     sampling_settings,
     stops_within,
@@ -606,8 +607,10 @@ def run(args: argparse.Namespace):
     if trace:
         trace.stop()
     if output:
+        if is_first and ranks:
+            output.gather(sum(each.num_samples for each in asked), ranks.count)
         if is_first:
-            output.finish(sum(each.num_samples for each in asked))
+            output.finish()
         if ranks:
             ranks.leave()
     elif streaming:
@@ -747,6 +750,10 @@ def _output(args: argparse.Namespace, asked: list[argparse.Namespace], beams: di
         ranks.share("done", "".join("1" if key in output.done else "0" for key in keys))
         return output
     output = Output(args.output, run, int(ranks.shared("seed")), ranks.rank)
+    if not (first := part_of(args.output, 0)).exists():
+        raise ValueError(
+            f"rank {ranks.rank} has no {first}: ranks on several hosts need a directory that all of them share"
+        )
     done = ranks.shared("done")  # others may have added to it since
     output.done = {key: output.done.get(key) for key, is_done in zip(keys, done) if is_done == "1"}
     return output

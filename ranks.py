@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Collection
@@ -50,8 +51,9 @@ def join(args: argparse.Namespace) -> "Ranks | None":
     if count == 1:
         return None
     rank, local = _of_environment("RANK"), _of_environment("LOCAL_RANK")
-    for name in ("interactive", "profile", "num_beams"):
-        if getattr(args, name) not in (None, False, 1):
+    refused = dict(interactive=args.interactive, profile=args.profile is not None, num_beams=args.num_beams > 1)
+    for name, is_given in refused.items():
+        if is_given:
             raise ValueError(f"several ranks take no --{name}")
     if args.output is None:
         raise ValueError("several ranks need --output FILE.jsonl, which they write together")
@@ -132,30 +134,61 @@ class Ranks:
         self.rows = self.tokens = self.times = 0
         self.state, self.last = "loading", clock()
         self.on_progress: Callable[[int, int], None] | None = None  # gets all ranks' rows and tokens, on rank 0
+        self.start = ""
+        self.start = self._meet()
         self.tell("loading")
 
     # --- the start
 
+    def _meet(self) -> str:
+        """Waits for all ranks. Returns a name for this start: where torchrun starts ranks once more, its store still has
+        what the earlier ones have left. Raises ValueError if one doesn't come."""
+        mine, begun = secrets.token_hex(8), self.clock()
+        if self.rank == 0:
+            self.share("start", mine)
+        while True:
+            start = mine if self.rank == 0 else self._get("start")  # it may be that of an earlier one, which is over
+            if start is not None:
+                self.share(f"{start}, rank {self.rank}", mine)
+                theirs = [self._get(f"{start}, rank {rank}") for rank in range(self.count if self.rank == 0 else 0)]
+                if theirs and None not in theirs:
+                    self.share(f"{start}, all", " ".join(theirs))
+                if mine in (self._get(f"{start}, all") or "").split():
+                    return start
+            if self.clock() - begun > START_SECONDS:
+                who = f"rank {theirs.index(None)}" if self.rank == 0 else "one of the ranks"
+                raise ValueError(f"{who} has not come within {START_SECONDS} seconds")
+            time.sleep(self.pause)
+
     def share(self, name: str, value: str):
         """Gives a value to the other ranks."""
-        _asked(self.store.set, _key(name), value)
+        _asked(self.store.set, self._key(name), value)
+
+    def _get(self, name: str) -> str | None:
+        """A value that was given, if it was."""
+        known = _asked(self.store.check, [self._key(name)])
+        return _asked(self.store.get, self._key(name)).decode() if known else None
+
+    def _key(self, name: str) -> str:
+        return f"gemma-fast {self.start}: {name}"
 
     def shared(self, name: str, of: int = 0) -> str:
         """A value that rank `of` shares, once it does. Raises ValueError if it takes too long."""
         begun = self.clock()
-        while not _asked(self.store.check, [_key(name)]):
+        while (value := self._get(name)) is None:
             if self.clock() - begun > START_SECONDS:
-                raise ValueError(f"rank {of} has not come within {START_SECONDS} seconds")
+                raise ValueError(f"rank {of} has told no '{name}' within {START_SECONDS} seconds")
             time.sleep(self.pause)
-        return _asked(self.store.get, _key(name)).decode()
+        return value
 
     def agree(self, values: dict[str, str]):
         """Raises ValueError on all ranks if one has another value than rank 0, naming the first that differs."""
         self.share(f"options of {self.rank}", json.dumps(values))
-        first = None
-        for rank in range(self.count):
-            theirs = json.loads(self.shared(f"options of {rank}", rank))
-            first = theirs if first is None else first
+        first, *others = [json.loads(self.shared(f"options of {rank}", rank)) for rank in range(self.count)]
+        self.share(f"comparison of {self.rank}", "")
+        for rank in range(self.count if self.rank == 0 else 0):  # the store may be this rank's
+            self.shared(f"comparison of {rank}", rank)
+        for rank, theirs in enumerate(others, start=1):
             for name in first | theirs:
                 if first.get(name) != theirs.get(name):
                     both = f"{first.get(name)} on rank 0 and {theirs.get(name)} on rank {rank}"
@@ -165,7 +198,7 @@ class Ranks:
 
     def deal(self, keys: list[Key]) -> "Deal":
         """What gives this rank its part of `keys`, a list that is the same on all ranks."""
-        return Deal(keys, self.count, lambda parts: _asked(self.store.add, _key("taken"), parts))
+        return Deal(keys, self.count, lambda parts: _asked(self.store.add, self._key("taken"), parts))
 
     def on_step(self, step: int, runner=None):
         """Tells that this rank is alive; as `on_step` of stream_completions, called before each step and prefill."""
@@ -180,13 +213,13 @@ class Ranks:
     def tell(self, state: str):
         self.state, self.last, self.times = state, self.clock(), self.times + 1
         status = Status(self.times, socket.gethostname(), state, self.rows, self.tokens)
-        _asked(self.store.set, _key(f"status of {self.rank}"), json.dumps(status))
+        self.share(f"status of {self.rank}", json.dumps(status))
         if self.rank == 0 and self.on_progress is not None:
             self.on_progress(*self.total(self.statuses()))
 
     def statuses(self) -> list[Status]:
-        """Of all ranks; they have come."""
-        keys = [_key(f"status of {rank}") for rank in range(self.count)]
+        """Of all ranks. They have told one each before they agreed."""
+        keys = [self._key(f"status of {rank}") for rank in range(self.count)]
         return [Status(*json.loads(content)) for content in _asked(self.store.multi_get, keys)]
 
     def total(self, statuses: list[Status]) -> tuple[int, int]:
@@ -229,10 +262,6 @@ class Ranks:
             if now - self.last >= TOLD:
                 self.tell(self.state)
             time.sleep(self.pause)
-
-
-def _key(name: str) -> str:
-    return f"gemma-fast: {name}"
 
 
 class Deal:

@@ -135,6 +135,11 @@ def completed(tokenizer, tokens: list[int], stop_ids: Container[int], stops: lis
     return text, ended or text != whole
 
 
+def part_of(file: Path, rank: int) -> Path:
+    """Where a rank writes its completions until all are there."""
+    return file.with_name(f"{file.name}.rank{rank}.partial" if rank else f"{file.name}.partial")
+
+
 class Output:
     """Completions of a run as JSON lines, appended to FILE.partial as they finish and sorted into FILE at the end.
 
@@ -146,8 +151,7 @@ class Output:
     """
 
     def __init__(self, file: Path, run: dict, seed: int | None, rank: int = 0):
-        part = f".rank{rank}" if rank else ""
-        self.file, self.partial = file, file.with_name(f"{file.name}{part}.partial")
+        self.file, self.partial = file, part_of(file, rank)
         if file.exists():
             raise ValueError(f"{file} exists already: name another file, or delete it")
         self.stream = open(self.partial, "a+b")  # noqa: SIM115, it stays open as long as the run lasts
@@ -159,7 +163,7 @@ class Output:
         self.head, self.done = {"run": digest, "seed": seed}, {}
         self.begun = self._read(self.partial)
         self.stream.truncate(self.begun)  # without a last line that is torn
-        self._read_others()
+        self.others = self._read_others()
         if self.head["seed"] is None:
             self.head["seed"] = secrets.randbits(32)
         self.seed = self.head["seed"]
@@ -171,24 +175,29 @@ class Output:
         self.done[prompt, sample] = completion
         self._write([prompt, sample, completion])
 
-    def finish(self, count: int = 0):
-        """Writes FILE, in the order of the prompts and samples, once all ranks have closed their parts. Raises ValueError
-        if there are less than `count` completions in them."""
-        others = self._read_others()
+    def gather(self, count: int, ranks: int):
+        """Takes what the other of so many ranks have written, which have closed their parts. Raises ValueError if that
+        makes less than `count` completions."""
+        self.others = self._read_others(ranks)
         if len(self.done) < count:
             missing = f"{count - len(self.done)} of {count} completions are in no {self.file}*.partial"
             raise ValueError(f"{missing}: ranks on several hosts need a directory that all of them share")
+
+    def finish(self):
+        """Writes FILE, in the order of the prompts and samples."""
         lines = [json.dumps(self.done[place], ensure_ascii=False) + "\n" for place in sorted(self.done)]
         write_atomically(self.file, lambda out: out.writelines(line.encode() for line in lines))
-        for partial in (self.partial, *others):
+        for partial in (self.partial, *self.others):
             partial.unlink()
         self.stream.close()
 
-    def _read_others(self) -> list[Path]:
-        """Takes what the other parts have. Returns which they are."""
+    def _read_others(self, ranks: int = 0) -> list[Path]:
+        """Takes what the other parts have. Returns which they are: those that the directory lists, and those of so many
+        ranks, which it may list late, if it is on another host."""
         name = re.compile(rf"{re.escape(self.file.name)}(\.rank\d+)?\.partial")
-        others = [file for file in sorted(self.file.parent.iterdir()) if name.fullmatch(file.name)]
-        others = [file for file in others if file.name != self.partial.name]
+        found = {file.name for file in self.file.parent.iterdir() if name.fullmatch(file.name)}
+        found |= {file.name for file in (part_of(self.file, rank) for rank in range(ranks)) if file.exists()}
+        others = [self.file.with_name(part) for part in sorted(found - {self.partial.name})]
         for file in others:
             self._read(file)
         return others
