@@ -731,7 +731,9 @@ def _beam_settings(args: argparse.Namespace, asked: list[argparse.Namespace]) ->
     )
 
 
-def _output(args: argparse.Namespace, asked: list[argparse.Namespace], beams: dict, ranks: Ranks | None) -> Output:
+def _output(
+    args: argparse.Namespace, asked: list[argparse.Namespace], beams: dict, ranks: Ranks | None = None
+) -> Output:
     """The file of --output, for a run of these prompts and settings. The first rank says by which seed, and what is done
     already."""
     check_writable(args.output)
