@@ -73,6 +73,7 @@ from files import check_writable, write_atomically
 from model import Transformer
 from ops import choose
 from parallel import Sums, agreed, close, init
+from ranks import Ranks, join
 from runner import Runner, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import LAGS, Request, Scheduler
@@ -81,6 +82,7 @@ from text import (
     Output,
     check_prompt,
     completed,
+    part_of,
     read_prompts,
     sampling_settings,
     stops_within,
@@ -251,6 +253,7 @@ def stream_completions(
     stats: Stats | None = None,
     drafter: Drafter | None = None,
     speculate_k: int | str = "auto",
+    ranks: Ranks | None = None,
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; yields the number of the prompt,
     that of the sample, both counted from 0, and the new token ids of each completion as soon as it is there.
@@ -275,6 +278,8 @@ def stream_completions(
 
     With a `drafter` (speculate.py) a step checks speculate_k guesses of the next tokens at once, 1 to MOST_DRAFTS, or as
     many as promise to pay ("auto"), none if none do. The text is the same.
+
+    With `ranks` (ranks.py) other processes have made the same call: each yields what it takes from the list of all.
 
     Several threads may run one model at a time, each with a cache of its own. Raises ValueError for an empty prompt, an
     unknown token id, a prompt too long for the context, a setting of a wrong type or out of its range, or too little
@@ -330,11 +335,13 @@ def stream_completions(
         pages[alone] += 1
         pages[alone - len(prompt) // PAGE] += count - 1
     # With more rows than this the request that may take longest would end no sooner, and all others with it
-    busy = -(-sum(map(mul, limits, counts)) // max(limits))
+    share = 1 if ranks is None else ranks.count
+    busy = -(-sum(map(mul, limits, counts)) // (max(limits) * share))
     most = min(MAX_BATCH, -(-busy // 64) * 64)
+    mine = -(-n_rows // share)
     of_drafts = drafter, pace.runs[-1] if pace else 1
     rows, page_count = rows_and_pages(
-        model, pages, batch_size or most, batch_size is None, length, longest, codec, kind, *of_drafts
+        model, pages, min(batch_size or most, mine), batch_size is None, length, longest, codec, kind, *of_drafts
     )
     check_memory(
         sum(count * (RESULT_BYTES + TOKEN_BYTES * limit) for count, limit in zip(counts, limits)),
@@ -344,12 +351,17 @@ def stream_completions(
         model.sums,
     )
     longest_first = sorted(range(len(prompts)), key=lambda i: -limits[i])  # one that starts last keeps few rows busy
-    requests = (
-        Request((i, j), prompts[i], limits[i], samplings[i], seeds[i], stop_when[i])
-        for i in longest_first
-        for j in range(counts[i])
-        if (i, j) not in skip
-    )
+    keys = ((i, j) for i in longest_first for j in range(counts[i]) if (i, j) not in skip)
+
+    def request_of(key: tuple[int, int]) -> Request:
+        i = key[0]
+        return Request(key, prompts[i], limits[i], samplings[i], seeds[i], stop_when[i])
+
+    if ranks is None:
+        requests = map(request_of, keys)
+    else:
+        deal = ranks.deal(list(keys))
+        requests = lambda *room: map(request_of, deal.take(*room))
     with told_if_out_of_memory(device, f"{rows} rows of {length} tokens", ADVICE):
         start = now(device)
         with lease(model, rows, length, codec, compile, compile_prefill, page_count, *of_drafts) as runner:
@@ -494,11 +506,10 @@ class _Trace:
 
 def run(args: argparse.Namespace):
     """Runs the program: by all ranks that share the model, if there are some, of which the first one prints."""
-    if args.tp > 1:
-        _check_for_ranks(args)
-    sums = init(args.tp, args.device)
-    if sums is None:
+    if args.tp == 1:
         return _run(args, None)
+    _check_for_ranks(args)
+    sums = init(args.tp, args.device)
     sums.check_alike(repr(sorted(vars(args).items())), "options")
     args.device = sums.device
     with open(os.devnull, "w") as nowhere, ExitStack() as quiet:
@@ -523,6 +534,10 @@ def _run(args: argparse.Namespace, sums: Sums | None):
         raise ValueError("--interactive takes no --json, --output, --profile, --num_samples or --batch_size")
     if args.profile is not None:
         check_writable(args.profile)
+    ranks = join(args) if sums is None else None
+    is_first = ranks is None or ranks.rank == 0
+    if not is_first:
+        warnings.simplefilter("ignore")  # the first rank's are those of all
     path = args.checkpoint_path
     defaults = sampling_settings(path if path.is_dir() else path.parent)
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
@@ -543,7 +558,7 @@ def _run(args: argparse.Namespace, sums: Sums | None):
         raise ValueError("--rejection_sampling needs --draft_checkpoint_path")
     if args.rejection_sampling and args.speculate_k in (None, "auto"):
         raise ValueError("--rejection_sampling needs a number, --speculate_k N: the text depends on it")
-    output = None if args.output is None else _output(args, asked, beams)
+    output = None if args.output is None else _output(args, asked, beams, ranks)
     seed = args.seed if output is None else output.seed
     seed = agreed(sums, secrets.randbits(32)) if seed is None else seed
     start = time.perf_counter()
@@ -566,7 +581,7 @@ def _run(args: argparse.Namespace, sums: Sums | None):
         except ValueError as error:
             if output is None:
                 raise
-            for j in range(each.num_samples):
+            for j in range(each.num_samples if is_first else 0):
                 if (i, j) not in output.done:
                     output.add(i, j, each.named | {"error": str(error)})
     prompts = [asked[i] for i in fitting]
@@ -579,19 +594,27 @@ def _run(args: argparse.Namespace, sums: Sums | None):
     if streaming and asked[0].messages is None:
         print(asked[0].prompt, end="", flush=True)
     begin = time.perf_counter()
-    with tqdm(total=total, initial=len(skip), unit="text", disable=None if output else True, leave=False) as bar:
+    silent = None if output and is_first else True
+    with tqdm(total=total, initial=len(skip), unit="text", disable=silent, leave=False) as bar:
+
+        def show(rows: int, tokens: int, where: str):
+            bar.update(len(skip) + rows - bar.n)
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begin):,.0f} tokens/s, {where}")
 
         def on_completion(n: int, j: int, tokens: list[int]):
             output.add(fitting[n], j, _completion(prompts[n], tokens, tokenizer, stop_ids, args.no_thoughts))
-            bar.update()
-            rate = stats.new_tokens / (time.perf_counter() - begin)
-            bar.set_postfix_str(f"{rate:,.0f} tokens/s, {stats.running} rows in use")
+            if ranks:
+                ranks.made(len(tokens))
+            else:
+                show(bar.n - len(skip) + 1, stats.new_tokens, f"{stats.running} rows in use")
 
+        if ranks:
+            ranks.on_progress = lambda rows, tokens: show(rows, tokens, f"{ranks.count} ranks")
         options = dict(
             batch_size=args.batch_size,
             kv_cache_dtype=args.kv_cache_dtype,
             compile=args.compile,
-            on_step=trace,
+            on_step=ranks.on_step if ranks else trace,
             on_completion=on_completion if output else None,
             skip=skip,
             stats=stats,
@@ -612,12 +635,21 @@ def _run(args: argparse.Namespace, sums: Sums | None):
                 on_token=printer,
                 drafter=drafter,
                 speculate_k=args.speculate_k or "auto",
+                ranks=ranks,
                 **options,
             )
+        if ranks:
+            output.stream.close()
+            made = ranks.gather(), time.perf_counter() - begin
     if trace:
         trace.stop()
     if output:
-        output.finish()
+        if is_first and ranks:
+            output.gather(sum(each.num_samples for each in asked), ranks.count)
+        if is_first:
+            output.finish()
+        if ranks:
+            ranks.leave()
     elif streaming:
         printer.end()
     else:
@@ -632,8 +664,14 @@ def _run(args: argparse.Namespace, sums: Sums | None):
                 print(head + completion["thoughts"], file=sys.stderr)
             print(head + (each.prompt if each.messages is None else "") + completion["text"])
         sys.stdout.flush()
+    if not is_first:
+        return
     print(_used(sampling, [name for name in defaults if name not in given], beams, model), file=sys.stderr)
     print_figures(stats, load_seconds, model, None if beams else seed)
+    if ranks:
+        (rows, tokens), seconds = made
+        of_all = f"{tokens} tokens in {rows} rows and {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s"
+        print(f"all {ranks.count} ranks: {of_all}; figures above are of the first", file=sys.stderr)
     if trace:
         trace.write(args.profile)
 
@@ -730,8 +768,11 @@ def _beam_settings(args: argparse.Namespace, asked: list[argparse.Namespace]) ->
     )
 
 
-def _output(args: argparse.Namespace, asked: list[argparse.Namespace], beams: dict) -> Output:
-    """The file of --output, for a run of these prompts and settings."""
+def _output(
+    args: argparse.Namespace, asked: list[argparse.Namespace], beams: dict, ranks: Ranks | None = None
+) -> Output:
+    """The file of --output, for a run of these prompts and settings. The first rank says by which seed, and what is done
+    already."""
     check_writable(args.output)
     run = {name: getattr(args, name) for name in ("chat", "fp8", "kv_cache_dtype", "precision")}
     run["checkpoint"] = str(args.checkpoint_path.resolve())
@@ -739,7 +780,22 @@ def _output(args: argparse.Namespace, asked: list[argparse.Namespace], beams: di
     run |= {name: getattr(args, name) for name in ("system", "thinking", "no_thoughts") if getattr(args, name)}
     of_each = ("named", "max_new_tokens", "num_samples", "seed", "stop")
     run["prompts"] = [[*(getattr(each, name) for name in of_each), vars(each.sampling)] for each in asked]
-    return Output(args.output, run, args.seed)
+    if ranks is None:
+        return Output(args.output, run, args.seed)
+    keys = [(i, j) for i, each in enumerate(asked) for j in range(each.num_samples)]
+    if ranks.rank == 0:
+        output = Output(args.output, run, args.seed)
+        ranks.share("seed", str(output.seed))
+        ranks.share("done", "".join("1" if key in output.done else "0" for key in keys))
+        return output
+    output = Output(args.output, run, int(ranks.shared("seed")), ranks.rank)
+    if not (first := part_of(args.output, 0)).exists():
+        raise ValueError(
+            f"rank {ranks.rank} has no {first}: ranks on several hosts need a directory that all of them share"
+        )
+    done = ranks.shared("done")  # others may have added to it since
+    output.done = {key: output.done.get(key) for key, is_done in zip(keys, done) if is_done == "1"}
+    return output
 
 
 def _completion(
