@@ -514,13 +514,13 @@ def forced_right(operations: Ops, right: tuple[float, ...], device: torch.device
     draws = torch.rand(4096, 64, len(right), generator=torch.Generator().manual_seed(0))
     meant = (draws < torch.tensor(right)).to(device)
 
-    def greedy(logits: torch.Tensor, state, drafts: torch.Tensor | None = None):
+    def greedy(logits: torch.Tensor, state, drafts: torch.Tensor | None = None, *of_ranks):
         if drafts is not None:
             rows, count = drafts.shape
             (now,) = meant.index_select(0, state.step % len(meant))[:, :rows, :count]
             value = torch.where(now, 1e4, -1e4).to(logits.dtype)
             logits.view(rows, count + 1, -1)[:, :-1].scatter_(2, drafts[..., None], value[..., None])
-        operations.greedy(logits, state, drafts)
+        operations.greedy(logits, state, drafts, *of_ranks)
 
     return replace(operations, greedy=greedy)
 
