@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CASES, GREEDY, small_model, tiny_config
+from test_assistant import filled, make_reference, make_target
 from torch import Tensor
 
 import checkpoint as checkpoint_file
+from assistant import load_assistant
 from checkpoint import (
     DTYPE_NAMES,
     LINEAR_WEIGHTS,
@@ -32,6 +34,7 @@ from generate import generate, load_model
 from model import Transformer
 from ops import TORCH
 from parallel import Shard, Sums, init, replicas_of
+from speculate import AssistantDrafter
 
 CPU = torch.device("cpu")
 UNEVEN = dict(vocab_size=200, vocab_size_per_layer_input=200)  # 2 ranks: 128 and 72, 4 ranks: three times 64, and 8
@@ -215,6 +218,24 @@ def test_ranks_generate_what_one_does(case, tmp_path):
         for its_logits, its_texts in on_ranks(count, results):
             torch.testing.assert_close(its_logits, logits, atol=1e-5 * logits.abs().max().item(), rtol=1e-5)
             assert its_texts in (None, expected)
+
+
+@pytest.mark.parametrize(("name", "ordered", "count"), [("shared", True, 2), ("k_eq_v", False, 2)])
+def test_ranks_guess_what_one_does(name, ordered, count, tmp_path):
+    target = make_target(name)
+    make_reference(target, name, ordered).save_pretrained(tmp_path / "drafter")
+    checkpoint, options = as_published(target, tmp_path), dict(seed=3, stop_ids=(), speculate_k=2)
+
+    def guesses(target):
+        assistant = load_assistant(tmp_path / "drafter", target)
+        cache, token, state, position = filled(target)
+        drafts = assistant.drafts(target, cache, token, state, position, 3)
+        return drafts, generate(target, PROMPTS, 6, drafter=AssistantDrafter(assistant), **options)
+
+    with torch.inference_mode():
+        drafts, texts = guesses(target)
+    for its_drafts, its_texts in on_ranks(count, lambda sums: guesses(sharded(target, checkpoint, sums))):
+        assert torch.equal(its_drafts, drafts) and its_texts == texts
 
 
 def assert_parts(checkpoint: Checkpoint, config: ModelConfig, **options):
