@@ -17,11 +17,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from operator import mul
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -72,8 +72,7 @@ from device import check_memory, now, pick_device, told_if_out_of_memory
 from files import check_writable, write_atomically
 from model import Transformer
 from ops import choose
-from parallel import Sums, agreed, close, init
-from ranks import Ranks, join
+from parallel import Sums, agreed, replicas_of
 from runner import Runner, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import LAGS, Request, Scheduler
@@ -89,6 +88,9 @@ from text import (
     thoughts_of,
 )
 from tokenizer import Tokenizer, check_text, open_tokenizer
+
+if TYPE_CHECKING:
+    from ranks import Ranks
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 RESULT_BYTES, TOKEN_BYTES = 500, 40  # of the host's memory for a finished row, and for each of its tokens
@@ -253,7 +255,7 @@ def stream_completions(
     stats: Stats | None = None,
     drafter: Drafter | None = None,
     speculate_k: int | str = "auto",
-    ranks: Ranks | None = None,
+    ranks: "Ranks | None" = None,
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; yields the number of the prompt,
     that of the sample, both counted from 0, and the new token ids of each completion as soon as it is there.
@@ -323,8 +325,6 @@ def stream_completions(
     stop_ids = checked_stop_ids(model, stop_ids)
     stats = Stats() if stats is None else stats
     pace = pace_of(drafter, speculate_k)
-    if model.sums is not None and drafter is not None and speculate_k == "auto":
-        raise ValueError("ranks take drafts of a fixed number, --speculate_k: how many pay, each would find out alone")
 
     n_rows, longest = sum(counts), max(map(len, prompts))
     length = length_of_all(model, prompts, limits)
@@ -335,7 +335,7 @@ def stream_completions(
         pages[alone] += 1
         pages[alone - len(prompt) // PAGE] += count - 1
     # With more rows than this the request that may take longest would end no sooner, and all others with it
-    share = 1 if ranks is None else ranks.count
+    share = 1 if ranks is None else ranks.replicas
     busy = -(-sum(map(mul, limits, counts)) // (max(limits) * share))
     most = min(MAX_BATCH, -(-busy // 64) * 64)
     mine = -(-n_rows // share)
@@ -446,12 +446,9 @@ def program_parser() -> argparse.ArgumentParser:
     add("--length_penalty", type=float, metavar="X", help=penalty)
     add("--early_stopping", action="store_true", help="a search ends once N texts have ended")
     add("--seed", type=int, help="the same seed gives the same samples (default: a random one)")
-    add(
-        "--tp", type=count, default=1, metavar="N", help="GPUs that share the model: processes of torchrun (default: 1)"
-    )
     add("--compile", action="store_true", help="compile the decode step; on CUDA, record it as one graph")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
-    add_model_options(parser, "fp8", "kv_cache_dtype", "device", "ops", "precision")
+    add_model_options(parser, "tp", "fp8", "kv_cache_dtype", "device", "ops", "precision")
     draft = "a smaller checkpoint whose guesses are checked, some at once; the text stays (default: none)"
     add("--draft_checkpoint_path", type=path, metavar="PATH", help=draft)
     add("--prompt_lookup", action="store_true", help="check guesses from the text so far, some at once; the text stays")
@@ -505,39 +502,36 @@ class _Trace:
 
 
 def run(args: argparse.Namespace):
-    """Runs the program: by all ranks that share the model, if there are some, of which the first one prints."""
-    if args.tp == 1:
-        return _run(args, None)
-    _check_for_ranks(args)
-    sums = init(args.tp, args.device)
-    sums.check_alike(repr(sorted(vars(args).items())), "options")
-    args.device = sums.device
-    with open(os.devnull, "w") as nowhere, ExitStack() as quiet:
-        for redirected in (redirect_stdout, redirect_stderr) if sums.shard.rank else ():
-            quiet.enter_context(redirected(nowhere))
-        _run(args, sums)
-    close(sums)
+    replicas = replicas_of(args.tp)
+    if args.tp == replicas == 1:
+        return _run(args)
+    if replicas > 1:
+        _check_for_replicas(args)
+    from ranks import joined  # what one process has no use for
+
+    with joined(args) as (ranks, sums):
+        _run(args, ranks, sums)
 
 
-def _check_for_ranks(args: argparse.Namespace):
-    """Raises ValueError for options that ranks don't take."""
-    for name in ("interactive", "output", "profile"):
-        if getattr(args, name):
-            raise ValueError(f"--tp takes no --{name}")
-    if str(args.prompts_file) == "-":
-        raise ValueError("--tp takes no --prompts_file from stdin, which one process alone can read")
+def _check_for_replicas(args: argparse.Namespace):
+    """Raises ValueError for options that don't go with several models."""
+    refused = dict(interactive=args.interactive, profile=args.profile is not None, num_beams=args.num_beams > 1)
+    for name, is_given in refused.items():
+        if is_given:
+            raise ValueError(f"several ranks take no --{name}, unless they share a model (--tp)")
+    if args.output is None:
+        raise ValueError(
+            "several ranks need --output FILE.jsonl, which they write together, unless they share a model (--tp)"
+        )
 
 
-def _run(args: argparse.Namespace, sums: Sums | None):
+def _run(args: argparse.Namespace, ranks: "Ranks | None" = None, sums: Sums | None = None):
     others = args.json, args.output, args.profile, args.num_samples > 1, (args.batch_size or 1) > 1
     if args.interactive and any(others):
         raise ValueError("--interactive takes no --json, --output, --profile, --num_samples or --batch_size")
     if args.profile is not None:
         check_writable(args.profile)
-    ranks = join(args) if sums is None else None
-    is_first = ranks is None or ranks.rank == 0
-    if not is_first:
-        warnings.simplefilter("ignore")  # the first rank's are those of all
+    is_first, several = ranks is None or ranks.rank == 0, ranks is not None and ranks.replicas > 1
     path = args.checkpoint_path
     defaults = sampling_settings(path if path.is_dir() else path.parent)
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
@@ -558,8 +552,7 @@ def _run(args: argparse.Namespace, sums: Sums | None):
         raise ValueError("--rejection_sampling needs --draft_checkpoint_path")
     if args.rejection_sampling and args.speculate_k in (None, "auto"):
         raise ValueError("--rejection_sampling needs a number, --speculate_k N: the text depends on it")
-    output = None if args.output is None else _output(args, asked, beams, ranks)
-    seed = args.seed if output is None else output.seed
+    output, seed, done = _output(args, asked, beams, ranks) if args.output else (None, args.seed, ())
     seed = agreed(sums, secrets.randbits(32)) if seed is None else seed
     start = time.perf_counter()
     options = args.device, args.precision, args.fp8, args.ops, args.ple_device
@@ -570,7 +563,7 @@ def _run(args: argparse.Namespace, sums: Sums | None):
         tokenizer.check_chat(args.thinking)
     if args.interactive:
         with torch.no_grad():
-            return converse(model, tokenizer, args, sampling, seed, drafter)
+            return converse(model, tokenizer, args, sampling, seed, drafter, ranks and ranks.on_step)
 
     stop_ids, stats, fitting = model.config.stop_ids, Stats(), []
     for i, each in enumerate(asked):
@@ -579,23 +572,23 @@ def _run(args: argparse.Namespace, sums: Sums | None):
             check_context(model, len(each.tokens), each.max_new_tokens, each.where or "the prompt")
             fitting.append(i)
         except ValueError as error:
-            if output is None:
+            if args.output is None:
                 raise
             for j in range(each.num_samples if is_first else 0):
-                if (i, j) not in output.done:
+                if (i, j) not in done:
                     output.add(i, j, each.named | {"error": str(error)})
     prompts = [asked[i] for i in fitting]
     total = sum(each.num_samples for each in prompts)
     place = {i: n for n, i in enumerate(fitting)}  # in `prompts`, of one in `asked`
-    skip = {(place[i], j) for i, j in output.done if i in place} if output else ()
-    streaming = sys.stdout.isatty() and not args.json and output is None and total == 1 and not beams
+    skip = {(place[i], j) for i, j in done if i in place}
+    streaming = sys.stdout.isatty() and not args.json and args.output is None and total == 1 and not beams
     printer = Printer(tokenizer, stop_ids, asked[0].stop, not args.no_thoughts) if streaming else None
-    trace = _Trace() if args.profile else None
+    trace = _Trace() if args.profile and is_first else None
+    hooks = [hook for hook in (ranks and ranks.on_step, trace) if hook]
     if streaming and asked[0].messages is None:
         print(asked[0].prompt, end="", flush=True)
     begin = time.perf_counter()
-    silent = None if output and is_first else True
-    with tqdm(total=total, initial=len(skip), unit="text", disable=silent, leave=False) as bar:
+    with tqdm(total=total, initial=len(skip), unit="text", disable=None if args.output else True, leave=False) as bar:
 
         def show(rows: int, tokens: int, where: str):
             bar.update(len(skip) + rows - bar.n)
@@ -605,16 +598,16 @@ def _run(args: argparse.Namespace, sums: Sums | None):
             output.add(fitting[n], j, _completion(prompts[n], tokens, tokenizer, stop_ids, args.no_thoughts))
             if ranks:
                 ranks.made(len(tokens))
-            else:
+            if not several:
                 show(bar.n - len(skip) + 1, stats.new_tokens, f"{stats.running} rows in use")
 
-        if ranks:
+        if several and is_first:
             ranks.on_progress = lambda rows, tokens: show(rows, tokens, f"{ranks.count} ranks")
         options = dict(
             batch_size=args.batch_size,
             kv_cache_dtype=args.kv_cache_dtype,
             compile=args.compile,
-            on_step=ranks.on_step if ranks else trace,
+            on_step=(lambda *step: [hook(*step) for hook in hooks]) if hooks else None,
             on_completion=on_completion if output else None,
             skip=skip,
             stats=stats,
@@ -635,21 +628,20 @@ def _run(args: argparse.Namespace, sums: Sums | None):
                 on_token=printer,
                 drafter=drafter,
                 speculate_k=args.speculate_k or "auto",
-                ranks=ranks,
+                ranks=ranks if several else None,
                 **options,
             )
-        if ranks:
-            output.stream.close()
+        if several:
+            if output:
+                output.stream.close()
             made = ranks.gather(), time.perf_counter() - begin
+            if is_first:
+                output.gather(sum(each.num_samples for each in asked), ranks.replicas)
     if trace:
         trace.stop()
-    if output:
-        if is_first and ranks:
-            output.gather(sum(each.num_samples for each in asked), ranks.count)
+    if args.output:
         if is_first:
             output.finish()
-        if ranks:
-            ranks.leave()
     elif streaming:
         printer.end()
     else:
@@ -664,11 +656,9 @@ def _run(args: argparse.Namespace, sums: Sums | None):
                 print(head + completion["thoughts"], file=sys.stderr)
             print(head + (each.prompt if each.messages is None else "") + completion["text"])
         sys.stdout.flush()
-    if not is_first:
-        return
     print(_used(sampling, [name for name in defaults if name not in given], beams, model), file=sys.stderr)
     print_figures(stats, load_seconds, model, None if beams else seed)
-    if ranks:
+    if several:
         (rows, tokens), seconds = made
         of_all = f"{tokens} tokens in {rows} rows and {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s"
         print(f"all {ranks.count} ranks: {of_all}; figures above are of the first", file=sys.stderr)
@@ -769,10 +759,10 @@ def _beam_settings(args: argparse.Namespace, asked: list[argparse.Namespace]) ->
 
 
 def _output(
-    args: argparse.Namespace, asked: list[argparse.Namespace], beams: dict, ranks: Ranks | None = None
-) -> Output:
-    """The file of --output, for a run of these prompts and settings. The first rank says by which seed, and what is done
-    already."""
+    args: argparse.Namespace, asked: list[argparse.Namespace], beams: dict, ranks: "Ranks | None" = None
+) -> tuple[Output | None, int, Container[tuple[int, int]]]:
+    """The file of --output, for a run of these prompts and settings, of each replica's first rank; and of all: the seed,
+    and which completions are done already, both as the first rank says."""
     check_writable(args.output)
     run = {name: getattr(args, name) for name in ("chat", "fp8", "kv_cache_dtype", "precision")}
     run["checkpoint"] = str(args.checkpoint_path.resolve())
@@ -780,22 +770,21 @@ def _output(
     run |= {name: getattr(args, name) for name in ("system", "thinking", "no_thoughts") if getattr(args, name)}
     of_each = ("named", "max_new_tokens", "num_samples", "seed", "stop")
     run["prompts"] = [[*(getattr(each, name) for name in of_each), vars(each.sampling)] for each in asked]
-    if ranks is None:
-        return Output(args.output, run, args.seed)
-    keys = [(i, j) for i, each in enumerate(asked) for j in range(each.num_samples)]
-    if ranks.rank == 0:
+    if ranks is None or ranks.rank == 0:
         output = Output(args.output, run, args.seed)
-        ranks.share("seed", str(output.seed))
-        ranks.share("done", "".join("1" if key in output.done else "0" for key in keys))
-        return output
-    output = Output(args.output, run, int(ranks.shared("seed")), ranks.rank)
+        if ranks is not None:
+            ranks.share("output", json.dumps([output.seed, [*output.done]]))
+        return output, output.seed, set(output.done)
+    seed, done = json.loads(ranks.shared("output"))
+    done = {tuple(key) for key in done}
+    if ranks.member:
+        return None, seed, done
+    output = Output(args.output, run, seed, ranks.replica)
     if not (first := part_of(args.output, 0)).exists():
         raise ValueError(
             f"rank {ranks.rank} has no {first}: ranks on several hosts need a directory that all of them share"
         )
-    done = ranks.shared("done")  # others may have added to it since
-    output.done = {key: output.done.get(key) for key, is_done in zip(keys, done) if is_done == "1"}
-    return output
+    return output, seed, done
 
 
 def _completion(

@@ -11,6 +11,7 @@ Rank r of W has the shard r. All ranks have the same residual stream, to the las
 | w2                                | columns                                                                        |
 | an expert's w13 and w2            | as these: every rank has a part of each expert                                 |
 | the layers' own embeddings        | rows, as the embedding's                                                       |
+| a drafter (assistant.py)          | of its layers as these, since they attend to the model's heads; else all of it |
 | norms, routers and all else       | all of it                                                                      |
 
 Where there are fewer key/value heads than ranks, some ranks have the same one. Scales of rows go with the rows, those of
@@ -23,7 +24,10 @@ knows the same sums as another one, and sums differ from those of one rank by th
 
 import os
 import zlib
+from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -34,7 +38,9 @@ from device import pick_device
 
 VOCABULARY_STEPS = 64, 16, 1  # rows of which a rank has a multiple: the first that leaves every rank some
 MAIL_ROWS, MAIL_BYTES = 4096, 8 << 20  # rows of a sum by kernels, and bytes that a rank sends for it, at most
-TIMEOUT = timedelta(seconds=60)  # how long a rank waits for the others
+START_SECONDS = 300  # in which all ranks have to have come
+# How long a rank waits for another one, which may read weights: ranks.py looks after those that died or hang
+TIMEOUT = timedelta(seconds=1800)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a rank has
@@ -89,8 +95,8 @@ class Shard(NamedTuple):
         """What it has of the parameter `name` (of any format, by our names) of a model of `config`, which is that of the
         whole."""
         module, layer = name.rsplit(".", 1)[0], int(name.split(".")[1]) if name.startswith("layers.") else 0
-        if module == "embedding":
-            return Cut((self.vocabulary(config.vocab_size),))
+        if module == "embedding":  # of a drafter all, of which it takes rows apart
+            return Cut() if config.backbone_size else Cut((self.vocabulary(config.vocab_size),))
         if module == "per_layer_inputs.embedding":
             return Cut((self.vocabulary(config.per_layer_vocab_size),))
         if module.endswith((".wo", ".w2")):
@@ -163,22 +169,22 @@ class Sums:
         return self.gathered(x)[0]
 
     def least(self, value: int) -> int:
-        """The least value that a rank has."""
-        return int(self.gathered(torch.tensor([value], device=self.device)).min())
+        """The least value that a rank has. It is the hosts that tell each other, whatever their devices do meanwhile."""
+        return int(self.gathered(torch.tensor([value])).min())
 
     def agreed(self, value: int) -> int:
-        """The value that rank 0 has."""
-        return int(self.gathered(torch.tensor([value], device=self.device))[0])
+        """The value that rank 0 has, as `least`."""
+        return int(self.gathered(torch.tensor([value]))[0])
 
     def check_alike(self, text: str, what: str):
         """Raises ValueError unless all ranks have the same text."""
-        found = self.gathered(torch.tensor([zlib.crc32(text.encode())], device=self.device))
+        found = self.gathered(torch.tensor([zlib.crc32(text.encode())]))
         if (found != found[0]).any():
             raise ValueError(f"the {self.shard.count} processes were given different {what}")
 
 
 class ProcessSums(Sums):
-    """Ranks that are processes, by torch.distributed: NCCL between GPUs, gloo between CPUs. They are those of `group`
+    """Ranks that are processes, by torch.distributed: NCCL between GPUs, gloo between hosts. They are those of `group`
     (None: all)."""
 
     def __init__(self, shard: Shard, device: torch.device, group=None):
@@ -189,7 +195,11 @@ class ProcessSums(Sums):
         whole = torch.empty(self.shard.count * own.numel(), dtype=torch.uint8, device=x.device)
         # Older torch knows it by another name
         gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
-        gather(whole, own, group=self.group)
+        try:
+            gather(whole, own, group=self.group)
+        except RuntimeError as error:  # its own errors are such
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(f"the other ranks of the model can't be reached: {reason}") from None
         return whole.view(x.dtype).view(self.shard.count, *x.shape)
 
 
@@ -252,43 +262,112 @@ def agreed(sums: Sums | None, value: int) -> int:
     return value if sums is None else sums.agreed(value)
 
 
-def init(tensor_parallel: int, device: str | None = None) -> Sums | None:
-    """Joins the ranks that torchrun has started; None for one process without it.
+def agreed_seconds(sums: Sums | None, seconds: float) -> float:
+    """Those of rank 0, to a nanosecond: each measures others."""
+    return seconds if sums is None else sums.agreed(round(1e9 * seconds)) / 1e9
 
-    Each takes a GPU of its own on its host. Raises ValueError unless there are `tensor_parallel` processes.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != tensor_parallel:
-        how = f"start it by torchrun --nproc-per-node {tensor_parallel}" if started == 1 else "both must be the same"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who they are
+
+
+def of_environment(name: str, default: int | None = None) -> int:
+    """A number that torchrun has set. Raises ValueError without one."""
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        what = "isn't set" if text is None else f"is {text!r}"
+        raise ValueError(f"{name} {what} in the environment: start several ranks by torchrun") from None
+
+
+def replicas_of(tensor_parallel: int) -> int:
+    """How many models the processes are that torchrun has started, if so many of them, one after another, are the ranks
+    of one. Raises ValueError if that doesn't go."""
+    started = of_environment("WORLD_SIZE", 1)
+    on_host = of_environment("LOCAL_WORLD_SIZE", started)
+    if started % tensor_parallel:
+        how = f"start it by torchrun --nproc-per-node {tensor_parallel}" if started == 1 else "it must divide them"
         raise ValueError(f"--tp is {tensor_parallel}, and there are {started} processes: {how}")
+    if on_host % tensor_parallel:
+        raise ValueError(f"--tp is {tensor_parallel}, and there are {on_host} processes on a host: it must divide them")
+    return started // tensor_parallel
+
+
+def own_device(device: str | None) -> torch.device:
+    """This rank's of the GPUs of its host, which becomes the current one, or a CPU. Raises ValueError without one."""
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        local = of_environment("LOCAL_RANK")
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"{local + 1} processes were started here, and there are {torch.cuda.device_count()} GPUs")
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+@cache
+def store_of(purpose: str):
+    """A client of torchrun's store of keys and values, or of one of rank 0's where something else has set the
+    environment. One that waits for a key lets nobody else use it meanwhile: there is one for each purpose."""
+    from torch.distributed import TCPStore
+
+    host, port = os.environ.get("MASTER_ADDR"), of_environment("MASTER_PORT")
+    if host is None:
+        raise ValueError("MASTER_ADDR isn't set in the environment: start several ranks by torchrun")
+    own = of_environment("RANK") == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    patience = timedelta(seconds=START_SECONDS)
+    options = dict(wait_for_workers=False, multi_tenant=True)
+    return asked(TCPStore, host, port, of_environment("WORLD_SIZE"), own, patience, **options)
+
+
+def asked(function: Callable, *args, **options):
+    """What a store answers. Raises ConnectionError without one."""
+    try:
+        return function(*args, **options)
+    except RuntimeError as error:  # its own errors are such
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"the ranks' store can't be reached, its host may be gone: {reason}") from None
+
+
+_starts = count()
+
+
+def init(tensor_parallel: int, device: str | None = None, start: str = "") -> Sums | None:
+    """What joins this process to those that share a model with it, of those that torchrun has started; None for one
+    process without it. `start` is a name that all ranks have agreed on, if they have.
+
+    Each takes a GPU of its own on its host. Raises ValueError unless there are `tensor_parallel` processes, or a
+    multiple, of which each model is a group of its own.
+    """
+    replicas_of(tensor_parallel)
     if tensor_parallel == 1:
         return None
     # Memory that multicast maps outlives a process that dies; both are read when CUDA starts
     os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     import torch.distributed
 
-    chosen = pick_device(device)
-    if chosen.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"{local + 1} processes were started here, and there are {torch.cuda.device_count()} GPUs")
-        chosen = torch.device("cuda", local)
-        torch.cuda.set_device(chosen)
+    chosen, rank = own_device(device), of_environment("RANK")
+    replica, shard = rank // tensor_parallel, Shard(rank % tensor_parallel, tensor_parallel)
+    name = f"model {replica} {start} {next(_starts)}"  # what an earlier start has left there is another one's
     torch.distributed.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        store=torch.distributed.PrefixStore(name, store_of("models")),
+        rank=shard.rank,
+        world_size=shard.count,
         timeout=TIMEOUT,
         device_id=chosen if chosen.type == "cuda" else None,
     )
-    kind = PeerSums if chosen.type == "cuda" and _are_peers(chosen, tensor_parallel) else ProcessSums
-    return kind(Shard(torch.distributed.get_rank(), tensor_parallel), chosen)
+    kind = PeerSums if chosen.type == "cuda" and _are_peers(chosen, shard) else ProcessSums
+    return kind(shard, chosen)
 
 
-def _are_peers(device: torch.device, count: int) -> bool:
-    """Whether the GPUs of all ranks, one a rank of this host, can read and write one another's memory."""
-    others = [i for i in range(count) if i != device.index]
-    return int(os.environ["LOCAL_WORLD_SIZE"]) >= count and all(
-        torch.cuda.can_device_access_peer(device.index, other) for other in others
-    )
+def _are_peers(device: torch.device, shard: Shard) -> bool:
+    """Whether the GPUs of all ranks of a model are this host's, and can read and write one another's memory."""
+    first = device.index - shard.rank
+    others = [i for i in range(first, first + shard.count) if i != device.index]
+    inside = first >= 0 and first + shard.count <= torch.cuda.device_count()
+    return inside and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
 
 
 def close(sums: Sums | None):

@@ -1,112 +1,98 @@
-"""Several processes share a list of prompts: who this one is, what it takes, and how all of them end together.
+"""Several processes that make one run: who this one is, what it takes, what it is told, and how all of them end together.
 
-Each rank is a whole model, on a GPU of its own. torchrun starts them, and a store of keys and values that it has is all
-that they share: a counter of what was taken, and how far each is.
+Ranks are copies of a model, each on a GPU of its own, or groups of `--tp` of them share one (parallel.py). torchrun starts
+them. A store of keys and values that it has is all that copies share: a counter of what was taken, and how far each is.
+The first rank of a group asks for all of it.
 """
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import secrets
 import socket
+import sys
+import threading
 import time
-from collections.abc import Callable, Collection
-from datetime import timedelta
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
+from cli import print_error
 from files import MAX_JSON
+from parallel import START_SECONDS, Sums, agreed, asked, close, init, of_environment, own_device, store_of
 
-START_SECONDS = 300  # in which all ranks have to have come
-# In which a rank that is waited for has to tell something, by what it does; it tells every second, and at each change
-SECONDS = {"loading": 1800, "prefill": 600, "decoding": 60, "waiting": 60, "merging": 600, "left": float("inf")}
+# In which a rank has to go on with what it does. `recording` is a graph's, of kernels that may have to be compiled
+SECONDS = {"loading": 1800, "prefill": 300, "recording": 300, "decoding": 45, "waiting": 45, "merging": 600}
+SECONDS |= {"reading": float("inf"), "left": float("inf")}
+ALIVE = 20  # and to tell, from a thread of its own, that it is there
 TOLD = 1  # seconds between
 SHARE = 4  # a rank takes at once what is left, divided by this and by the number of ranks
 TOGETHER = 16  # samples of a prompt that one rank takes together at most
+INTERRUPTED = "Ctrl-C"
 
 Key = tuple[int, int]  # a prompt and a sample
 
 
 class Status(NamedTuple):
-    """What a rank tells the others: a count of the times, where it is, what it does, and what it has made."""
+    """What a rank tells the others: two counts, of the times and of its steps, where it is, what it does, what it has
+    made, and why it has failed."""
 
-    count: int
+    times: int
+    steps: int
     host: str
     state: str  # of SECONDS
     rows: int
     tokens: int
+    error: str
 
 
-def join(args: argparse.Namespace) -> "Ranks | None":
-    """The ranks that torchrun started with this one, once all are there; None without it, or where this is the only one.
+@contextmanager
+def joined(args: argparse.Namespace) -> Iterator[tuple["Ranks", Sums | None]]:
+    """All ranks, and what joins those that share a model, for a run of a program with `args`: its `tp`, and its device,
+    which becomes this rank's. Only the first rank has stdin, stdout and stderr.
 
-    `args` are generate.py's; its device becomes this rank's. Raises ValueError, on all ranks, for options that don't go
-    with several, and for a difference between theirs.
+    Raises ValueError, on all ranks, for a difference between theirs. If one of them fails or hangs, all others end with
+    a line that says so.
     """
-    count = _of_environment("WORLD_SIZE", 1)
-    if count == 1:
-        return None
-    rank, local = _of_environment("RANK"), _of_environment("LOCAL_RANK")
-    refused = dict(interactive=args.interactive, profile=args.profile is not None, num_beams=args.num_beams > 1)
-    for name, is_given in refused.items():
-        if is_given:
-            raise ValueError(f"several ranks take no --{name}")
-    if args.output is None:
-        raise ValueError("several ranks need --output FILE.jsonl, which they write together")
-    if str(args.prompts_file) == "-":
-        raise ValueError("several ranks can't share stdin: name a file as --prompts_file")
-    ranks = Ranks(_store(rank, count), rank, count)
-    ranks.agree(_compared(args))
-    if args.device != "cpu" and torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {rank} is number {local} of its host, which has {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(local)
-        args.device = f"cuda:{local}"
-    return ranks
-
-
-def _of_environment(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, default)
+    rank, count = of_environment("RANK"), of_environment("WORLD_SIZE")
+    ranks = Ranks(store_of("ranks"), rank, count, args.tp)
+    ranks.look_after()
     try:
-        return int(text)
-    except (TypeError, ValueError):
-        what = "isn't set" if text is None else f"is {text!r}"
-        raise ValueError(f"{name} {what} in the environment: start several ranks by torchrun") from None
-
-
-def _store(rank: int, count: int):
-    """torchrun's store; one of rank 0's where something else has set the environment."""
-    from torch.distributed import TCPStore
-
-    host, port = os.environ.get("MASTER_ADDR"), _of_environment("MASTER_PORT")
-    if host is None:
-        raise ValueError("MASTER_ADDR isn't set in the environment: start several ranks by torchrun")
-    own = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    patience = timedelta(seconds=START_SECONDS)
-    return _asked(TCPStore, host, port, count, own, patience, wait_for_workers=False)
-
-
-def _asked(function: Callable, *args, **options):
-    """What a store answers. Raises ConnectionError without one."""
-    try:
-        return function(*args, **options)
-    except RuntimeError as error:  # its own errors are such
-        reason = str(error).partition("\n")[0]
-        raise ConnectionError(f"the ranks' store can't be reached, its host may be gone: {reason}") from None
+        ranks.agree(_compared(args))
+        with ExitStack() as stack:
+            if rank:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(redirect_stderr(nowhere))
+            stack.enter_context(ranks.input())
+            if args.device != "cpu":
+                args.device = own_device(args.device)
+            ranks.sums = sums = init(args.tp, args.device, ranks.start)
+            yield ranks, sums
+            sys.stdout.flush()
+            ranks.tell("waiting")
+            close(sums)
+            ranks.leave()
+    except BaseException as error:
+        ranks.fail(error)
+        raise
 
 
 def _compared(args: argparse.Namespace) -> dict[str, str]:
     """What has to be the same on all ranks: options, and the contents of the files that they name."""
     values = {name: str(value) for name, value in vars(args).items()}
-    for name in ("checkpoint_path", "draft_checkpoint_path"):
-        if getattr(args, name) is not None:
-            values[name] += f" ({fingerprint(getattr(args, name))})"
-    if args.prompts_file is not None and args.prompts_file.is_file():
-        values["prompts_file"] += f" ({hashlib.sha256(args.prompts_file.read_bytes()).hexdigest()[:12]})"
+    for name, value in vars(args).items():
+        if not isinstance(value, Path) or name in ("output", "profile"):
+            continue
+        if value.is_dir() or value.suffix == ".safetensors":
+            values[name] += f" ({fingerprint(value)})"
+        elif value.is_file():
+            values[name] += f" ({hashlib.sha256(value.read_bytes()).hexdigest()[:12]})"
     return values
 
 
@@ -127,13 +113,27 @@ def fingerprint(path: Path) -> str:
 
 
 class Ranks:
-    """All ranks as one of them sees them, through a `store` of torch.distributed."""
+    """All ranks as one of them sees them, through a `store` of torch.distributed. `shared` of them, one after another,
+    are a replica, which has one model."""
 
-    def __init__(self, store, rank: int, count: int, clock: Callable[[], float] = time.monotonic, pause: float = 0.1):
+    def __init__(
+        self,
+        store,
+        rank: int,
+        count: int,
+        shared: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        pause: float = 0.02,
+    ):
         self.store, self.rank, self.count, self.clock, self.pause = store, rank, count, clock, pause
-        self.rows = self.tokens = self.times = 0
-        self.state, self.last = "loading", clock()
+        self.replica, self.member, self.replicas, self.together = rank // shared, rank % shared, count // shared, shared
+        self.sums: Sums | None = None
+        self.rows = self.tokens = self.times = self.steps = 0
+        self.state, self.error, self.runner = "loading", "", None
         self.on_progress: Callable[[int, int], None] | None = None  # gets all ranks' rows and tokens, on rank 0
+        self.heard = {}  # of each rank its two counts, and when they were seen first
+        self.telling, self.ending, self.over = threading.Lock(), threading.Lock(), threading.Event()
+        self.stderr = sys.stderr
         self.start = ""
         self.start = self._meet()
         self.tell("loading")
@@ -162,24 +162,34 @@ class Ranks:
 
     def share(self, name: str, value: str):
         """Gives a value to the other ranks."""
-        _asked(self.store.set, self._key(name), value)
+        asked(self.store.set, self._key(name), value)
 
     def _get(self, name: str) -> str | None:
         """A value that was given, if it was."""
-        known = _asked(self.store.check, [self._key(name)])
-        return _asked(self.store.get, self._key(name)).decode() if known else None
+        known = asked(self.store.check, [self._key(name)])
+        return asked(self.store.get, self._key(name)).decode() if known else None
 
     def _key(self, name: str) -> str:
         return f"gemma-fast {self.start}: {name}"
 
-    def shared(self, name: str, of: int = 0) -> str:
-        """A value that rank `of` shares, once it does. Raises ValueError if it takes too long."""
+    def shared(self, name: str, of: int = 0, seconds: float = START_SECONDS) -> str:
+        """A value that rank `of` shares, once it does. Raises ValueError if it takes longer."""
         begun = self.clock()
         while (value := self._get(name)) is None:
-            if self.clock() - begun > START_SECONDS:
-                raise ValueError(f"rank {of} has told no '{name}' within {START_SECONDS} seconds")
+            if self.clock() - begun > seconds:
+                raise ValueError(f"rank {of} has told no '{name}' within {seconds} seconds")
             time.sleep(self.pause)
         return value
+
+    @contextmanager
+    def input(self) -> Iterator[None]:
+        """Within, stdin is what the first rank's is, on all of them."""
+        kept = sys.stdin
+        sys.stdin = None if kept is None else _Input(self, kept)
+        try:
+            yield
+        finally:
+            sys.stdin = kept
 
     def agree(self, values: dict[str, str]):
         """Raises ValueError on all ranks if one has another value than rank 0, naming the first that differs."""
@@ -197,30 +207,37 @@ class Ranks:
     # --- the work
 
     def deal(self, keys: list[Key]) -> "Deal":
-        """What gives this rank its part of `keys`, a list that is the same on all ranks."""
-        return Deal(keys, self.count, lambda parts: _asked(self.store.add, self._key("taken"), parts))
+        """What gives this rank's replica its part of `keys`, a list that is the same on all ranks."""
+
+        def add(parts: int) -> int:
+            taken = 0 if self.member else asked(self.store.add, self._key("taken"), parts)
+            return agreed(self.sums, taken)
+
+        return Deal(keys, self.replicas, add)
 
     def on_step(self, step: int, runner=None):
-        """Tells that this rank is alive; as `on_step` of stream_completions, called before each step and prefill."""
-        state = "decoding" if step else "prefill"
-        if state != self.state or self.clock() - self.last >= TOLD:
-            self.tell(state)
+        """Counts a step; as `on_step` of stream_completions, called before each step and prefill."""
+        self.steps, self.runner = self.steps + 1, runner
+        self.state = "decoding" if step else "prefill"
 
     def made(self, tokens: int):
         """Counts a completion."""
         self.rows, self.tokens = self.rows + 1, self.tokens + tokens
 
-    def tell(self, state: str):
-        self.state, self.last, self.times = state, self.clock(), self.times + 1
-        status = Status(self.times, socket.gethostname(), state, self.rows, self.tokens)
-        self.share(f"status of {self.rank}", json.dumps(status))
-        if self.rank == 0 and self.on_progress is not None:
-            self.on_progress(*self.total(self.statuses()))
+    def tell(self, state: str | None = None):
+        """Tells what this rank does: something else, or that it is still there."""
+        with self.telling:
+            if state is not None:
+                self.state, self.steps = state, self.steps + 1
+            self.times += 1
+            now = "recording" if self.runner is not None and self.runner.recording else self.state
+            made = socket.gethostname(), now, self.rows, self.tokens, self.error
+            self.share(f"status of {self.rank}", json.dumps((self.times, self.steps, *made)))
 
     def statuses(self) -> list[Status]:
         """Of all ranks. They have told one each before they agreed."""
         keys = [self._key(f"status of {rank}") for rank in range(self.count)]
-        return [Status(*json.loads(content)) for content in _asked(self.store.multi_get, keys)]
+        return [Status(*json.loads(content)) for content in asked(self.store.multi_get, keys)]
 
     def total(self, statuses: list[Status]) -> tuple[int, int]:
         """All ranks' rows and tokens."""
@@ -230,7 +247,7 @@ class Ranks:
 
     def gather(self) -> tuple[int, int]:
         """Called when this rank's rows are written; on rank 0 returns when all ranks' are, with how many rows and tokens
-        they are. Raises ValueError, naming it, for a rank that has told nothing for too long."""
+        they are. Raises as `check`."""
         self.tell("waiting")
         if self.rank:
             return self.rows, self.tokens
@@ -239,29 +256,142 @@ class Ranks:
         return self.total(statuses)
 
     def leave(self):
-        """Called by rank 0 when the file is written, and by the others to wait for that. Raises as `gather`."""
+        """Called by rank 0 when all is written, and by the others to wait for that. Raises as `check`."""
         if self.rank:
+            self.tell("waiting")
             self._wait([0], ("left",))
+            self.over.set()
         self.tell("left")
         if not self.rank:  # the store may be this rank's
             self._wait(range(1, self.count), ("left",))
+            self.over.set()
 
     def _wait(self, for_ranks: Collection[int], states: tuple[str, ...]) -> list[Status]:
-        heard = {}  # what each rank told last, and when that was first seen
         while True:
-            statuses, now = self.statuses(), self.clock()
+            statuses = self.statuses()
             if all(statuses[rank].state in states for rank in for_ranks):
                 return statuses
-            for rank, status in enumerate(statuses):
-                if rank not in heard or heard[rank][0] != status.count:
-                    heard[rank] = status.count, now
-                silence = now - heard[rank][1]
-                if rank != self.rank and silence > SECONDS[status.state]:
-                    where = f"rank {rank} on {status.host}"
-                    raise ValueError(f"{where} was {status.state} and has told nothing for {silence:.0f} seconds")
-            if now - self.last >= TOLD:
-                self.tell(self.state)
+            self.check(statuses)
+            self.steps += 1
             time.sleep(self.pause)
+
+    def check(self, statuses: list[Status], alive: float | None = None):
+        """Raises ConnectionError, naming it, for a rank that has failed, that hangs, or of which nothing was heard for so
+        many seconds (None: ALIVE)."""
+        now, hanging, alive = self.clock(), None, ALIVE if alive is None else alive
+        for rank, status in enumerate(statuses):
+            if rank != self.rank and status.error:
+                raise ConnectionError(status.error)
+            times, told, steps, gone_on = self.heard.get(rank, (None,) * 4)
+            told, gone_on = (told if times == status.times else now), (gone_on if steps == status.steps else now)
+            self.heard[rank] = status.times, told, status.steps, gone_on
+            if rank != self.rank and now - told > alive and status.state != "left":
+                where = f"rank {rank} on {status.host}"
+                raise ConnectionError(f"{where} is gone: it was {status.state}, {now - told:.0f} seconds ago")
+            if now - gone_on > SECONDS[status.state]:
+                hanging = rank
+        if hanging is not None:  # who waits for another one of its model has made as many steps at least
+            first = hanging - hanging % self.together
+            steps = {rank: statuses[rank].steps for rank in range(first, first + self.together)}
+            behind = [rank for rank in steps if steps[rank] == min(steps.values())]
+            names = " and ".join(f"rank {rank} on {statuses[rank].host}" for rank in behind)
+            state, seconds = statuses[behind[0]].state, now - self.heard[hanging][3]
+            raise ConnectionError(f"{names} did nothing for {seconds:.0f} seconds, while {state}")
+
+    def look_after(self):
+        """From now on a thread tells that this rank is there, and ends the process when another one isn't."""
+        threading.Thread(target=self._look_after, daemon=True).start()
+
+    def _look_after(self):
+        while not self.over.wait(TOLD):
+            try:
+                self.tell()
+                statuses = self.statuses()
+                if self.on_progress is not None:
+                    self.on_progress(*self.total(statuses))
+                self.check(statuses)
+            except ConnectionError as error:
+                with self.ending:  # if it is the first to say so
+                    if not self.over.is_set():
+                        self._end(error, 130 if str(error).endswith(f": {INTERRUPTED}") else 1)
+
+    def _end(self, error: BaseException, status: int):
+        """Ends the process at once, whatever its other threads or its GPU wait for, with one line, or none if status is
+        that of Ctrl-C."""
+        self._give_up(error)
+        with redirect_stderr(self.stderr), suppress(OSError, ValueError):
+            if status != 130:
+                print_error(error)
+            self.stderr.flush()
+        os._exit(status)
+
+    def _give_up(self, error: BaseException):
+        """Tells the others why this rank ends, and waits until they know, for a few seconds at most."""
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        text = INTERRUPTED if isinstance(error, KeyboardInterrupt) else f"{kind}{error}"
+        known = isinstance(error, ConnectionError)  # which names another rank
+        self.error = text if known else f"rank {self.rank} on {socket.gethostname()} has failed: {text}"
+        with suppress(ConnectionError):
+            self.tell()
+            self._until(lambda each: each.error or each.state == "left")
+            self.tell("left")
+            if self.rank == 0:  # the store may be this rank's
+                self._until(lambda each: each.state == "left")
+
+    def _until(self, known: Callable[[Status], bool]):
+        end = time.monotonic() + 4 * TOLD
+        while time.monotonic() < end and not all(map(known, self.statuses())):
+            time.sleep(self.pause)
+
+    def fail(self, error: BaseException):
+        """Tells the others that this rank has failed by `error`. Where ranks share a model the process ends: it might
+        wait for them for ever."""
+        if isinstance(error, ConnectionError):
+            time.sleep(3 * TOLD)  # one that is gone tells nothing more
+            try:
+                self.check(self.statuses(), alive=2 * TOLD)
+            except ConnectionError as reason:
+                error = reason
+        with self.ending:
+            self.over.set()
+        if self.sums is None:
+            self._give_up(error)
+            return
+        known = isinstance(error, (OSError, ValueError, MemoryError, KeyboardInterrupt))
+        if not known:
+            traceback.print_exception(error, file=self.stderr)
+        self._end(error, 130 if isinstance(error, KeyboardInterrupt) else 2 if known else 1)
+
+
+class _Input(io.TextIOBase):
+    """stdin of several ranks: the first one reads it and shares each line, or all that is left, as it comes."""
+
+    def __init__(self, ranks: Ranks, own):
+        self.ranks, self.own, self.count = ranks, own, 0
+        self.buffer = self  # bytes of it are read as a whole
+
+    def isatty(self) -> bool:
+        return self.ranks.rank == 0 and self.own.isatty()
+
+    def readline(self, size: int = -1) -> str:
+        return self._shared(self.own.readline)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._shared(lambda: self.own.buffer.read().decode("utf-8", "surrogateescape")).encode(
+            "utf-8", "surrogateescape"
+        )
+
+    def _shared(self, read: Callable[[], str]) -> str:
+        ranks, name = self.ranks, f"input {self.count}"
+        self.count += 1
+        ranks.tell("reading")
+        if ranks.rank == 0:
+            text = read()
+            ranks.share(name, json.dumps(text))
+        else:
+            text = json.loads(ranks.shared(name, seconds=float("inf")))
+        ranks.tell("loading")
+        return text
 
 
 class Deal:

@@ -21,7 +21,7 @@ from ops.next_token import append_run, log_step
 from ops.prefix_attention import tile_rows
 from ops.rope import Shared
 from pages import Pages
-from parallel import Sums, least
+from parallel import Sums, agreed_seconds, least
 from sampling import (
     ALL_GREEDY,
     SETTINGS,
@@ -226,7 +226,7 @@ class Runner:
         self.draft_model = None if drafter is None else drafter.model  # one with a cache of its own
         page_count = 1 + batch_size * -(-length // PAGE) if page_count is None else page_count
         self.compile, self.compile_prefill = compile, compile_prefill
-        self.device, self.ops, self.packs = model.device, model.ops, model.ops.packs
+        self.device, self.ops, self.packs, self.sums = model.device, model.ops, model.ops.packs, model.sums
         models = [model] if self.draft_model is None else [model, self.draft_model]
         ahead = longest_run - 1
         length = cache_length(length, ahead)
@@ -251,6 +251,7 @@ class Runner:
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
         self.seconds = [0.0] * 4  # that the last events took, on a CPU
         self.steps, self.prefills, self.pool = {}, {}, None
+        self.recording = False  # or compiling a step, which takes longer than steps do
         self.timed = {}  # seconds of recorded steps and of making their drafts
         self.groups, self.shared, self.whole_shared = [], {}, {}  # of rows in use; by tokens a row: in whose memory
         self.tile_of = *model.config.global_group, model.dtype
@@ -331,19 +332,22 @@ class Runner:
         if self.compile and key not in self.steps:
             if self.events and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # the chain goes on behind it
+            self.recording = True
             try:
                 self.steps[key] = self._make_step(model, shared, run)
             except torch.OutOfMemoryError:
                 if not self.events:
                     raise
                 self.steps[key] = None  # in the middle of a run a step can do without a graph
+            finally:
+                self.recording = False
         return self.steps.get(key)
 
     def _timed(self, run: int) -> float:
         """Seconds of a recorded step of `run` tokens a row, all of which are done."""
         key = len(self.state.token), run, self.kind, None
         if key not in self.timed:
-            self.timed[key] = _seconds_on_gpu(self.steps[key].replay)
+            self.timed[key] = agreed_seconds(self.sums, _seconds_on_gpu(self.steps[key].replay))
         return self.timed[key]
 
     def _make_step(self, model: Transformer, shared: Shared | None, run: int) -> "torch.cuda.CUDAGraph | None":
@@ -723,14 +727,14 @@ class Runner:
         return self.timed[key]
 
     def seconds_of_last(self) -> float | None:
-        """How long the event took whose entry was read last; None where that is not known: of the first, or where
-        events come that are not read at once."""
+        """How long the event took whose entry was read last, to the first rank; None where that is not known: of the
+        first, or where events come that are not read at once."""
         event = self.entries - 1
         if self.device.type == "cpu":
-            return self.seconds[event % 4]
+            return agreed_seconds(self.sums, self.seconds[event % 4])
         if not event or self.drafter is None or self.events - event > 3:
             return None
-        return self.ended[(event - 1) % 4].elapsed_time(self.ended[event % 4]) / 1000
+        return agreed_seconds(self.sums, self.ended[(event - 1) % 4].elapsed_time(self.ended[event % 4]) / 1000)
 
     def finish(self) -> float:
         """Ends a run, also one that failed: what comes next on the device waits for the chain. Returns the seconds that

@@ -393,7 +393,7 @@ class Scheduler:
                         self._leave(each)
                     yield each.request, each.tokens
             if tokens and self.pace:
-                self.pace.learn(tokens, right, self.runner.seconds_of_last())
+                self.pace.learn(tokens, right, None if self.pace.fixed else self.runner.seconds_of_last())
                 for accepted, mattered in right:
                     self.drafts.update(range(min(accepted + 1, mattered)))
                     self.right.update(range(accepted))

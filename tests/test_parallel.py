@@ -1,11 +1,6 @@
 """Tensor parallelism: what ranks have of a model, that it adds up to the whole, and that all of them say the same."""
 
-import inspect
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, GREEDY, ROOT, TINY_GEMMA, small_model, tiny_config
+from conftest import CASES, GREEDY, small_model, tiny_config
+from test_assistant import filled, make_reference, make_target
 from torch import Tensor
 
 import checkpoint as checkpoint_file
-import generate as program
-from beams import beam_search
+from assistant import load_assistant
 from checkpoint import (
     DTYPE_NAMES,
     LINEAR_WEIGHTS,
@@ -35,11 +30,11 @@ from checkpoint import (
 from config import NAMED_CONFIGS, ModelConfig
 from files import tensor_bytes, write_safetensors
 from formats import Weight
-from generate import generate
+from generate import generate, load_model
 from model import Transformer
 from ops import TORCH
-from parallel import Shard, Sums, init
-from speculate import PromptLookup
+from parallel import Shard, Sums, init, replicas_of
+from speculate import AssistantDrafter
 
 CPU = torch.device("cpu")
 UNEVEN = dict(vocab_size=200, vocab_size_per_layer_input=200)  # 2 ranks: 128 and 72, 4 ranks: three times 64, and 8
@@ -225,6 +220,24 @@ def test_ranks_generate_what_one_does(case, tmp_path):
             assert its_texts in (None, expected)
 
 
+@pytest.mark.parametrize(("name", "ordered", "count"), [("shared", True, 2), ("k_eq_v", False, 2)])
+def test_ranks_guess_what_one_does(name, ordered, count, tmp_path):
+    target = make_target(name)
+    make_reference(target, name, ordered).save_pretrained(tmp_path / "drafter")
+    checkpoint, options = as_published(target, tmp_path), dict(seed=3, stop_ids=(), speculate_k=2)
+
+    def guesses(target):
+        assistant = load_assistant(tmp_path / "drafter", target)
+        cache, token, state, position = filled(target)
+        drafts = assistant.drafts(target, cache, token, state, position, 3)
+        return drafts, generate(target, PROMPTS, 6, drafter=AssistantDrafter(assistant), **options)
+
+    with torch.inference_mode():
+        drafts, texts = guesses(target)
+    for its_drafts, its_texts in on_ranks(count, lambda sums: guesses(sharded(target, checkpoint, sums))):
+        assert torch.equal(its_drafts, drafts) and its_texts == texts
+
+
 def assert_parts(checkpoint: Checkpoint, config: ModelConfig, **options):
     """What ranks load is a part of what one loads."""
     whole = load_weights(checkpoint, CPU, torch.float32, **options)
@@ -349,83 +362,19 @@ def test_the_vocabulary_is_shared_in_steps(size, count, own):
     assert [first for first, _ in ranges[1:]] == [end for _, end in ranges[:-1]]
 
 
-# --- processes
-
-
-def on_processes(script: str) -> list[tuple[int, str, str]]:
-    """Status and outputs of a script on two ranks, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    options = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script], env=shared | {"RANK": rank, "LOCAL_RANK": rank}, **options)
-        for rank in "01"
-    ]
-    try:
-        outputs = [each.communicate(timeout=60) for each in processes]
-        return [(each.returncode, *output) for each, output in zip(processes, outputs)]
-    finally:
-        for each in processes:
-            each.kill()
-
-
-def results(model: Transformer) -> list:
-    rows = dict(batch_size=2, stop_ids=())
-    return [
-        generate(model, PROMPTS, 8, temperature=0, **rows),
-        generate(model, PROMPTS, 8, temperature=1.0, top_p=0.9, min_p=0.01, seed=5, **rows),
-        generate(model, PROMPTS, 8, temperature=1.0, seed=5, drafter=PromptLookup(), speculate_k=3, **rows),
-        beam_search(model, PROMPTS, 4, num_beams=3, stop_ids=()),
-    ]
-
-
-def test_processes_draw_the_same_tokens_as_one_and_the_first_prints(tiny, capsys):
-    arguments = ["--precision", "fp32", "--device", "cpu", "--max_new_tokens", "8", "--seed", "6"]
-    script = f"""
-import json, warnings
-import generate as program
-from beams import beam_search
-from generate import generate, load_model
-from model import Transformer
-from parallel import init
-from speculate import PromptLookup
-PROMPTS = {PROMPTS}
-{inspect.getsource(results)}
-sums = init(2, "cpu")
-warnings.simplefilter("ignore")
-model, _ = load_model({str(TINY_GEMMA)!r}, device="cpu", precision="fp32", sums=sums)
-print(json.dumps([results(model), generate(model, PROMPTS, 8, temperature=1.0)]))
-program.init = lambda *_: sums
-assert program.main(["--tp", "2", *{arguments}]) == 0
-"""
-    (status, out, err), (other_status, other_out, other_err) = on_processes(script)
-    assert (status, other_status) == (0, 0), err + other_err
-    tokens, *printed = out.splitlines(keepends=True)
-    of_one, of_all, unseeded = results(tiny[0]), *json.loads(tokens)
-    assert json.loads(other_out) == [of_all, unseeded]
-    assert of_all == of_one
-    assert program.main(arguments) == 0
-    assert "".join(printed) == capsys.readouterr().out
-    assert "float32, seed 6" in err
-    assert other_err == ""
-
-
 def test_ranks_that_do_not_fit_are_refused(monkeypatch):
     assert init(1) is None
     with pytest.raises(ValueError, match="--tp is 2, and there are 1 processes: .* torchrun --nproc-per-node 2"):
         init(2)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="--tp is 2, and there are 4 processes"):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="--tp is 2, and there are 3 processes: it must divide them"):
         init(2)
-    model = small_model()
-    model.ops = replace(TORCH, sums=ThreadSums(0, [None], threading.Barrier(1)))
-    with pytest.raises(ValueError, match="--speculate_k"):
-        generate(model, [[2, 3]], drafter=PromptLookup())
-    for option in (["--interactive"], ["--output", "x.jsonl"], ["--prompts_file", "-"]):
-        with pytest.raises(ValueError, match=f"--tp takes no {option[0]}"):
-            program.run(program.program_parser().parse_args(["--tp", "2", *option]))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="--tp is 8, and there are 4 processes on a host"):
+        init(8)
+    assert replicas_of(2) == 4
+    with pytest.raises(ValueError, match="ops 'te' runs on one GPU"):
+        load_model(device="cpu", ops="te", sums=ThreadSums(0, [None], threading.Barrier(1)))
     with pytest.raises(ValueError, match="were given different options"):
         on_ranks(2, lambda sums: sums.check_alike(f"rank {sums.shard.rank}", "options"))
