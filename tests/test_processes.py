@@ -4,11 +4,14 @@ import inspect
 import io
 import json
 import socket
+import subprocess
 import sys
+import time
 
 import processes
 import pytest
-from conftest import TINY_GEMMA
+import torch
+from conftest import ROOT, TINY_GEMMA
 
 import generate as program
 import parallel
@@ -215,3 +218,46 @@ def test_one_process_has_nothing_of_it(monkeypatch, capsys):
         if size:
             monkeypatch.setenv("WORLD_SIZE", size)
         assert program.main(["--device", "cpu", "--max_new_tokens", "1"]) == 0
+
+
+# --- GPUs
+
+several_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.cuda
+@several_gpus
+@pytest.mark.parametrize("options", [[], ["--compile"], ["--compile", "--prompt_lookup", "--num_samples", "3"]])
+def test_two_gpus_draw_what_one_does(options, capsys):
+    options = ["--precision", "fp32", "--seed", "6", "--max_new_tokens", "60", "--json", *options]
+    ran = torchrun("generate.py", "--tp", "2", *options)
+    assert ran.returncode == 0, ran.stderr
+    assert program.main(options) == 0
+    assert ran.stdout == capsys.readouterr().out
+
+
+@pytest.mark.cuda
+@several_gpus
+@pytest.mark.parametrize("does", ["time.sleep(300)", "os.kill(os.getpid(), signal.SIGKILL)", "raise ValueError('no')"])
+def test_gpus_do_not_wait_for_ever(does, tmp_path):
+    (tmp_path / "program.py").write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import generate, ranks, runner
+ranks.SECONDS["decoding"], step = 5, runner.Runner.step
+def broken(self, *arguments, **options):
+    if os.environ["RANK"] == "1" and self.events > 20:
+        {does}
+    return step(self, *arguments, **options)
+runner.Runner.step = broken
+sys.exit(generate.main(["--tp", "2", "--compile", "--max_new_tokens", "500", "--batch_size", "1"]))
+""")
+    begun = time.monotonic()
+    ran = torchrun(str(tmp_path / "program.py"))
+    assert ran.returncode and time.monotonic() - begun < 120
+    assert "KILL" in does or "error: rank 1 on " in ran.stderr or "error: no" in ran.stderr, ran.stderr
