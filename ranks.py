@@ -128,7 +128,7 @@ class Ranks:
         self.store, self.rank, self.count, self.clock, self.pause = store, rank, count, clock, pause
         self.replica, self.member, self.replicas, self.together = rank // shared, rank % shared, count // shared, shared
         self.sums: Sums | None = None
-        self.rows = self.tokens = self.times = self.steps = 0
+        self.rows = self.tokens = self.times = self.steps = self.deals = 0
         self.state, self.error, self.runner = "loading", "", None
         self.on_progress: Callable[[int, int], None] | None = None  # gets all ranks' rows and tokens, on rank 0
         self.heard = {}  # of each rank its two counts, and when they were seen first
@@ -209,9 +209,11 @@ class Ranks:
     def deal(self, keys: list[Key]) -> "Deal":
         """What gives this rank's replica its part of `keys`, a list that is the same on all ranks."""
 
+        self.deals += 1
+        key = self._key(f"taken of {self.deals}")
+
         def add(parts: int) -> int:
-            taken = 0 if self.member else asked(self.store.add, self._key("taken"), parts)
-            return agreed(self.sums, taken)
+            return agreed(self.sums, 0 if self.member else asked(self.store.add, key, parts))
 
         return Deal(keys, self.replicas, add)
 

@@ -4,15 +4,20 @@ import inspect
 import io
 import json
 import socket
+import subprocess
 import sys
+import time
 
 import processes
 import pytest
-from conftest import TINY_GEMMA
+import torch
+from conftest import ROOT, TINY_GEMMA
 
 import generate as program
 import parallel
 from beams import beam_search
+from benchmarks import report
+from benchmarks.report import OURS
 from generate import generate
 from speculate import DraftModel, PromptLookup
 
@@ -94,6 +99,18 @@ import cli, generate as program
 cli.copy_bandwidth = lambda device: 1e10
 sys.exit(program.main(["--tp", "2", "--prompts_file", {prompts!r}, "--output", {output!r}, *{options}]))
 """
+BENCHMARK = """
+import sys
+import benchmark
+from config import NAMED_CONFIGS
+generate = benchmark.generate
+benchmark.generate = lambda *arguments, compile, **options: generate(*arguments, **options)
+benchmark.copy_bandwidth, benchmark.request_lengths = (lambda device: 1e10), (lambda count, shape: [(9, 4)] * count)
+benchmark.PROTOCOLS["parallel"] = benchmark.PROTOCOLS["parallel"]._replace(device="cpu")
+NAMED_CONFIGS["tiny"] = (1, 1, 64, 128, 4, 2, 32, None, 32, 1.0, 512, 4096)
+options = ["--models", "tiny", "--precisions", "bf16", "fp8-all", "int4-g32", "--batches", "1", "--repeats", "1"]
+sys.exit(benchmark.main(["parallel", *options, "--no_peers", "--output", {output!r}]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +130,7 @@ def ran(directory):
     cases["programs"] = 2, PROGRAMS
     files = dict(prompts=str(directory / "prompts.jsonl"), output=str(directory / "out.jsonl"))
     cases["replicas"] = 4, REPLICAS.format(options=[*OPTIONS, "--batch_size", "2"], **files)
+    cases["benchmark"] = 2, BENCHMARK.format(output=str(directory / "parallel.json"))
     return processes.run(cases)
 
 
@@ -168,10 +186,27 @@ def test_replicas_that_ranks_share_write_what_one_process_writes(ran, directory,
     one, prompts = directory / "one.jsonl", directory / "prompts.jsonl"
     assert program.main(["--prompts_file", str(prompts), "--output", str(one), *OPTIONS, "--batch_size", "2"]) == 0
     assert one.read_text() == (directory / "out.jsonl").read_text()
-    assert {file.name for file in directory.iterdir()} == {"one.jsonl", "out.jsonl", "prompts.jsonl"}
+    assert not [*directory.glob("*.partial")]
     (_, printed, figures), *others = ran["replicas"]
     assert printed == "" and "all 4 ranks: " in figures and "first of 2 ranks" in figures
     assert [each[1:] for each in others] == [("", "")] * 3
+
+
+def test_benchmark(ran, directory):
+    (status, printed, error), (other_status, *other) = ran["benchmark"]
+    assert (status, other_status, *other) == (0, 0, "", ""), error
+    content = json.loads((directory / "parallel.json").read_text())
+    rows = content["results"]
+    assert [row["name"] for row in rows if "us" in row] == [f"{OURS}, sum and norm", f"{OURS}, norm", "all_reduce"]
+    found = [(row["precision"], row["gpus"], row["copies"], row["name"], "shape" in row) for row in rows[3:]]
+    kinds = (OURS, False), (f"{OURS}, prefill", False), (OURS, True)
+    made = [(1, 1, *kind) for kind in kinds] + [(2, 1, *kind) for kind in kinds[:2]] + [(2, 2, *kinds[2])]
+    assert found == [(name, *each) for name in ("bf16", "fp8-all", "int4-g32") for each in made]
+    assert all(row["gain"] > 0 for row in rows[3:]) and printed
+    table = report.parallel(rows)
+    assert "| 1 × 64, 2 GPUs |" in table and table.count(" × |\n") == len(rows) - 3
+    command = "torchrun --standalone --nproc_per_node 2 benchmark.py parallel --models tiny --precisions bf16 fp8-all "
+    assert report.command("x", content, False).startswith(f"{command}int4-g32 --batches 1 --no_peers")
 
 
 def test_one_process_has_nothing_of_it(monkeypatch, capsys):
@@ -183,3 +218,46 @@ def test_one_process_has_nothing_of_it(monkeypatch, capsys):
         if size:
             monkeypatch.setenv("WORLD_SIZE", size)
         assert program.main(["--device", "cpu", "--max_new_tokens", "1"]) == 0
+
+
+# --- GPUs
+
+several_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.cuda
+@several_gpus
+@pytest.mark.parametrize("options", [[], ["--compile"], ["--compile", "--prompt_lookup", "--num_samples", "3"]])
+def test_two_gpus_draw_what_one_does(options, capsys):
+    options = ["--precision", "fp32", "--seed", "6", "--max_new_tokens", "60", "--json", *options]
+    ran = torchrun("generate.py", "--tp", "2", *options)
+    assert ran.returncode == 0, ran.stderr
+    assert program.main(options) == 0
+    assert ran.stdout == capsys.readouterr().out
+
+
+@pytest.mark.cuda
+@several_gpus
+@pytest.mark.parametrize("does", ["time.sleep(300)", "os.kill(os.getpid(), signal.SIGKILL)", "raise ValueError('no')"])
+def test_gpus_do_not_wait_for_ever(does, tmp_path):
+    (tmp_path / "program.py").write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import generate, ranks, runner
+ranks.SECONDS["decoding"], step = 5, runner.Runner.step
+def broken(self, *arguments, **options):
+    if os.environ["RANK"] == "1" and self.events > 20:
+        {does}
+    return step(self, *arguments, **options)
+runner.Runner.step = broken
+sys.exit(generate.main(["--tp", "2", "--compile", "--max_new_tokens", "500", "--batch_size", "1"]))
+""")
+    begun = time.monotonic()
+    ran = torchrun(str(tmp_path / "program.py"))
+    assert ran.returncode and time.monotonic() - begun < 120
+    assert "KILL" in does or "error: rank 1 on " in ran.stderr or "error: no" in ran.stderr, ran.stderr
