@@ -154,6 +154,9 @@ class Sums:
         """The `ops.peers.Mail` by which kernels send so many rows of `width` float32 numbers; None if they can't, or
         are slower."""
 
+    def lost(self) -> int | None:
+        """The rank whose part of a sum a kernel has waited for in vain, if there is one."""
+
     def total(self, x: Tensor) -> Tensor:
         """The sum of the x of all ranks."""
         return self.gathered(x).sum(0)
@@ -248,7 +251,6 @@ class PeerSums(ProcessSums):
         return x
 
     def lost(self) -> int | None:
-        """The rank that a kernel has waited for in vain, if there is one."""
         return int(self.missing) - 1 if int(self.missing) else None
 
 
