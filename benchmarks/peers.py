@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 VLLM = "vLLM"
+TORCHRUN = "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_"  # what vLLM is not to see
 VLLM_PRECISIONS = {  # our name of it, arguments of vllm.LLM; FP8: layers and cache, not the head
     "bf16": {},
     "fp8-kv": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
@@ -252,6 +253,7 @@ def vllm_figures(
     repeats: int,
     site: Path | None,
     timeout: float,
+    gpus: int = 1,
     drafts: dict | None = None,
 ) -> Iterator[dict]:
     """Measures vLLM with random weights on cases, one after the other: prompts of token ids, how many new tokens all or
@@ -268,7 +270,7 @@ def vllm_figures(
     or takes too long, behind the cases that were done by then."""
     keys = ("prompts", "new_tokens", "samples")
     job = {"precision": precision, "repeats": repeats, "cases": [dict(zip(keys, case)) for case in cases]}
-    job |= {"drafts": drafts}
+    job |= {"gpus": gpus, "drafts": drafts}
     results, failure = _in_process(config, job, site, timeout * len(cases))
     for (prompts, new_tokens, samples), result in zip(cases, results):
         rows = samples * len(prompts)
@@ -339,6 +341,8 @@ def _write_config(directory: Path, config: dict):
 
 def _environment(site: Path | None) -> dict[str, str]:
     environment = VLLM_SETTINGS | os.environ
+    for name in [name for name in environment if name.startswith(TORCHRUN)]:
+        del environment[name]
     for name, folder in (("PYTHONPATH", site and site.resolve()), ("LD_LIBRARY_PATH", _nvml_folder())):
         if folder is not None:
             environment[name] = os.pathsep.join(filter(None, (str(folder), environment.get(name))))
@@ -385,6 +389,7 @@ def main(directory: Path):
         skip_tokenizer_init=True,
         max_model_len=min(max(VLLM_CONTEXT, longest), config["max_position_embeddings"]),
         gpu_memory_utilization=0.9,
+        tensor_parallel_size=job["gpus"],
         enable_prefix_caching=sharing,  # each repeat has the prompts of the one before
         seed=0,
         speculative_config=job["drafts"],
