@@ -22,6 +22,7 @@ norm that comes next adds them up in the order of the ranks, as it does with the
 knows the same sums as another one, and sums differ from those of one rank by their order only.
 """
 
+import gc
 import os
 import zlib
 from collections.abc import Callable
@@ -375,4 +376,5 @@ def _are_peers(device: torch.device, shard: Shard) -> bool:
 def close(sums: Sums | None):
     """Ends what `init` began."""
     if sums is not None:
+        gc.collect()  # models that nobody has any more: NCCL waits for the graphs that have recorded it
         torch.distributed.destroy_process_group()
