@@ -18,7 +18,7 @@ from checkpoint import load_weights, open_checkpoint
 from config import ASSISTANTS, ModelConfig
 from files import read_json
 from formats import Weight
-from model import Block, Residual, RMSNorm, Transformer, looked_up
+from model import Block, Residual, RMSNorm, Transformer
 from ops import Ops
 from ops.rope import Positions
 
@@ -131,7 +131,8 @@ class Assistant(nn.Module):
     ) -> Tensor:
         """One pass: the drafter's own state, after its norm, for tokens [B] and states [B, N] of the tokens before."""
         ops, config, dtype, embedding = target.ops, self.config, target.dtype, target.embedding
-        embedded = looked_up(ops, token, embedding, target.vocabulary, target.normalizers[dtype], dtype)
+        factor, first = target.normalizers[dtype], target.vocabulary[0]
+        embedded = ops.embed(token, embedding.data, factor, dtype, embedding.scale, first, ops.sums)
         residual = Residual(ops.matmul(torch.cat((embedded, state), dim=1), self.pre_projection, dtype))
         for index, layer in enumerate(self.layers):
             local = config.is_local(index)

@@ -205,8 +205,9 @@ def speculate(args: argparse.Namespace, context: int = 128, new_tokens: int = 25
     models agree on nothing: so many drafts are right at each place, behind right ones, as `right` says, whatever models
     make. gain is the decoding speed over that without drafts, tokens_per_step what a step appends to a row. With
     --checkpoint_path, a trained model and one for its drafts, what these make of --text is measured instead: code that is
-    to be repeated (copy), and code that is to go on (free). Peer then, at batch 1: transformers' prompt lookup and
-    assisted generation, the whole call."""
+    to be repeated (copy), and code that is to go on (free). Peers: vLLM's n-gram lookup and draft models, of which as many
+    are taken as right; of trained models, at batch 1, transformers' prompt lookup and assisted generation, the whole
+    call."""
     if args.checkpoint_path:
         yield from speculate_trained(args)
         return
@@ -223,6 +224,27 @@ def speculate(args: argparse.Namespace, context: int = 128, new_tokens: int = 25
                 yield from rows_of_drafts(args, model, prompts, drafter, counts, columns, kv_cache_dtype=kv_dtype)
 
     yield from each_model(args, of_model)
+    for name in args.models if "vllm" in args.peers else ():
+        plain: dict[tuple, float] = {}  # tokens a second without drafts, by precision and batch
+        for (by, right), count in product(DRAFTS_OF.get(name, DRAFTS_OF["gemma-7b"]), counts):
+            if by == "assistant" or count == "auto" or not any(right) or (count == 0 and plain):
+                continue
+            shape = {"context": context, "new_tokens": new_tokens, "speculate_k": count}
+            cases = [
+                Case(
+                    partial(random_prompts, batch, context),
+                    {"drafts": by, "right": list(right), "batch": batch, **shape},
+                    new_tokens,
+                )
+                for batch in args.batches or (1, 8, 64)
+            ]
+            draft = None if by == "prompt lookup" else config_of_peer(by)
+            drafts = peers.vllm_drafts(draft, right[:count]) if count else None
+            for row in peer_rows(
+                argparse.Namespace(**vars(args) | {"models": [name], "peers": ("vllm",)}), cases, drafts=drafts
+            ):
+                rate = row["decode_tokens_per_second"]
+                yield rounded(row | {"gain": rate / plain.setdefault((row["precision"], row["batch"]), rate)})
 
 
 def speculate_trained(args: argparse.Namespace, context: int = 256, new_tokens: int = 128) -> Iterator[dict]:
@@ -529,7 +551,7 @@ PROTOCOLS = {
         "cuda",
         tuple(DRAFTS_OF),
         ("fp8-all",),
-        ("transformers",),
+        BOTH,
         ("batches", "drafts_per_step", *TRAINED[:2]),
     ),
     "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all"), options=("batches", "picture")),
@@ -589,13 +611,13 @@ def forced_right(operations: Ops, right: tuple[float, ...], device: torch.device
     draws = torch.rand(4096, 64, len(right), generator=torch.Generator().manual_seed(0))
     meant = (draws < torch.tensor(right)).to(device)
 
-    def greedy(logits: torch.Tensor, state, drafts: torch.Tensor | None = None):
+    def greedy(logits: torch.Tensor, state, drafts: torch.Tensor | None = None, *of_ranks):
         if drafts is not None:
             rows, count = drafts.shape
             (now,) = meant.index_select(0, state.step % len(meant))[:, :rows, :count]
             value = torch.where(now, 1e4, -1e4).to(logits.dtype)
             logits.view(rows, count + 1, -1)[:, :-1].scatter_(2, drafts[..., None], value[..., None])
-        operations.greedy(logits, state, drafts)
+        operations.greedy(logits, state, drafts, *of_ranks)
 
     return replace(operations, greedy=greedy)
 
@@ -710,16 +732,17 @@ def peer_rows(
     caches: tuple[str, ...] = (),
     repeats: int | None = None,
     gpus: int = 1,
+    drafts: dict | None = None,
 ) -> Iterator[dict]:
     """A row for each case and model, and each of vLLM's precisions beside ours, or each of transformers' `caches`;
-    cases with a list of new tokens are for its continuous batching. A failure of that or of vLLM is told in a line and
-    has no row."""
+    cases with a list of new tokens are for its continuous batching. `drafts` are vLLM's. A failure of that or of vLLM is
+    told in a line and has no row."""
     precisions = peers.vllm_precisions(args.precisions) if "vllm" in args.peers else ()
     for name, precision in product(args.models, precisions):
         config, settings = config_of_peer(name), (args.repeats, args.vllm_site, args.peer_timeout, gpus)
         jobs = [(case.prompts_of(config["vocab_size"]), case.new_tokens, case.samples) for case in cases]
         try:
-            for case, figures in zip(cases, peers.vllm_figures(config, precision, jobs, *settings)):
+            for case, figures in zip(cases, peers.vllm_figures(config, precision, jobs, *settings, drafts)):
                 yield rounded({"model": name, "precision": precision, **case.columns, **figures})
         except RuntimeError as error:
             print(f"vLLM, {name} {precision}, is left out: {error}", file=sys.stderr, flush=True)
@@ -786,7 +809,7 @@ def time_sums(sums: Sums, rows: int, size: int) -> dict[str, float]:
     x, part = torch.zeros(rows, size, dtype=torch.bfloat16, device=device), torch.zeros(rows, size, device=device)
     weight = torch.zeros(size, dtype=torch.bfloat16, device=device)
     ways = {
-        f"{OURS}, sum and norm": lambda: ops.add_norm(x, sums.parts(part), None, weight, 1e-6),
+        f"{OURS}, sum and norm": lambda: ops.add_norm(x, sums.parts(part, ops.name == "kernels"), None, weight, 1e-6),
         f"{OURS}, norm": lambda: ops.add_norm(x, part[None], None, weight, 1e-6),
         "all_reduce": partial(distributed.all_reduce, x),
     }

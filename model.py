@@ -14,6 +14,7 @@ from cache import KVCache, KVScales
 from config import ModelConfig
 from formats import FORMATS, LINEAR, Weight
 from ops import Ops
+from ops.peers import Parts
 from ops.rope import AttentionLayer, Positions, Shared, rope_frequency
 from parallel import Sums
 
@@ -26,20 +27,7 @@ def shared_product(ops: Ops, x: Tensor, weight: Weight, dtype: torch.dtype) -> T
     columns each, these are the parts of all of them."""
     if ops.sums is None:
         return ops.matmul(x, weight, dtype, partials=True)
-    return ops.sums.parts(ops.matmul(x, weight, torch.float32, partials=True))
-
-
-def looked_up(
-    ops: Ops, tokens: Tensor, embedding: Weight, vocabulary: tuple[int, int], factor: float, dtype: torch.dtype
-) -> Tensor:
-    """Rows of an embedding for tokens [M], times factor: [M, N] in `dtype`. Those of `vocabulary`, [first, end), are
-    here; other ranks have the others."""
-    if ops.sums is None:
-        return ops.embed(tokens, embedding.data, factor, dtype, embedding.scale)
-    first, end = vocabulary
-    here = (tokens >= first) & (tokens < end)
-    own = ops.embed((tokens - first).clamp(0, end - first - 1), embedding.data, factor, dtype, embedding.scale)
-    return ops.sums.total(own.masked_fill(~here[:, None], 0))
+    return ops.sums.parts(ops.matmul(x, weight, torch.float32, partials=True), ops.name == "kernels")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,18 +37,23 @@ def looked_up(
 class Residual(NamedTuple):
     """The residual stream x [M, N], and the newest layer's output y, which the next norm adds to it.
 
-    y is [M, N] or float32 partial sums of it, None before the first layer; post_weight [N] belongs to the norm that y
-    gets before that, if there is one; factor [1] multiplies the sum, if there is one.
+    y is [M, N] or float32 partial sums of it, of this rank or of all, None before the first layer; post_weight [N]
+    belongs to the norm that y gets before that, if there is one; factor [1] multiplies the sum, if there is one.
     """
 
     x: Tensor
-    y: Tensor | None = None
+    y: Tensor | Parts | None = None
     post_weight: Tensor | None = None
     factor: Tensor | None = None
 
     def at(self, index: Tensor) -> "Residual":
         """That of the tokens at `index`."""
-        return self._replace(x=self.x[index], y=None if self.y is None else self.y[..., index, :])
+        y = self.y
+        if isinstance(y, Parts):
+            y = y._replace(y=y.y[:, index])
+        elif y is not None:
+            y = y[..., index, :]
+        return self._replace(x=self.x[index], y=y)
 
     def added(self, ops: Ops, config: ModelConfig, norm: "RMSNorm | None", input_scale: Tensor | None = None):
         """The sum x + y, and the norm of it, in E4M3 if input_scale is given."""
@@ -147,7 +140,8 @@ class Experts(nn.Module):
         _, h = Residual(x).added(ops, config, self.norm, self.w13.input_scale)
         if ops.sums is None:
             return ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype)
-        return ops.sums.parts(ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype, partials=True))
+        y = ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype, partials=True)
+        return ops.sums.parts(y, ops.name == "kernels")
 
 
 class Router(nn.Module):
@@ -188,7 +182,8 @@ class PerLayerInputs(nn.Module):
     def forward(self, ops: Ops, tokens: Tensor, x: Tensor) -> Tensor:
         """[M, L, P] for tokens [M] of embedding x [M, N]."""
         config = self.config
-        own = looked_up(ops, tokens, self.embedding, self.vocabulary, self.normalizers[x.dtype], x.dtype)
+        factor, first = self.normalizers[x.dtype], self.vocabulary[0]
+        own = ops.embed(tokens, self.embedding.data, factor, x.dtype, None, first, ops.sums)
         product = ops.matmul(x, self.proj, x.dtype)
         factor = config.hidden_size**-0.5
         return ops.per_layer_inputs(own, product, self.norm.weight, factor, config.norm_eps, config.norm_offset)
@@ -268,7 +263,8 @@ class Transformer(nn.Module):
         self.register_buffer("rope_frequency", frequency, persistent=False)
         self.register_buffer("rope_frequency_local", frequency_local, persistent=False)
         # Explicitly on the CPU, so that building the model on the meta device leaves it real.
-        suppressed = torch.tensor(config.suppressed_ids, dtype=torch.long, device="cpu")
+        here = [token - first for token in config.suppressed_ids if first <= token < end]
+        suppressed = torch.tensor(here, dtype=torch.long, device="cpu")
         self.register_buffer("suppressed", suppressed, persistent=False)
 
     @classmethod
@@ -388,6 +384,7 @@ class Transformer(nn.Module):
         shared: Shared | None = None,
         decoding: bool = False,
         states: Tensor | None = None,
+        own_logits: bool = False,
     ) -> Tensor:
         """`forward`, in the dtype that the head's product has: that of activations, or float32 with a softcap.
 
@@ -396,12 +393,14 @@ class Transformer(nn.Module):
 
         One token a row behind cached ones is a decode step; with `decoding` T of them are, too, without lengths. They
         attend through the cache, where the next step may overwrite the last ones of them. `states` [rows of logits, N]
-        is given what the last norm makes, in the dtype of activations.
+        is given what the last norm makes, in the dtype of activations. With `own_logits` they are those of this rank's
+        part of the vocabulary, where ranks have one each.
         """
         dtype, ops, config = self.dtype, self.ops, self.config
         kinds = self.positions(tokens, cache, position, lengths, longest, shared, decoding)
         flat, embedding, inputs = tokens.flatten().contiguous(), self.embedding, None
-        x = looked_up(ops, flat, embedding, self.vocabulary, self.normalizers[dtype], dtype)
+        factor, first = self.normalizers[dtype], self.vocabulary[0]
+        x = ops.embed(flat, embedding.data, factor, dtype, embedding.scale, first, ops.sums)
         if self.per_layer_inputs is not None:
             inputs = self.per_layer_inputs(ops, flat, x)
         residual, last = Residual(x), None
@@ -426,12 +425,12 @@ class Transformer(nn.Module):
         if states is not None:
             states.copy_(h if h.dtype == dtype else residual.added(ops, config, self.norm)[1])
         logits = ops.matmul(h, embedding, dtype)
-        if ops.sums is not None:
-            logits = ops.sums.joined(logits, config.vocab_size)
         if (softcap := config.logit_softcap) is not None:
             logits = softcap * torch.tanh(logits.float() / softcap)
         if config.suppressed_ids and (decoding or not all_logits):
             logits = logits.index_fill(-1, self.suppressed, torch.finfo(logits.dtype).min / 2)
+        if ops.sums is not None and not own_logits:
+            logits = ops.sums.joined(logits, config.vocab_size)
         return logits.view(*tokens.shape, -1) if all_logits else logits
 
     def positions(

@@ -37,6 +37,7 @@ from torch import Tensor
 from device import pick_device
 
 VOCABULARY_STEPS = 64, 16, 1  # rows of which a rank has a multiple: the first that leaves every rank some
+MAIL_ROWS, MAIL_BYTES = 4096, 8 << 20  # rows of a sum by kernels, and bytes that a rank sends for it, at most
 START_SECONDS = 300  # in which all ranks have to have come
 # How long a rank waits for another one, which may read weights: ranks.py looks after those that died or hang
 TIMEOUT = timedelta(seconds=1800)
@@ -145,9 +146,17 @@ class Sums:
         """[W, ...]: the x [...] of all ranks, whose shapes are the same, in their order."""
         raise NotImplementedError
 
-    def parts(self, y: Tensor) -> Tensor:
-        """Float32 [W, M, N], which add up to a product, of this rank's part of it: [M, N], or partial sums [P, M, N]."""
+    def parts(self, y: Tensor, by_kernels: bool = False):
+        """Float32 [W, M, N], or as many as it takes, which add up to a product, of this rank's part of it: [M, N], or
+        partial sums [P, M, N]. With `by_kernels` they may be `ops.peers.Parts`, which the next kernel sends."""
         return self.gathered(y.sum(0) if y.dim() == 3 else y)
+
+    def mail(self, rows: int, width: int):
+        """The `ops.peers.Mail` by which kernels send so many rows of `width` float32 numbers; None if they can't, or
+        are slower."""
+
+    def lost(self) -> int | None:
+        """The rank whose part of a sum a kernel has waited for in vain, if there is one."""
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of the x of all ranks."""
@@ -197,6 +206,54 @@ class ProcessSums(Sums):
             reason = str(error).partition("\n")[0]
             raise ConnectionError(f"the other ranks of the model can't be reached: {reason}") from None
         return whole.view(x.dtype).view(self.shard.count, *x.shape)
+
+
+class PeerSums(ProcessSums):
+    """Ranks that are GPUs of one host, which can write to one another's memory: kernels add up what is small, NCCL what
+    is large."""
+
+    def __init__(self, shard: Shard, device: torch.device, group=None):
+        super().__init__(shard, device, group)
+        self.mails: dict[int, tuple] = {}  # by width: how many rows, the mail, and what has to stay alive
+        self.missing = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+
+    def mail(self, rows: int, width: int):
+        # A width's first call has all ranks wait for one another, so that it must not be recorded
+        if width not in self.mails:
+            self.mails[width] = self._new_mail(width)
+        most, mail, _ = self.mails[width]
+        return mail if rows <= most else None
+
+    def _new_mail(self, width: int) -> tuple:
+        from torch.distributed import _symmetric_memory as memory
+
+        from ops.peers import mail_of, mail_words  # which imports this file
+
+        count, group = self.shard.count, self.group or torch.distributed.group.WORLD
+        rows = max(1, min(MAIL_ROWS, MAIL_BYTES // (4 * width * (count - 1))))
+        slots = 2 * rows  # where two sums are waited for at once
+        words = mail_words(count, slots, width)
+        own = memory.empty(words, dtype=torch.int32, device=self.device).zero_()
+        handle = memory.rendezvous(own, group)
+        boxes = [handle.get_buffer(rank, (words,), torch.int32) for rank in range(count)]
+        torch.cuda.synchronize(self.device)
+        self.least(0)  # nobody sends before all have their zeros
+        return rows, mail_of(boxes, self.shard.rank, slots, width, self.device, self.missing), (own, handle)
+
+    def parts(self, y: Tensor, by_kernels: bool = False):
+        from ops.peers import Parts
+
+        y = y if y.dim() == 3 else y[None]
+        if by_kernels and (mail := self.mail(*y.shape[1:])) is not None:
+            return Parts(y, mail)
+        return self.total(y.sum(0) if len(y) > 1 else y[0])[None]
+
+    def total(self, x: Tensor) -> Tensor:
+        torch.distributed.all_reduce(x, group=self.group)
+        return x
+
+    def lost(self) -> int | None:
+        return int(self.missing) - 1 if int(self.missing) else None
 
 
 def least(sums: Sums | None, value: int) -> int:
@@ -305,7 +362,16 @@ def init(tensor_parallel: int, device: str | None = None, start: str = "") -> Su
         timeout=TIMEOUT,
         device_id=chosen if chosen.type == "cuda" else None,
     )
-    return ProcessSums(shard, chosen)
+    kind = PeerSums if chosen.type == "cuda" and _are_peers(chosen, shard) else ProcessSums
+    return kind(shard, chosen)
+
+
+def _are_peers(device: torch.device, shard: Shard) -> bool:
+    """Whether the GPUs of all ranks of a model are this host's, and can read and write one another's memory."""
+    first = device.index - shard.rank
+    others = [i for i in range(first, first + shard.count) if i != device.index]
+    inside = first >= 0 and first + shard.count <= torch.cuda.device_count()
+    return inside and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
 
 
 def close(sums: Sums | None):

@@ -282,6 +282,9 @@ class Ranks:
         """Raises ConnectionError, naming it, for a rank that has failed, that hangs, or of which nothing was heard for so
         many seconds (None: ALIVE)."""
         now, hanging, alive = self.clock(), None, ALIVE if alive is None else alive
+        if self.sums is not None and (lost := self.sums.lost()) is not None:
+            where = f"rank {self.rank - self.sums.shard.rank + lost} on {statuses[self.rank].host}"
+            raise ConnectionError(f"{where} left a sum without its part")
         for rank, status in enumerate(statuses):
             if rank != self.rank and status.error:
                 raise ConnectionError(status.error)

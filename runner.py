@@ -126,11 +126,11 @@ def decode_step(
         tokens = torch.cat((tokens, guessed), dim=1)
     if state.hidden is not None:
         states, before = state.hidden.new_empty(tokens.numel(), state.hidden.shape[1]), state.count.clone()
-    own = cache.part(0, model.config.n_layers)
-    logits = model.logits(tokens, own, state.position, None, drafts > 0, shared=shared, decoding=True, states=states)
-    logits = logits.flatten(0, -2)
-    if kind == ALL_GREEDY and model.sums is None:
-        model.ops.greedy(logits, state, guessed)
+    own, greedy = cache.part(0, model.config.n_layers), kind == ALL_GREEDY
+    options = {"shared": shared, "decoding": True, "states": states, "own_logits": greedy}
+    logits = model.logits(tokens, own, state.position, None, drafts > 0, **options).flatten(0, -2)
+    if greedy:
+        model.ops.greedy(logits, state, guessed, model.sums, model.config.vocab_size)
     else:
         log_step(state, next_token(state, logits.float(), kind, guessed, probabilities, model.sums))
     if states is not None:  # of the token that the newest one was drawn behind
