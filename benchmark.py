@@ -430,14 +430,16 @@ def memory(args: argparse.Namespace) -> Iterator[dict]:
                 yield case | in_process(memory_of_load, str(directory), args.repeats, **environment)
 
 
-def parallel(args: argparse.Namespace, requests: int = 512, prompt_tokens: int = 2048) -> Iterator[dict]:
+def parallel(
+    args: argparse.Namespace, new_tokens: int = 100, prompt_tokens: int = 2048, requests: int = 512
+) -> Iterator[dict]:
     """Under torchrun, on all GPUs of a host. First the microseconds that it takes to add up what each has of `batch` rows
     of a hidden state, in CUDA graphs: ours with the norm behind it, that norm alone, NCCL's all_reduce, and those of
     PyTorch's symmetric memory. Then a model on the first GPU, while the others wait; one that all GPUs share (--tp); and
     one on each (copies). The first two at batch 1, 8 and 64, or --batches, 128 prompt tokens, 100 new, and a prefill of
     2,048 tokens; first and last with throughput's 512 mixed requests. gain is the speed over that of one GPU: of
     decoding, where steps are alike. Peer: vLLM, on all GPUs."""
-    sums, batches, context, new_tokens = args.sums, args.batches or (1, 8, 64), 128, 100
+    sums, batches, context = args.sums, args.batches or (1, 8, 64), 128
     count, alone = sums.shard.count, {}
     for hidden, batch in product(sorted({ModelConfig.from_name(name).hidden_size for name in args.models}), batches):
         for name, seconds in time_sums(sums, batch, hidden).items():
