@@ -360,7 +360,7 @@ def stream_completions(
     if ranks is None:
         requests = map(request_of, keys)
     else:
-        deal = ranks.deal(list(keys))
+        deal = ranks.deal(list(keys), min(batch_size or most, mine))
         requests = lambda *room: map(request_of, deal.take(*room))
     with told_if_out_of_memory(device, f"{rows} rows of {length} tokens", ADVICE):
         start = now(device)

@@ -22,7 +22,6 @@ norm that comes next adds them up in the order of the ranks, as it does with the
 knows the same sums as another one, and sums differ from those of one rank by their order only.
 """
 
-import gc
 import os
 import zlib
 from collections.abc import Callable
@@ -39,6 +38,7 @@ from device import pick_device
 
 VOCABULARY_STEPS = 64, 16, 1  # rows of which a rank has a multiple: the first that leaves every rank some
 MAIL_ROWS, MAIL_BYTES = 4096, 8 << 20  # rows of a sum by kernels, and bytes that a rank sends for it, at most
+GATHERED_BYTES = 64 << 20  # of a rank, that kernels send
 START_SECONDS = 300  # in which all ranks have to have come
 # How long a rank waits for another one, which may read weights: ranks.py looks after those that died or hang
 TIMEOUT = timedelta(seconds=1800)
@@ -218,6 +218,15 @@ class PeerSums(ProcessSums):
         self.mails: dict[int, tuple] = {}  # by width: how many rows, the mail, and what has to stay alive
         self.missing = torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
+    def gathered(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or x.nbytes % 4 or x.nbytes > GATHERED_BYTES:
+            return super().gathered(x)
+        from ops.peers import GATHERED, gather
+
+        self.mail(1, GATHERED)
+        most, mail, _ = self.mails[GATHERED]
+        return gather(x, mail, most)
+
     def mail(self, rows: int, width: int):
         # A width's first call has all ranks wait for one another, so that it must not be recorded
         if width not in self.mails:
@@ -228,18 +237,17 @@ class PeerSums(ProcessSums):
     def _new_mail(self, width: int) -> tuple:
         from torch.distributed import _symmetric_memory as memory
 
-        from ops.peers import mail_of, mail_words  # which imports this file
+        from ops.peers import mail_of  # which imports this file
 
         count, group = self.shard.count, self.group or torch.distributed.group.WORLD
-        rows = max(1, min(MAIL_ROWS, MAIL_BYTES // (4 * width * (count - 1))))
-        slots = 2 * rows  # where two sums are waited for at once
-        words = mail_words(count, slots, width)
-        own = memory.empty(words, dtype=torch.int32, device=self.device).zero_()
+        rows = max(1, min(MAIL_ROWS, MAIL_BYTES // (8 * width * (count - 1))))
+        shape = 2, count, 2 * rows, width  # twice as many rows, where two sums are waited for at once
+        own = memory.empty(shape, dtype=torch.int64, device=self.device).zero_()
         handle = memory.rendezvous(own, group)
-        boxes = [handle.get_buffer(rank, (words,), torch.int32) for rank in range(count)]
+        boxes = [handle.get_buffer(rank, shape, torch.int64) for rank in range(count)]
         torch.cuda.synchronize(self.device)
         self.least(0)  # nobody sends before all have their zeros
-        return rows, mail_of(boxes, self.shard.rank, slots, width, self.device, self.missing), (own, handle)
+        return rows, mail_of(boxes, self.shard.rank, shape[2], width, self.device, self.missing), (own, handle)
 
     def parts(self, y: Tensor, by_kernels: bool = False):
         from ops.peers import Parts
@@ -250,6 +258,7 @@ class PeerSums(ProcessSums):
         return self.total(y.sum(0) if len(y) > 1 else y[0])[None]
 
     def total(self, x: Tensor) -> Tensor:
+        self.calls += 1
         torch.distributed.all_reduce(x, group=self.group)
         return x
 
@@ -376,7 +385,7 @@ def _are_peers(device: torch.device, shard: Shard) -> bool:
 
 
 def close(sums: Sums | None):
-    """Ends what `init` began."""
-    if sums is not None:
-        gc.collect()  # models that nobody has any more: NCCL waits for the graphs that have recorded it
+    """Ends what `init` began, but not NCCL, which may wait without end for graphs that have recorded it: the process
+    has to end by `os._exit`."""
+    if sums is not None and sums.device.type == "cpu":
         torch.distributed.destroy_process_group()

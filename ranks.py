@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from itertools import accumulate
@@ -78,6 +79,9 @@ def joined(args: argparse.Namespace) -> Iterator[tuple["Ranks", Sums | None]]:
             ranks.tell("waiting")
             close(sums)
             ranks.leave()
+            if sums is not None and sums.device.type == "cuda":
+                sys.stderr.flush()
+                os._exit(0)  # as `close` wants it
     except BaseException as error:
         ranks.fail(error)
         raise
@@ -206,8 +210,9 @@ class Ranks:
 
     # --- the work
 
-    def deal(self, keys: list[Key]) -> "Deal":
-        """What gives this rank's replica its part of `keys`, a list that is the same on all ranks."""
+    def deal(self, keys: list[Key], rows: int) -> "Deal":
+        """What gives this rank's replica its part of `keys`, a list that is the same on all ranks, where each has `rows`
+        rows at most."""
 
         self.deals += 1
         key = self._key(f"taken of {self.deals}")
@@ -215,7 +220,7 @@ class Ranks:
         def add(parts: int) -> int:
             return agreed(self.sums, 0 if self.member else asked(self.store.add, key, parts))
 
-        return Deal(keys, self.replicas, add)
+        return Deal(keys, self.replicas, rows, add)
 
     def on_step(self, step: int, runner=None):
         """Counts a step; as `on_step` of stream_completions, called before each step and prefill."""
@@ -403,14 +408,15 @@ class _Input(io.TextIOBase):
 class Deal:
     """Takes keys from a list that all ranks have, in its order; what one takes no other does.
 
-    A rank's first take is an equal part, as far as there are rows for it. Later ones are the smaller the less is left,
-    so that all end at about the same time. `add(n)` adds to a counter that the ranks share and returns its value.
-    Samples of a prompt stay together, as far as that is not too much at once.
+    A rank's first take is an equal part, as far as there are rows for it: every `ranks`th of those that are taken at
+    first, so that none has all of the longest. Later ones are the smaller the less is left, so that all end at about the
+    same time. `add(n)` adds to a counter that the ranks share and returns its value. Samples of a prompt stay together,
+    as far as that is not too much at once.
     """
 
-    def __init__(self, keys: list[Key], ranks: int, add: Callable[[int], int]):
+    def __init__(self, keys: list[Key], ranks: int, rows: int, add: Callable[[int], int]):
         self.ranks, self.add = ranks, add
-        self.first: int | None = -(-len(keys) // ranks)  # None once it is taken
+        self.first: int | None = min(rows, -(-len(keys) // ranks))  # None once it is taken
         self.parts: list[list[Key]] = []
         together = min(TOGETHER, len(keys) // (SHARE * ranks))
         for key in keys:
@@ -419,6 +425,8 @@ class Deal:
                 last.append(key)
             else:
                 self.parts.append([key])
+        at_first = bisect_right(list(accumulate(map(len, self.parts))), self.first * ranks)
+        self.parts[:at_first] = [part for rank in range(ranks) for part in self.parts[rank:at_first:ranks]]
         self.before = [0, *accumulate(map(len, self.parts))]  # keys in the parts before each
         self.next = 0  # part, as far as this rank knows
 

@@ -106,7 +106,6 @@ from math import gcd
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ops.common import (
@@ -121,7 +120,7 @@ from ops.common import (
     tl,
     wait_for_previous,
 )
-from ops.matmul import GemmConfig, linear_config, pick_split_k, split_k_output, store_partial, with_config
+from ops.matmul import GemmConfig, linear, linear_config, pick_split_k, split_k_output, store_partial, with_config
 from ops.norm import geglu_triton
 
 # Versions of Triton differ in two things. With LANES_LAST it spreads the threads of a load over the last dimensions
@@ -217,7 +216,7 @@ def dequantize(weight, dtype: torch.dtype) -> Tensor:
 
 def int_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
     """Multiplies x [M, K] by a weight in int8 or int4, dequantized to x's dtype: the definition of `matmul`, [M, N]."""
-    return F.linear(x.to(dtype), dequantize(weight, x.dtype).to(dtype))
+    return linear(x, dequantize(weight, x.dtype), dtype)
 
 
 @jit
@@ -705,8 +704,8 @@ def int_triton(
     if config is None and len(x) == 1 and weight.group and weight.shape[1] <= LONGEST_ROW and not geglu:
         return int4_row(x, weight, dtype)
     if config is None or x.dtype != torch.bfloat16:  # made in each call; of few rows unrounded, as by the kernels
-        wide = torch.float32 if len(x) <= 8 else dtype
-        y = F.linear(x.to(wide), dequantize_triton(weight, wide)).to(dtype)
+        wide = torch.float32 if len(x) <= 8 else x.dtype
+        y = linear(x.to(wide), dequantize_triton(weight, wide), dtype)
         return geglu_triton(y, dtype, next_scale) if geglu else y
     if not weight.group and isinstance(config, GemmConfig):
         return with_config(x, weight, dtype, config, partials, geglu, next_scale)

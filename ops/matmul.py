@@ -83,11 +83,19 @@ def gelu_gate_triton(x: Tensor, weight, other: Tensor, dtype: torch.dtype) -> Te
 # Definitions
 
 
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ weight.T in `dtype`, of numbers in another one, perhaps: added up in float32 and, in that, not rounded."""
+    if x.is_cuda and dtype == torch.float32 != x.dtype:
+        return torch.mm(x, weight.t(), out_dtype=dtype)
+    wide = torch.promote_types(x.dtype, dtype)
+    return F.linear(x.to(wide), weight.to(wide)).to(dtype)
+
+
 def dense_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
     """`matmul` by a weight in bf16 or float32."""
     data, packed = weight.data, weight.packed
     if x.dtype != dtype:
-        return torch.mm(x, data.t(), out_dtype=dtype) if x.is_cuda else F.linear(x.to(dtype), data.to(dtype))
+        return linear(x, data, dtype)
     if packed is None or torch.compiler.is_compiling():  # Inductor packs by itself
         return F.linear(x, data)
     if packed.source != weight.source or (torch.is_grad_enabled() and (x.requires_grad or data.requires_grad)):

@@ -114,12 +114,13 @@ def _best_of_ranks_kernel(
     index = tl.load(index_ptr + row * CHUNKS + chunk)
     largest = tl.max(best, axis=0)
     index = tl.where(tl.min(index, axis=0) < 0, -1, first + tl.min(tl.where(best == largest, index, V - 1), axis=0))
-    value = tl.where(columns == 0, largest, index.to(tl.float32, bitcast=True))
-    count = send(value, mail, boxes, row, columns, columns < 2)
-    found = received(mail, row, count, ranks, columns)
+    count = send(
+        tl.where(columns == 0, largest.to(tl.int32, bitcast=True), index), mail, boxes, row, columns, columns < 2
+    )
+    found = received(mail, row, count, ranks, columns, (ranks < mail.WORLD)[:, None] & (columns < 2)[None, :])
     is_best = (columns == 0)[None, :]
-    found_best = tl.sum(tl.where(is_best, found, 0.0), axis=1)
-    found_index = tl.sum(tl.where(is_best, 0, found.to(tl.int32, bitcast=True)), axis=1)
+    found_best = tl.sum(tl.where(is_best, found, 0), axis=1).to(tl.float32, bitcast=True)
+    found_index = tl.sum(tl.where(is_best, 0, found), axis=1)
     tl.store(ranks_best_ptr + row * RANKS + ranks, tl.where(ranks < mail.WORLD, found_best, float("-inf")))
     tl.store(ranks_index_ptr + row * RANKS + ranks, found_index)
 

@@ -93,7 +93,7 @@ def _embed_kernel(
             scale_ptr += tl.where(known, token, 0)
         x = (x * tl.load(scale_ptr).to(tl.float32)).to(dtype).to(tl.float32)
     if mail is not None:
-        x = received_sum(mail, row, send(x, mail, boxes, row, columns, mask), columns, mask)
+        x = received_sum(mail, row, send(x.to(tl.int32, bitcast=True), mail, boxes, row, columns, mask), columns, mask)
     tl.store(x_ptr + row * N + columns, (x * factor).to(dtype), mask=mask)
 
 
@@ -203,7 +203,7 @@ def _add_norm_kernel(
             y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
         else:
             y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
-            count = send(y, mail, boxes, row, columns, mask)
+            count = send(y.to(tl.int32, bitcast=True), mail, boxes, row, columns, mask)
             y = received_sum(mail, row, count, columns, mask).to(dtype).to(tl.float32)
         if post_ptr is not None:
             y = normed(y, inverse_rms_of(y, N, eps), post, dtype, OFFSET)
@@ -293,8 +293,8 @@ def _normed_sum_kernel(
     else:
         y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
         z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, tl.float32)
-        count = send(y, mail, boxes, row, columns, mask)
-        other_count = send(z, mail, boxes, rows + row, columns, mask)
+        count = send(y.to(tl.int32, bitcast=True), mail, boxes, row, columns, mask)
+        other_count = send(z.to(tl.int32, bitcast=True), mail, boxes, rows + row, columns, mask)
         y = received_sum(mail, row, count, columns, mask).to(dtype).to(tl.float32)
         z = received_sum(mail, rows + row, other_count, columns, mask).to(dtype).to(tl.float32)
     y = normed(y, inverse_rms_of(y, N, eps), weight, dtype, OFFSET)

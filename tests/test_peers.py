@@ -7,7 +7,7 @@ from test_ops import decode_states
 
 from ops import next_token, norm
 from ops.common import E4M3
-from ops.peers import Parts, mail_of, mail_words
+from ops.peers import Parts, gather, mail_of
 from parallel import Shard
 
 CPU, EPS = torch.device("cpu"), 1e-6
@@ -23,9 +23,9 @@ class VirtualSums:
         return self.sent
 
 
-def on_ranks(count: int, width: int, run, slots: int = 8) -> list:
+def on_ranks(count: int, width: int, run, slots: int = 8, fills: int = 3) -> list:
     """What run(rank, sums) returns on each rank, three times one after the other with the same boxes."""
-    boxes = [torch.zeros(mail_words(count, slots, width), dtype=torch.int32) for _ in range(count)]
+    boxes = [torch.zeros(2, count, slots, width, dtype=torch.int64) for _ in range(count)]
     mails = [mail_of(boxes, rank, slots, width, CPU) for rank in range(count)]
     for _ in range(3):
         filled = [mail.filled.clone() for mail in mails]
@@ -33,7 +33,7 @@ def on_ranks(count: int, width: int, run, slots: int = 8) -> list:
             for mail, before in zip(mails, filled):
                 mail.filled.copy_(before)
             results = [run(rank, VirtualSums(Shard(rank, count), mails[rank])) for rank in range(count)]
-    assert all(mail.filled.max() == 3 and not mail.missing for mail in mails)
+    assert all(mail.filled.max() == fills and not mail.missing for mail in mails)
     return results
 
 
@@ -125,3 +125,11 @@ def test_the_best_of_all_ranks_is_everyones(count, bad):
         if bad is None or name not in ("token", "log", "done"):
             assert torch.equal(actual, expected), name
     assert bad is None or states[0].finite.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("x", [torch.arange(2500), torch.randn(3, 7, 2).bfloat16()], ids=["int64", "bf16"])
+def test_all_ranks_have_what_each_has(x):
+    """Of the larger one in two launches."""
+    results = on_ranks(3, 1024, lambda rank, sums: [gather(x + rank, sums.sent, 3)], fills=3 * (1 + (x.nbytes > 12288)))
+    check_alike(results)
+    assert torch.equal(results[0][0], torch.stack([x, x + 1, x + 2]))

@@ -88,7 +88,7 @@ def test_every_request_is_dealt_once_and_ranks_end_together(count, samples, rows
     """Ranks of different speeds, whose rows take a random time."""
     keys = [(i, j) for i in range(count) for j in range(samples)]
     store, chance = Store(), random.Random(count)
-    deals = [Deal(keys, ranks, lambda n: store.add("taken", n)) for _ in range(ranks)]
+    deals = [Deal(keys, ranks, rows, lambda n: store.add("taken", n)) for _ in range(ranks)]
     waiting, running, dealt = [[] for _ in deals], [[] for _ in deals], []
     ended, busy = [0] * ranks, [0] * ranks
     for step in range(100_000):
@@ -113,11 +113,12 @@ def test_every_request_is_dealt_once_and_ranks_end_together(count, samples, rows
 
 def test_first_takes_are_equal_parts_and_samples_stay_together():
     store = Store()
-    deals = [Deal([(i, j) for i in range(8) for j in range(4)], 2, lambda n: store.add("taken", n)) for _ in range(2)]
+    keys = [(i, j) for i in range(8) for j in range(4)]
+    deals = [Deal(keys, 2, 100, lambda n: store.add("taken", n)) for _ in range(2)]
     first = [deal.take(0, 100, 100) for deal in deals]
-    assert first == [[(i, j) for i in range(4) for j in range(4)], [(i, j) for i in range(4, 8) for j in range(4)]]
+    assert first == [[(i, j) for i in range(rank, 8, 2) for j in range(4)] for rank in range(2)]
     assert [deal.take(0, 84, 100) for deal in deals] == [[], []]
-    deal = Deal([(0, j) for j in range(100)], 2, lambda n: store.add("of one prompt", n))
+    deal = Deal([(0, j) for j in range(100)], 2, 8, lambda n: store.add("of one prompt", n))
     assert {len(part) for part in deal.parts} == {12, 4}
     assert len(deal.take(0, 8, 8)) == 12 and deal.take(8, 0, 8) == []  # enough wait
 
@@ -129,7 +130,7 @@ def test_schedulers_take_from_one_list():
     expected = {request.key: tokens for request, tokens in Scheduler(Rows(4), None, requests.values(), 4).run()}
     store, runs, found = Store(), [], {}
     for rows in (4, 1, 16):
-        deal = Deal(list(requests), 3, lambda n: store.add("taken", n))
+        deal = Deal(list(requests), 3, rows, lambda n: store.add("taken", n))
         take = lambda *room, deal=deal: map(requests.get, deal.take(*room))
         runs.append(Scheduler(Rows(rows), None, take, rows).run())
     counts = [0] * len(runs)
