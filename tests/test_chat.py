@@ -699,7 +699,7 @@ def test_settings_are_named_in_the_run(checkpoint, tmp_path):
     digests = set()
     for more in ([], ["--system", "x"], ["--system", "y"], ["--thinking"], ["--no_thoughts"]):
         args = program.program_parser().parse_args([*arguments, *more])
-        output = program._output(args, program._asked(args, Sampling()), {})
+        output, _, _ = program._output(args, program._asked(args, Sampling()), {})
         digests.add(output.head["run"])
         output.stream.close()
     assert len(digests) == 5
