@@ -30,7 +30,7 @@ from parallel import START_SECONDS, Sums, agreed, asked, close, init, of_environ
 # In which a rank has to go on with what it does. `recording` is a graph's, of kernels that may have to be compiled
 SECONDS = {"loading": 1800, "prefill": 300, "recording": 300, "decoding": 45, "waiting": 45, "merging": 600}
 SECONDS |= {"reading": float("inf"), "left": float("inf")}
-ALIVE = 20  # and to tell, from a thread of its own, that it is there
+ALIVE = 30  # and to tell, from a thread of its own, that it is there
 TOLD = 1  # seconds between
 SHARE = 4  # a rank takes at once what is left, divided by this and by the number of ranks
 TOGETHER = 16  # samples of a prompt that one rank takes together at most
