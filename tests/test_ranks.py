@@ -130,7 +130,7 @@ def test_schedulers_take_from_one_list():
     expected = {request.key: tokens for request, tokens in Scheduler(Rows(4), None, requests.values(), 4).run()}
     store, runs, found = Store(), [], {}
     for rows in (4, 1, 16):
-        deal = Deal(list(requests), 3, rows, lambda n: store.add("taken", n))
+        deal = Deal(list(requests), 3, 16, lambda n: store.add("taken", n))
         take = lambda *room, deal=deal: map(requests.get, deal.take(*room))
         runs.append(Scheduler(Rows(rows), None, take, rows).run())
     counts = [0] * len(runs)
@@ -164,7 +164,7 @@ def test_text_does_not_depend_on_the_number_of_ranks(tiny):
 def test_a_store_that_earlier_ranks_have_used():
     store = Store()
     for _ in range(3):
-        both = on_all(3, lambda ranks: (ranks.start, ranks.deal([(0, 0)] * 9).take(0, 3, 3)), store)
+        both = on_all(3, lambda ranks: (ranks.start, ranks.deal([(0, 0)] * 9, 3).take(0, 3, 3)), store)
         assert len({start for start, _ in both}) == 1 and all(taken for _, taken in both)
     assert len({key.split(":")[0] for key in store.values}) == 4  # one of each start, and one of the meetings
 
