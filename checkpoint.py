@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from queue import SimpleQueue
 from reprlib import repr as shown  # cut, where it is long
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -35,7 +36,7 @@ from files import (
     torch_dtype,
     write_safetensors,
 )
-from formats import FORMATS, GROUPS, LINEAR
+from formats import FORMATS, GROUPS, LINEAR, largest
 from ops.common import round_fp8
 
 PER_LAYER_TABLE = "per_layer_inputs.embedding.weight"
@@ -71,10 +72,20 @@ class Checkpoint:
     parts: dict[str, list[StoredTensor]]
     weight_format: str | None  # bf16, fp16, fp32, int8, int4, fp8 (Hugging Face's, too); None: its other files
     group: int = 0  # of int4: how many neighbours in a row share a scale
+    others: tuple[StoredTensor, ...] = ()  # that no parameter is made of: parts for images, copies
 
     @property
     def parameters(self) -> int:
         return sum(prod(tensor.shape) for tensors in self.parts.values() for tensor in tensors)
+
+
+class LowRank(NamedTuple):
+    """A product that is added to rows of a weight [N, K]: b @ a * scale, to those from `first` on."""
+
+    first: int
+    a: torch.Tensor  # [r, K]
+    b: torch.Tensor  # [rows, r]
+    scale: float
 
 
 def sources(config: ModelConfig, experts_apart: bool = False) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -203,7 +214,7 @@ def open_checkpoint(
     config = read_config(directory) if config is None else config
     files, strict = _weight_files(directory, formats) if path.is_dir() else ([path], None)
 
-    stored, weight_format, group = {}, None, 0
+    stored, others, weight_format, group = {}, [], None, 0
     for file in files:
         tensors, metadata = read_header(file)
         if metadata.get("format") == FORMAT:
@@ -211,10 +222,12 @@ def open_checkpoint(
             weight_format = metadata["weight_format"]
             group = int(metadata["group_size"]) if _is_grouped(weight_format) else 0
         for key, tensor in tensors.items():
-            name = key if weight_format else _canonical_name(key)
+            name = key if weight_format else canonical_name(key)
             if name in stored:
                 raise ValueError(f"{name} is in {stored[name].file.name} and again in {file.name}")
-            if name is not None:
+            if name is None:
+                others.append(tensor)
+            else:
                 stored[name] = tensor
             if strict is not None and strict.pop(key, file.name) != file.name:
                 raise ValueError(f"{key} is in {file.name}, the index says elsewhere")
@@ -250,14 +263,15 @@ def open_checkpoint(
             _check(stored[name], shape, weight_format, dtypes.get(name))
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(f"{path} lacks {some(missing)}")
-    unused = _unused_prefixes(config)
-    if left_over := [x.key for name, x in stored.items() if name not in wanted and not name.startswith(unused)]:
-        raise ValueError(f"{path} has tensors that config.json has no place for: {some(left_over)}")
+    unused = unused_prefixes(config)
+    left_over = {name: tensor for name, tensor in stored.items() if name not in wanted}
+    if unknown := [tensor.key for name, tensor in left_over.items() if not name.startswith(unused)]:
+        raise ValueError(f"{path} has tensors that config.json has no place for: {some(unknown)}")
     parts = {name: [stored[part] for part, _ in sources_] for name, sources_ in table.items()}
-    return Checkpoint(directory, config, parts, weight_format, group)
+    return Checkpoint(directory, config, parts, weight_format, group, (*others, *left_over.values()))
 
 
-def _unused_prefixes(config: ModelConfig) -> tuple[str, ...]:
+def unused_prefixes(config: ModelConfig) -> tuple[str, ...]:
     """What Hugging Face's names begin with of the keys' and values' weights and scales that files may have of layers
     that take those of others."""
     layers = [f"model.layers.{i}.self_attn" for i in range(config.n_layers) if config.is_shared(i)]
@@ -439,7 +453,7 @@ def _is_grouped(weight_format: str | None) -> bool:
     return weight_format in FORMATS and FORMATS[weight_format].grouped
 
 
-def _canonical_name(key: str) -> str | None:
+def canonical_name(key: str) -> str | None:
     """A Hugging Face key without the prefix that multimodal checkpoints put in front; None for what is not needed."""
     for prefix in ("language_model.model.", "model.language_model."):
         if key.startswith(prefix):
@@ -467,6 +481,7 @@ def load_weights(
     dtype: torch.dtype,
     scales: dict[str, Scale] | None = None,
     on_host: Container[str] = (),
+    updates: Mapping[str, list[LowRank]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The state dict, on `device` in `dtype`. On a CPU a tensor that is stored whole in `dtype` stays a view of the
     mapped file; every other one is copied once, in pieces of PIECE bytes. Those whose names are in on_host go to the
@@ -476,8 +491,12 @@ def load_weights(
     exists in both formats. FP8 parts with scales of their own get the largest of them, as in vLLM: those with a smaller
     one are rounded again. Scales of K and V that are not there are 1.0, with a warning. Raises ValueError if a weight's
     scale is not what the weight asks for, or is not a positive number.
+
+    `updates`, by our names, are added to weights as these are read, in float32, and the sum is rounded once to `dtype`.
+    Such a weight becomes E4M3 when it is whole, by a scale of its own, which is in the state dict, too.
     """
-    weights, pieces, largest, config = {}, [], {}, checkpoint.config
+    weights, pieces, maxima, config = {}, [], {}, checkpoint.config
+    updates = {} if updates is None else updates
     with ExitStack() as stack:
         files = {tensor.file for tensors in checkpoint.parts.values() for tensor in tensors}
         opened = {file: stack.enter_context(open_tensors(file)) for file in files}
@@ -498,35 +517,44 @@ def load_weights(
                 if len(tensors) > 1:
                     own_scales, scale = scales_of(f"{name}_scale")
             elif scale is not None:
-                scale, largest[name] = torch.tensor(scale), []
-            target_dtype = dtype if scale is None and stored_dtype.itemsize > 1 else torch.float8_e4m3fn
+                scale, maxima[name] = torch.tensor(scale), []
+            merged = updates.get(name)
+            target_dtype = dtype if merged or scale is None and stored_dtype.itemsize > 1 else torch.float8_e4m3fn
             if not stored_dtype.is_floating_point or name.endswith(".scale"):  # parts of an integer weight
                 target_dtype = stored_dtype
             if name in on_host:
                 whole = opened[tensors[0].file].get_tensor(tensors[0].key).to(target_dtype)
                 weights[name] = whole.pin_memory() if device.type == "cuda" else whole
                 continue
-            if len(tensors) == 1 and stored_dtype == target_dtype and device.type == "cpu":
+            if len(tensors) == 1 and stored_dtype == target_dtype and device.type == "cpu" and not merged:
                 weights[name] = opened[tensors[0].file].get_tensor(tensors[0].key)
                 continue
-            rows = [tensor.shape[0] for tensor in tensors]
+            rows, own_pieces, passed = [tensor.shape[0] for tensor in tensors], [], 0
             weights[name] = torch.empty(sum(rows), *tensors[0].shape[1:], device=device, dtype=target_dtype)
             for part, (tensor, own_scale, target) in enumerate(zip(tensors, own_scales, weights[name].split(rows))):
                 step = max(1, PIECE * tensor.shape[0] // tensor.size)
                 for start in range(0, tensor.shape[0], step):
                     convert = None
-                    if scale is not None:
+                    if merged:
+                        convert = partial(_merge, first=passed + start, updates=merged, largest=maxima.get(name))
+                    elif scale is not None:
                         which = _matrices(scale.numel(), part, len(tensors), slice(start, start + step))
                         each = scale.view(-1)[which]
                         if stored_dtype.itemsize > 1 or own_scale != each.item():
                             settings = dict(own_scale=own_scale, scale=each.to(device), which=which)
-                            convert = partial(_to_e4m3, **settings, largest=largest.get(name))
-                    pieces.append((tensor, start, target[start : start + step], convert))
+                            convert = partial(_to_e4m3, **settings, largest=maxima.get(name))
+                    own_pieces.append((tensor, start, target[start : start + step], convert))
+                passed += tensor.shape[0]
+            if merged and scale is not None:
+                _copy_pieces(own_pieces, opened, device)
+                weights[name], weights[weight_scale_name(name)] = _quantize_whole(name, weights[name])
+            else:
+                pieces += own_pieces
         _copy_pieces(pieces, opened, device)
     for name, tensors in checkpoint.parts.items():
         if len(tensors) > 1 and name in weights and not name.endswith("_scale"):
             weights[name] = weights[name].view(joined_shape(name, [x.shape for x in tensors], config))
-    for name, found in largest.items():
+    for name, found in maxima.items():
         check_weight_scale(name, found, scales[weight_scale_name(name)])
     if without := [name for name, tensors in checkpoint.parts.items() if not tensors]:
         warnings.warn(f"{checkpoint.directory} lacks {some(without)}: 1.0 is used", stacklevel=3)
@@ -554,6 +582,30 @@ def _to_e4m3(
     if largest is not None:
         largest.append((which, rows.abs().reshape(len(scale), -1).amax(1).float()))
     return round_fp8(rows.float() * own_scale, scale.view(-1, *[1] * (rows.dim() - 1)))
+
+
+def _merge(rows: torch.Tensor, first: int, updates: list[LowRank], largest: list[tuple] | None) -> torch.Tensor:
+    """Rows of a weight from `first` on, in float32, with what is added to them; notes in `largest` their largest value
+    without it."""
+    if largest is not None:
+        largest.append((slice(0, 1), rows.abs().amax().float().view(1)))
+    rows = rows.to(torch.float32, copy=True)
+    for update in updates:
+        start, stop = max(first, update.first), min(first + len(rows), update.first + len(update.b))
+        if start < stop:
+            a, b = update.a, update.b[start - update.first : stop - update.first]
+            rows[start - first : stop - first].addmm_(b.to(rows), a.to(rows), alpha=update.scale)
+    return rows
+
+
+def _quantize_whole(name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in E4M3, and the scale that its largest value asks for."""
+    scale = torch.tensor(largest(name, weight) / E4M3_MAX or 1.0, device=weight.device)
+    quantized = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    step = max(1, PIECE // weight[0].nbytes)
+    for rows, target in zip(weight.split(step), quantized.split(step)):
+        target.copy_(round_fp8(rows, scale))
+    return quantized, scale
 
 
 def _copy_pieces(pieces: list, opened: dict, device: torch.device):
@@ -741,15 +793,20 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
 
     def blocks(tensors: list[StoredTensor]):
         for tensor in tensors:
-            with open(tensor.file, "rb") as source:
-                source.seek(tensor.bytes[0])
-                for start in range(0, tensor.size, chunk):
-                    block = source.read(min(chunk, tensor.size - start))
-                    progress(len(block))
-                    yield block
+            yield from stored_blocks(tensor, progress, chunk)
 
     entries = {}
     for name, tensors in checkpoint.parts.items():
         shape = joined_shape(name, [tensor.shape for tensor in tensors], checkpoint.config)
         entries[name] = (tensors[0].dtype, shape, partial(blocks, tensors))
     write_safetensors(file, entries, {"weight_format": WEIGHT_FORMATS[dtypes.pop()]})
+
+
+def stored_blocks(tensor: StoredTensor, progress: Callable[[int], None], chunk: int = 1 << 24) -> Iterator[bytes]:
+    """A tensor's bytes, at most `chunk` at a time; `progress` is called with the number of each."""
+    with open(tensor.file, "rb") as source:
+        source.seek(tensor.bytes[0])
+        for start in range(0, tensor.size, chunk):
+            block = source.read(min(chunk, tensor.size - start))
+            progress(len(block))
+            yield block
