@@ -124,7 +124,8 @@ def _check_settings(settings: dict) -> tuple[int, float]:
         for pattern, value in patterns.items():
             if not re.fullmatch(r"\^?[\w.]+", pattern):
                 raise ValueError(f"{key} has the pattern {shown(pattern)}; only names of modules can be read")
-            _check_rank(f"{key}'s {pattern}", value) if key == "rank_pattern" else _check_alpha(pattern, value)
+            check = _check_rank if key == "rank_pattern" else _check_alpha
+            check(f"{key}'s {pattern}", value)
     _check_rank("r", rank)
     _check_alpha("lora_alpha", alpha)
     return rank, float(alpha)

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import argparse
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from tqdm import tqdm
@@ -22,32 +23,24 @@ from export import check_new_directory, export_checkpoint, open_source
 from files import torch_dtype
 
 
-def merge(source: Path, adapter_directory: Path, directory: Path, progress=lambda n: None) -> str:
-    """Writes the checkpoint at `source` with an adapter to a new directory, in the dtypes that it has; says which
-    adapter it was. `progress` is called with the number of bytes written since the last call."""
-    adapter, checkpoint = read_adapter(adapter_directory), open_source(source)
+def run(args: argparse.Namespace):
+    check_new_directory(args.output_dir)
+    adapter, checkpoint = read_adapter(args.adapter), open_source(args.checkpoint_path)
     if adapter.others:
         what = f"changes {some(adapter.others)}, of a part for images or sound"
-        raise ValueError(f"adapter {adapter.name} {what}: only the text model's can be merged")
+        raise ValueError(f"adapter {adapter.name} {what}: only the text model's modules can be merged")
     updates = updates_of(adapter, checkpoint.config)
 
     def tensor_of(name: str) -> torch.Tensor:
+        """A weight, merged, in the dtype that it is stored in."""
         parts = {name: checkpoint.parts[name]}
-        dtype = torch.promote_types(*(torch_dtype(parts[name][each]) for each in (0, -1)))
+        dtype = reduce(torch.promote_types, map(torch_dtype, parts[name]))
         return load_weights(replace(checkpoint, parts=parts), torch.device("cpu"), dtype, updates=updates)[name]
 
-    export_checkpoint(directory, source, tensor_of, progress)
-    return str(adapter)
-
-
-def run(args: argparse.Namespace):
-    check_new_directory(args.output_dir)
-    checkpoint = open_source(args.checkpoint_path)
-    stored = [tensor for tensors in checkpoint.parts.values() for tensor in tensors] + [*checkpoint.others]
-    size = sum(tensor.size for tensor in stored)
+    size = sum(tensor.size for tensors in (*checkpoint.parts.values(), checkpoint.others) for tensor in tensors)
     with tqdm(total=size, unit="B", unit_scale=True, desc=f"writing {args.output_dir}", leave=False) as bar:
-        merged = merge(args.checkpoint_path, args.adapter, args.output_dir, bar.update)
-    print(f"{args.output_dir}: {args.checkpoint_path} with {merged}", file=sys.stderr)
+        export_checkpoint(args.output_dir, args.checkpoint_path, tensor_of, bar.update)
+    print(f"{args.output_dir}: {args.checkpoint_path} with {adapter}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
