@@ -1,7 +1,6 @@
 """LoRA adapters (https://arxiv.org/abs/2106.09685) as PEFT keeps them: a directory with settings and factors."""
 
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -137,7 +136,7 @@ def _check_rank(name: str, value):
 
 
 def _check_alpha(name: str, value):
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) < 1e38:
         raise ValueError(f"{name} must be a number, not {shown(value)}")
 
 

@@ -272,6 +272,18 @@ def test_an_fp8_file_beside_bf16_weights_is_passed_over(calibrated, tiny_adapter
     assert merge(both / "gemma-fp8.safetensors", tiny_adapter, tmp_path / "out") == 2
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_gpu_merges_as_a_cpu(calibrated, tiny_adapter, monkeypatch, fp8):
+    monkeypatch.setattr("checkpoint.PIECE", 5000)
+    options = dict(fp8=fp8, precision="bf16", adapter=tiny_adapter)
+    ours, expected = (load_model(calibrated, device, **options)[0] for device in ("cuda", "cpu"))
+    for (name, one), (_, two) in zip(ours.named_parameters(), expected.named_parameters(), strict=True):
+        one, two = one.cpu().float(), two.float()
+        torch.testing.assert_close(one, two, rtol=2**-3 if fp8 else 2**-7, atol=1e-6, msg=name)  # one step of rounding
+        assert (one != two).float().mean() < 1e-2, name
+
+
 # --- refusals
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -297,6 +309,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (dict(r=True), "r must be a whole number, at least 1, not True"),
         (dict(r="gone"), "r must be a whole number, at least 1, not None"),
         (dict(lora_alpha="16"), "lora_alpha must be a number, not '16'"),
+        (dict(lora_alpha=10**400), "lora_alpha must be a number, not 1000"),
         (dict(rank_pattern=[1]), r"rank_pattern is \[1\], not an object"),
         (dict(rank_pattern={"q_proj": "2"}), "rank_pattern's q_proj must be a whole number"),
         (dict(alpha_pattern={r"layers\.[02].*": 2}), r"alpha_pattern has the pattern .*; only names of modules"),
