@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, ROOT, SIZES, TINY_GEMMA, reference_model, save_checkpoint
+from conftest import CASES, ROOT, SIZES, TINY_GEMMA, reference_model, save_checkpoint, tiny_config
 from safetensors.torch import load_file, save_file
 
 import generate as program
-from adapter import read_adapter, save_adapter, updates_of
+from adapter import Adapter, read_adapter, save_adapter, updates_of
 from checkpoint import SCALES_NAME, convert, open_checkpoint, read_config, read_scales, sources, write_scales
+from export import export_checkpoint
 from generate import load_model
 
 peft = pytest.importorskip("peft")
@@ -86,7 +87,7 @@ def tiny_adapter(tmp_path_factory):
         for name, shape in parts:
             if name.endswith("_proj.weight"):
                 a, b = torch.randn(8, shape[1]) * 0.1, torch.randn(shape[0], 8) * 0.1
-                factors[name.removesuffix(".weight")] = (a.bfloat16(), b.bfloat16())
+                factors[name.removesuffix(".weight")] = a, b
     directory = tmp_path_factory.mktemp("adapters") / "pirate"
     save_adapter(directory, factors, 8, 16, TINY_GEMMA)
     return directory
@@ -272,6 +273,41 @@ def test_an_fp8_file_beside_bf16_weights_is_passed_over(calibrated, tiny_adapter
     assert merge(both / "gemma-fp8.safetensors", tiny_adapter, tmp_path / "out") == 2
 
 
+@pytest.mark.parametrize("layout", ["experts apart", "fused", "converted"])
+def test_an_export_of_other_weights(tmp_path, layout):
+    """As fine-tuning makes it: each weight is asked for once, in the model's order, which other processes can follow."""
+    model = reference_model("gemma4-experts")
+    base = save_checkpoint(model, tmp_path / "base")
+    stored = load_file(base / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    if layout == "experts apart":
+        for key in [key for key in stored if ".experts." in key]:
+            module, name = key.rsplit(".", 1)
+            for e, matrix in enumerate(stored.pop(key)):
+                parts = dict(zip(("gate", "up"), matrix.chunk(2))) if name == "gate_up_proj" else {"down": matrix}
+                stored |= {f"{module}.{e}.{part}_proj.weight": rows.clone() for part, rows in parts.items()}
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    if layout == "converted":
+        convert(open_checkpoint(base), base / "gemma.safetensors")
+        (base / "model.safetensors").unlink()
+    weights, asked = dict(load(base).named_parameters()), []
+
+    def tensor_of(name: str) -> torch.Tensor:
+        asked.append(name)
+        return weights[name].double() * 2
+
+    export_checkpoint(tmp_path / "out", base, tensor_of)
+    assert asked == list(sources(read_config(base)))
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    del stored["lm_head.weight"]
+    assert after.keys() == stored.keys()
+    assert all(torch.equal(after[key], 2 * stored[key]) for key in stored)
+    weights["layers.1.attention.wqkv.weight"][3, 4] = float("nan")
+    with pytest.raises(ValueError, match="model.layers.1.self_attn.q_proj.weight has values that are not finite"):
+        export_checkpoint(tmp_path / "out2", base, tensor_of)
+    assert not any((tmp_path / "out2").iterdir())
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_gpu_merges_as_a_cpu(calibrated, tiny_adapter, monkeypatch, fp8):
@@ -372,6 +408,15 @@ def test_modules_of_some_layers_only(tiny_adapter, tmp_path):
     mine, theirs = (model.layers[2].attention.wqkv.weight for model in (ours, base))
     assert torch.equal(mine[:rows], theirs[:rows])
     assert not torch.equal(mine[rows:], theirs[rows:])
+
+
+def test_keys_of_a_layer_that_takes_those_of_another():
+    """Older versions of transformers had modules there, which nothing went through."""
+    config = tiny_config("gemma4-shared")
+    names = [f"model.layers.{layer}.self_attn.k_proj" for layer in (2, 5)]
+    factors = {name: (torch.ones(1, 64), torch.ones(64, 1)) for name in names}
+    updates = updates_of(Adapter("old", factors, 1, 1.0, dict.fromkeys(names, 1.0)), config)
+    assert [*updates] == ["layers.2.attention.wqkv.weight"]
 
 
 def test_directories_that_are_no_adapter(tiny_adapter, tmp_path):
