@@ -79,6 +79,12 @@ def add_model_options(parser: argparse.ArgumentParser, *names: str):
         "ops": dict(
             choices=ops.NAMES, default="auto", help="what runs the layers (default: kernels on a GPU, else torch)"
         ),
+        "tp": dict(
+            type=number(int, 1),
+            default=1,
+            metavar="N",
+            help="GPUs that share the model, each by a process that torchrun starts (default: 1)",
+        ),
         "precision": dict(choices=tuple(PRECISIONS), default="bf16", help="of activations (default: %(default)s)"),
     }
     for name in names:
@@ -194,6 +200,8 @@ def print_figures(stats: Stats, load_seconds: float, model: Transformer, seed: i
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)} {OPS_IN_WORDS[model.ops.name]}"
+    if model.sums is not None:
+        name = f"first of {model.sums.shard.count} ranks, on {name}"
     merged = "" if model.adapter is None else f", with {model.adapter}"
     print(
         f"{name}, {str(model.dtype).removeprefix('torch.')}{'' if seed is None else f', seed {seed}'}{merged}\n"

@@ -36,7 +36,8 @@ def matmul(x: Tensor, weight, dtype: torch.dtype, partials: bool = False) -> Ten
     """x @ weight.T [M, N] in `dtype`, of x [M, K] in `dtype`, or in E4M3 for a weight in E4M3.
 
     With `partials` the result may instead be float32 partial sums [split_k, M, N], if that is faster: `add_norm`,
-    `geglu` and `attend` add them up as they read them. This definition leaves none.
+    `geglu` and `attend` add them up as they read them. This definition leaves none. `dtype` may be float32 for any x:
+    then the result is not rounded, since it is a part of a sum.
     """
     return weight.format.product(x, weight, dtype)
 
@@ -85,6 +86,8 @@ def gelu_gate_triton(x: Tensor, weight, other: Tensor, dtype: torch.dtype) -> Te
 def dense_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
     """`matmul` by a weight in bf16 or float32."""
     data, packed = weight.data, weight.packed
+    if x.dtype != dtype:
+        return torch.mm(x, data.t(), out_dtype=dtype) if x.is_cuda else F.linear(x.to(dtype), data.to(dtype))
     if packed is None or torch.compiler.is_compiling():  # Inductor packs by itself
         return F.linear(x, data)
     if packed.source != weight.source or (torch.is_grad_enabled() and (x.requires_grad or data.requires_grad)):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CASES, ROOT, SIZES, TINY_GEMMA, reference_model, save_checkpoint, tiny_config
 from safetensors.torch import load_file, save_file
+from test_parallel import on_ranks
 
 import generate as program
 from adapter import Adapter, read_adapter, save_adapter, updates_of
@@ -135,6 +136,14 @@ def test_a_merged_checkpoint_is_one_for_transformers_and_for_us(adapted, tmp_pat
         torch.testing.assert_close(theirs(TOKENS).logits, expected, atol=1e-4, rtol=0)
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(base, adapter=adapter)))
     assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in base.iterdir()}
+
+
+def test_ranks_merge_what_one_process_does(tiny_adapter):
+    expected = logits(load(TINY_GEMMA, adapter=tiny_adapter))
+    options = dict(device="cpu", precision="fp32", adapter=tiny_adapter)
+    first, second = on_ranks(2, lambda sums: logits(load_model(TINY_GEMMA, **options, sums=sums)[0]))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["gemma-gqa", "gemma4-shared"])  # of the latter not all layers have keys
