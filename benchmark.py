@@ -430,16 +430,19 @@ def memory(args: argparse.Namespace) -> Iterator[dict]:
                 yield case | in_process(memory_of_load, str(directory), args.repeats, **environment)
 
 
-def parallel(args: argparse.Namespace, requests: int = 512, prompt_tokens: int = 2048) -> Iterator[dict]:
+def parallel(
+    args: argparse.Namespace, new_tokens: int = 100, prompt_tokens: int = 2048, requests: int = 512
+) -> Iterator[dict]:
     """Under torchrun, on all GPUs of a host. First the microseconds that it takes to add up what each has of `batch` rows
     of a hidden state, in CUDA graphs: ours with the norm behind it, that norm alone, NCCL's all_reduce, and those of
     PyTorch's symmetric memory. Then a model on the first GPU, while the others wait; one that all GPUs share (--tp); and
     one on each (copies). The first two at batch 1, 8 and 64, or --batches, 128 prompt tokens, 100 new, and a prefill of
-    2,048 tokens; first and last with throughput's 512 mixed requests. gain is the speed over that of one GPU: of
-    decoding, where steps are alike. Peer: vLLM, on all GPUs."""
-    sums, batches, context, new_tokens = args.sums, args.batches or (1, 8, 64), 128, 100
+    2,048 tokens; first and last with throughput's 512 mixed requests, copies also with as many each. gain is the speed
+    over that of one GPU: of decoding, where steps are alike. --parts leaves some of it out. Peer: vLLM, on all GPUs."""
+    sums, batches, context, parts = args.sums, args.batches or (1, 8, 64), 128, args.parts or PARTS
     count, alone = sums.shard.count, {}
-    for hidden, batch in product(sorted({ModelConfig.from_name(name).hidden_size for name in args.models}), batches):
+    sizes = sorted({ModelConfig.from_name(name).hidden_size for name in args.models}) if "sums" in parts else ()
+    for hidden, batch in product(sizes, batches):
         for name, seconds in time_sums(sums, batch, hidden).items():
             yield rounded({"name": name, "gpus": count, "batch": batch, "hidden_size": hidden, "us": 1e6 * seconds})
 
@@ -453,8 +456,8 @@ def parallel(args: argparse.Namespace, requests: int = 512, prompt_tokens: int =
         row |= seconds_of(time_prefill(args, model, 1, prompt_tokens, kv_dtype, False))
         yield rounded(row | {"tokens_per_second": prompt_tokens / row["seconds"]})
 
-    def requests_of(model: Transformer, kv_dtype, case: dict, ranks=None) -> Iterator[dict]:
-        lengths = request_lengths(requests, "mixed")
+    def requests_of(model: Transformer, kv_dtype, case: dict, number: int, ranks=None) -> Iterator[dict]:
+        lengths = request_lengths(number, "mixed")
         prompts = prompts_of_lengths([prompt for prompt, _ in lengths], model.config.vocab_size)
         limits, options = [new for _, new in lengths], {"compile": True, "batch_size": None, "ranks": ranks, "seed": 0}
         run = ours(model, prompts, limits, kv_cache_dtype=kv_dtype, **options)
@@ -464,7 +467,7 @@ def parallel(args: argparse.Namespace, requests: int = 512, prompt_tokens: int =
             run()
             sums.agreed(0)
 
-        row = case | {"name": OURS, "shape": "mixed", "requests": requests, "new_tokens": sum(limits)}
+        row = case | {"name": OURS, "shape": "mixed", "requests": number, "new_tokens": sum(limits)}
         row |= seconds_of(time_in_turn({OURS: run_together if ranks else run}, args.repeats, args.device)[OURS])
         yield rounded(row | {"tokens_per_second": sum(limits) / row["seconds"]})
 
@@ -474,8 +477,9 @@ def parallel(args: argparse.Namespace, requests: int = 512, prompt_tokens: int =
             shared = gpus > copies
             try:
                 model = *random_model(name, precision, args.device, sums if shared else None), case
-                rows += steps_of(*model) if copies == 1 else ()
-                rows += () if shared else requests_of(*model, args.copies if gpus > 1 else None)
+                rows += steps_of(*model) if copies == 1 and "steps" in parts else ()
+                for number in sorted({requests, copies * requests}) if "requests" in parts and not shared else ():
+                    rows += requests_of(*model, number, args.copies if gpus > 1 else None)
             except ValueError as error:  # the same on all ranks: of sizes, or of memory
                 print(f"{name}, {precision}, {gpus} GPUs: {error}", file=sys.stderr, flush=True)
             model = None
@@ -487,7 +491,7 @@ def parallel(args: argparse.Namespace, requests: int = 512, prompt_tokens: int =
             if gpus == 1:
                 alone[key] = speed
             yield rounded(row | {"gain": speed / alone[key]}) if key in alone else row
-    if sums.shard.rank == 0:
+    if sums.shard.rank == 0 and "steps" in parts:
         shapes = [{"gpus": count, "batch": batch, "context": context, "new_tokens": new_tokens} for batch in batches]
         cases = [Case(partial(random_prompts, shape["batch"], context), shape, new_tokens) for shape in shapes]
         yield from peer_rows(args, cases, gpus=count)
@@ -536,6 +540,7 @@ DRAFTS_OF = {
 }
 TRAINED = ("checkpoint_path", "text", "calibration_text")
 BOTH = ("transformers", "vllm")
+PARTS = "sums", "steps", "requests"  # of `parallel`
 REQUESTS = {"mixed": 512, "128/128": 512, "1024/128": 256}  # `throughput`'s: prompt/new tokens, how many requests
 PROTOCOLS = {
     "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-kv", "fp8-all"), BOTH),
@@ -558,7 +563,9 @@ PROTOCOLS = {
     "startup": Protocol(startup, "cuda", ("gemma-7b",)),
     "prefill": Protocol(prefill, "cuda", ("gemma-7b",), ("bf16", "fp8"), options=("ops",)),
     "memory": Protocol(memory, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-all")),
-    "parallel": Protocol(parallel, "cuda", ("gemma-7b",), ("bf16", "fp8-all", "int4-g128"), ("vllm",), ("batches",)),
+    "parallel": Protocol(
+        parallel, "cuda", ("gemma-7b",), ("bf16", "fp8-all", "int4-g128"), ("vllm",), ("batches", "parts")
+    ),
     "cpu": Protocol(cpu, "cpu", peers=("transformers",)),
 }
 
@@ -1015,6 +1022,7 @@ def program_parser() -> argparse.ArgumentParser:
     count = "speculate: drafts a step, 1 to 7 or auto (default: 1 3 7 auto)"
     add("--drafts_per_step", nargs="+", type=drafts_per_step, metavar="N", help=count)
     add("--shapes", nargs="+", choices=REQUESTS, help="throughput: tokens of prompts/new ones (default: all)")
+    add("--parts", nargs="+", choices=PARTS, help="parallel: what to measure (default: all)")
     add("--ops", nargs="+", choices=OPS, help="prefill: implementations of the operations (default: all)")
     add("--checkpoint_path", nargs="+", type=path, metavar="DIR", help="weights: trained, in BF16 (default: none)")
     add("--text", type=path, metavar="FILE", help="weights: to evaluate them on (default: none)")

@@ -40,8 +40,8 @@ Key = tuple[int, int]  # a prompt and a sample
 
 
 class Status(NamedTuple):
-    """What a rank tells the others: two counts, of the times and of its steps, where it is, what it does, what it has
-    made, and why it has failed."""
+    """What a rank tells the others: two counts, of the times and of its steps, sums with others included, where it is,
+    what it does, what it has made, and why it has failed."""
 
     times: int
     steps: int
@@ -236,8 +236,9 @@ class Ranks:
                 self.state, self.steps = state, self.steps + 1
             self.times += 1
             now = "recording" if self.runner is not None and self.runner.recording else self.state
+            steps = self.steps + (0 if self.sums is None else self.sums.calls)
             made = socket.gethostname(), now, self.rows, self.tokens, self.error
-            self.share(f"status of {self.rank}", json.dumps((self.times, self.steps, *made)))
+            self.share(f"status of {self.rank}", json.dumps((self.times, steps, *made)))
 
     def statuses(self) -> list[Status]:
         """Of all ranks. They have told one each before they agreed."""

@@ -85,7 +85,7 @@ run(*options, "--top_k", str(rank + 3))
 run(*options)
 run(*options, *{FROM_STDIN}, stdin={TEXT!r})
 run(*options, *{CHAT}, stdin={TEXT!r})
-run("--device", "cpu", "--precision", "fp32", "--text", "README.md", "--window", "64", "--json", of=evaluation)
+run("--device", "cpu", "--precision", "fp32", "--text", "requirements.txt", "--window", "16", "--json", of=evaluation)
 warnings.simplefilter("ignore")
 sums = init(2, "cpu")
 model, _ = load_model({str(TINY_GEMMA)!r}, device="cpu", precision="fp32", sums=sums)
@@ -101,14 +101,16 @@ sys.exit(program.main(["--tp", "2", "--prompts_file", {prompts!r}, "--output", {
 """
 BENCHMARK = """
 import sys
+from functools import partial
 import benchmark
 from config import NAMED_CONFIGS
 generate = benchmark.generate
 benchmark.generate = lambda *arguments, compile, **options: generate(*arguments, **options)
 benchmark.copy_bandwidth, benchmark.request_lengths = (lambda device: 1e10), (lambda count, shape: [(9, 4)] * count)
-benchmark.PROTOCOLS["parallel"] = benchmark.PROTOCOLS["parallel"]._replace(device="cpu")
+rows = partial(benchmark.parallel, new_tokens=4, prompt_tokens=16, requests=8)
+benchmark.PROTOCOLS["parallel"] = benchmark.PROTOCOLS["parallel"]._replace(device="cpu", rows=rows)
 NAMED_CONFIGS["tiny"] = (1, 1, 64, 128, 4, 2, 32, None, 32, 1.0, 512, 4096)
-options = ["--models", "tiny", "--precisions", "bf16", "fp8-all", "int4-g32", "--batches", "1", "--repeats", "1"]
+options = ["--models", "tiny", "--precisions", "bf16", "int4-g32", "--batches", "1", "--repeats", "1"]
 sys.exit(benchmark.main(["parallel", *options, "--no_peers", "--output", {output!r}]))
 """
 
@@ -138,8 +140,7 @@ ENDED = {
     "raises": (1, 1, "rank 1 on HOST has failed: KeyError: 'a bug'"),
     "refuses": (1, 2, "rank 1 on HOST has failed: a mistake"),
     "is killed": (2, -9, "rank 1 on HOST is gone: it was decoding, "),
-    # Who waits and who sleeps is not known where steps are not launched ahead
-    "hangs": (1, 1, "rank 0 on HOST and rank 1 on HOST did nothing for "),
+    "hangs": (1, 1, "rank 1 on HOST did nothing for "),
     "is interrupted": (130, 130, None),
     "copy hangs": (1, 1, "rank 1 on HOST did nothing for "),
 }
@@ -173,7 +174,7 @@ def test_what_ranks_of_one_model_make(ran, tiny, capsys, monkeypatch):
         assert program.main([*OPTIONS, *options]) == 0
         assert (status, out) == (0, capsys.readouterr().out)
         assert options == CHAT or "first of 2 ranks, on CPU" in err
-    assert 1 < json.loads(programs[4][1])["perplexity"] < 1000
+    assert json.loads(programs[4][1])["perplexity"] > 1
 
 
 def stdin(monkeypatch, text: str):
@@ -200,12 +201,12 @@ def test_benchmark(ran, directory):
     assert [row["name"] for row in rows if "us" in row] == [f"{OURS}, sum and norm", f"{OURS}, norm", "all_reduce"]
     found = [(row["precision"], row["gpus"], row["copies"], row["name"], "shape" in row) for row in rows[3:]]
     kinds = (OURS, False), (f"{OURS}, prefill", False), (OURS, True)
-    made = [(1, 1, *kind) for kind in kinds] + [(2, 1, *kind) for kind in kinds[:2]] + [(2, 2, *kinds[2])]
-    assert found == [(name, *each) for name in ("bf16", "fp8-all", "int4-g32") for each in made]
+    made = [(1, 1, *kind) for kind in kinds] + [(2, 1, *kind) for kind in kinds[:2]] + [(2, 2, *kinds[2])] * 2
+    assert found == [(name, *each) for name in ("bf16", "int4-g32") for each in made]
     assert all(row["gain"] > 0 for row in rows[3:]) and printed
     table = report.parallel(rows)
     assert "| 1 × 64, 2 GPUs |" in table and table.count(" × |\n") == len(rows) - 3
-    command = "torchrun --standalone --nproc_per_node 2 benchmark.py parallel --models tiny --precisions bf16 fp8-all "
+    command = "torchrun --standalone --nproc_per_node 2 benchmark.py parallel --models tiny --precisions bf16 "
     assert report.command("x", content, False).startswith(f"{command}int4-g32 --batches 1 --no_peers")
 
 
