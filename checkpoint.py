@@ -7,11 +7,12 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from queue import SimpleQueue
@@ -36,7 +37,7 @@ from files import (
     torch_dtype,
     write_safetensors,
 )
-from formats import FORMATS, GROUPS, LINEAR
+from formats import FORMATS, GROUPS, LINEAR, largest
 from ops.common import round_fp8
 from ops.integer import pack_int4, unpack_int4, words_per_chunk
 from parallel import Cut, Shard
@@ -74,10 +75,20 @@ class Checkpoint:
     parts: dict[str, list[StoredTensor]]
     weight_format: str | None  # bf16, fp16, fp32, int8, int4, fp8 (Hugging Face's, too); None: its other files
     group: int = 0  # of int4: how many neighbours in a row share a scale
+    others: tuple[StoredTensor, ...] = ()  # that no parameter is made of: parts for images, copies
 
     @property
     def parameters(self) -> int:
         return sum(prod(tensor.shape) for tensors in self.parts.values() for tensor in tensors)
+
+
+class LowRank(NamedTuple):
+    """A product that is added to rows of a weight [N, K]: b @ a * scale, to those from `first` on."""
+
+    first: int
+    a: torch.Tensor  # [r, K]
+    b: torch.Tensor  # [rows, r]
+    scale: float
 
 
 def sources(config: ModelConfig, experts_apart: bool = False) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -206,7 +217,7 @@ def open_checkpoint(
     config = read_config(directory) if config is None else config
     files, strict = _weight_files(directory, formats) if path.is_dir() else ([path], None)
 
-    stored, weight_format, group = {}, None, 0
+    stored, others, weight_format, group = {}, [], None, 0
     for file in files:
         tensors, metadata = read_header(file)
         if metadata.get("format") == FORMAT:
@@ -214,10 +225,12 @@ def open_checkpoint(
             weight_format = metadata["weight_format"]
             group = int(metadata["group_size"]) if _is_grouped(weight_format) else 0
         for key, tensor in tensors.items():
-            name = key if weight_format else _canonical_name(key)
+            name = key if weight_format else canonical_name(key)
             if name in stored:
                 raise ValueError(f"{name} is in {stored[name].file.name} and again in {file.name}")
-            if name is not None:
+            if name is None:
+                others.append(tensor)
+            else:
                 stored[name] = tensor
             if strict is not None and strict.pop(key, file.name) != file.name:
                 raise ValueError(f"{key} is in {file.name}, the index says elsewhere")
@@ -253,14 +266,15 @@ def open_checkpoint(
             _check(stored[name], shape, weight_format, dtypes.get(name))
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(f"{path} lacks {some(missing)}")
-    unused = _unused_prefixes(config)
-    if left_over := [x.key for name, x in stored.items() if name not in wanted and not name.startswith(unused)]:
-        raise ValueError(f"{path} has tensors that config.json has no place for: {some(left_over)}")
+    unused = unused_prefixes(config)
+    left_over = {name: tensor for name, tensor in stored.items() if name not in wanted}
+    if unknown := [tensor.key for name, tensor in left_over.items() if not name.startswith(unused)]:
+        raise ValueError(f"{path} has tensors that config.json has no place for: {some(unknown)}")
     parts = {name: [stored[part] for part, _ in sources_] for name, sources_ in table.items()}
-    return Checkpoint(directory, config, parts, weight_format, group)
+    return Checkpoint(directory, config, parts, weight_format, group, (*others, *left_over.values()))
 
 
-def _unused_prefixes(config: ModelConfig) -> tuple[str, ...]:
+def unused_prefixes(config: ModelConfig) -> tuple[str, ...]:
     """What Hugging Face's names begin with of the keys' and values' weights and scales that files may have of layers
     that take those of others."""
     layers = [f"model.layers.{i}.self_attn" for i in range(config.n_layers) if config.is_shared(i)]
@@ -442,7 +456,7 @@ def _is_grouped(weight_format: str | None) -> bool:
     return weight_format in FORMATS and FORMATS[weight_format].grouped
 
 
-def _canonical_name(key: str) -> str | None:
+def canonical_name(key: str) -> str | None:
     """A Hugging Face key without the prefix that multimodal checkpoints put in front; None for what is not needed."""
     for prefix in ("language_model.model.", "model.language_model."):
         if key.startswith(prefix):
@@ -471,6 +485,8 @@ def load_weights(
     scales: dict[str, Scale] | None = None,
     on_host: Container[str] = (),
     shard: Shard | None = None,
+    updates: Mapping[str, list[LowRank]] | None = None,
+    greatest: Callable[[float], float] = lambda value: value,
 ) -> dict[str, torch.Tensor]:
     """The state dict, or what a shard has of it, on `device` in `dtype`. On a CPU a tensor that is stored whole in
     `dtype` stays a view of the mapped file; every other one, or a shard's part of it, is copied once, in pieces of PIECE
@@ -480,8 +496,13 @@ def load_weights(
     exists in both formats. FP8 parts with scales of their own get the largest of them, as in vLLM: those with a smaller
     one are rounded again. Scales of K and V that are not there are 1.0, with a warning. Raises ValueError if a weight's
     scale is not what the weight asks for, or is not a positive number.
+
+    `updates`, by our names, are added to weights as these are read, in float32, and the sum is rounded once to `dtype`.
+    Such a weight becomes E4M3 when all of it is read, by a scale of its own, which is in the state dict, too: of shards
+    that is everyone's if `greatest` makes of a shard's largest value that of all of them.
     """
-    weights, pieces, largest, config = {}, [], {}, checkpoint.config
+    weights, pieces, maxima, config = {}, [], {}, checkpoint.config
+    updates = {} if updates is None else updates
     with ExitStack() as stack:
         files = {tensor.file for tensors in checkpoint.parts.values() for tensor in tensors}
         opened = {file: stack.enter_context(open_tensors(file)) for file in files}
@@ -502,8 +523,9 @@ def load_weights(
                 if len(tensors) > 1:
                     own_scales, scale = scales_of(f"{name}_scale")
             elif scale is not None:
-                scale, largest[name] = torch.tensor(scale), []
-            target_dtype = dtype if scale is None and stored_dtype.itemsize > 1 else torch.float8_e4m3fn
+                scale, maxima[name] = torch.tensor(scale), []
+            merged = updates.get(name)
+            target_dtype = dtype if merged or scale is None and stored_dtype.itemsize > 1 else torch.float8_e4m3fn
             if not stored_dtype.is_floating_point or name.endswith(".scale"):  # parts of an integer weight
                 target_dtype = stored_dtype
             cut = Cut() if shard is None else shard.cut(name, config)
@@ -512,7 +534,8 @@ def load_weights(
                 whole = stored[slice(*cut.rows[0]) if cut.rows else slice(None)].to(target_dtype)
                 weights[name] = whole.pin_memory() if device.type == "cuda" else whole
                 continue
-            if cut == Cut() and len(tensors) == 1 and stored_dtype == target_dtype and device.type == "cpu":
+            unchanged = stored_dtype == target_dtype and not merged
+            if cut == Cut() and len(tensors) == 1 and unchanged and device.type == "cpu":
                 weights[name] = opened[tensors[0].file].get_tensor(tensors[0].key)
                 continue
             layout = Layout.of(name, tensors, config)
@@ -522,19 +545,28 @@ def load_weights(
             shape = (layout.experts, rows, *rest) if layout.experts else (rows, *rest)
             weights[name] = torch.empty(shape, device=device, dtype=target_dtype)
             targets, step = weights[name].view(-1, rows, prod(rest)), layout.rows_of(PIECE, tensors[0])
+            before, own_pieces = [0, *accumulate(tensor.shape[0] for tensor in tensors)], []
             for part, first, expert, to, count in layout.runs(tensors, ranges):
                 convert = repack
-                if scale is not None:
+                if scale is not None and not merged:
                     which = slice(expert, expert + 1) if scale.numel() > 1 else slice(0, 1)
                     each = scale.view(-1)[which]
                     if stored_dtype.itemsize > 1 or own_scales[part] != each.item():
                         settings = dict(own_scale=own_scales[part], scale=each.to(device), which=which)
-                        convert = partial(_to_e4m3, **settings, largest=largest.get(name))
+                        convert = partial(_to_e4m3, **settings, largest=maxima.get(name))
                 for i in range(0, count, step):
+                    if merged:
+                        place = dict(first=before[part] + first + i, columns=slice(*columns))
+                        convert = partial(_merge, **place, updates=merged, largest=maxima.get(name))
                     target = targets[expert, to + i : to + min(i + step, count)]
-                    pieces.append(Piece(tensors[part], first + i, columns, prod(layout.rest), target, convert))
+                    own_pieces.append(Piece(tensors[part], first + i, columns, prod(layout.rest), target, convert))
+            if merged and scale is not None:
+                _copy_pieces(own_pieces, device)
+                weights[name], weights[weight_scale_name(name)] = _quantize_whole(name, weights[name], greatest)
+            else:
+                pieces += own_pieces
         _copy_pieces(pieces, device)
-    for name, found in largest.items():
+    for name, found in maxima.items():
         check_weight_scale(name, found, scales[weight_scale_name(name)], whole=shard is None)
     if without := [name for name, tensors in checkpoint.parts.items() if not tensors]:
         warnings.warn(f"{checkpoint.directory} lacks {some(without)}: 1.0 is used", stacklevel=3)
@@ -639,6 +671,34 @@ def _to_e4m3(
     if largest is not None:
         largest.append((which, rows.abs().reshape(len(scale), -1).amax(1).float()))
     return round_fp8(rows.float() * own_scale, scale.view(-1, *[1] * (rows.dim() - 1)))
+
+
+def _merge(
+    rows: torch.Tensor, first: int, columns: slice, updates: list[LowRank], largest: list[tuple] | None
+) -> torch.Tensor:
+    """Rows of a weight from `first` on, or of these some columns, in float32, with what is added to them; notes in
+    `largest` their largest value without it."""
+    if largest is not None:
+        largest.append((slice(0, 1), rows.abs().amax().float().view(1)))
+    rows = rows.to(torch.float32, copy=True)
+    for update in updates:
+        start, stop = max(first, update.first), min(first + len(rows), update.first + len(update.b))
+        if start < stop:
+            a, b = update.a[:, columns], update.b[start - update.first : stop - update.first]
+            rows[start - first : stop - first].addmm_(b.to(rows), a.to(rows), alpha=update.scale)
+    return rows
+
+
+def _quantize_whole(
+    name: str, weight: torch.Tensor, greatest: Callable[[float], float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in E4M3, and the scale that its largest value asks for, or the greatest of those of its parts."""
+    scale = torch.tensor(greatest(largest(name, weight)) / E4M3_MAX or 1.0, device=weight.device)
+    quantized = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    step = max(1, PIECE // weight[0].nbytes)
+    for rows, target in zip(weight.split(step), quantized.split(step)):
+        target.copy_(round_fp8(rows, scale))
+    return quantized, scale
 
 
 def _copy_pieces(pieces: list[Piece], device: torch.device):
@@ -843,15 +903,20 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
 
     def blocks(tensors: list[StoredTensor]):
         for tensor in tensors:
-            with open(tensor.file, "rb") as source:
-                source.seek(tensor.bytes[0])
-                for start in range(0, tensor.size, chunk):
-                    block = source.read(min(chunk, tensor.size - start))
-                    progress(len(block))
-                    yield block
+            yield from stored_blocks(tensor, progress, chunk)
 
     entries = {}
     for name, tensors in checkpoint.parts.items():
         shape = joined_shape(name, [tensor.shape for tensor in tensors], checkpoint.config)
         entries[name] = (tensors[0].dtype, shape, partial(blocks, tensors))
     write_safetensors(file, entries, {"weight_format": WEIGHT_FORMATS[dtypes.pop()]})
+
+
+def stored_blocks(tensor: StoredTensor, progress: Callable[[int], None], chunk: int = 1 << 24) -> Iterator[bytes]:
+    """A tensor's bytes, at most `chunk` at a time; `progress` is called with the number of each."""
+    with open(tensor.file, "rb") as source:
+        source.seek(tensor.bytes[0])
+        for start in range(0, tensor.size, chunk):
+            block = source.read(min(chunk, tensor.size - start))
+            progress(len(block))
+            yield block

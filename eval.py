@@ -348,7 +348,8 @@ def program_parser() -> argparse.ArgumentParser:
     add("--window", type=number(int, 2), metavar="N", help="tokens of --text that a forward sees (default: 1024)")
     batch_size = "windows or requests at once (default: %(default)s)"
     add("--batch_size", type=number(int, 1), default=8, metavar="N", help=batch_size)
-    add_model_options(parser, "checkpoint_path", "tp", "fp8", "kv_cache_dtype", "device", "ops", "precision")
+    names = "checkpoint_path", "adapter", "tp", "fp8", "kv_cache_dtype", "device", "ops", "precision"
+    add_model_options(parser, *names)
     against = "a reference checkpoint; its KV cache is as its weights (default: none)"
     add("--against", type=path, metavar="PATH", help=against)
     add("--against_fp8", action="store_true", help="run the reference's linear layers in FP8")
@@ -378,20 +379,24 @@ def run(args: argparse.Namespace):
         run_one(args, sums)
 
 
-def _load(args: argparse.Namespace, path: Path, fp8: bool, sums: Sums | None) -> tuple[Transformer, Tokenizer]:
-    return load_model(path, args.device, args.precision, fp8, args.ops, sums=sums)
+def _load(args: argparse.Namespace, sums: Sums | None, reference: bool = False) -> tuple[Transformer, Tokenizer]:
+    """The model that is measured, or that of --against."""
+    path, adapter, fp8 = args.checkpoint_path, args.adapter, args.fp8
+    if reference:
+        path, adapter, fp8 = args.against, None, args.against_fp8
+    return load_model(path, args.device, args.precision, fp8, args.ops, adapter=adapter, sums=sums)
 
 
 def run_text(args: argparse.Namespace, sums: Sums | None = None):
     window = 1024 if args.window is None else args.window
     texts = read_texts(args.text)
-    model, tokenizer = _load(args, args.checkpoint_path, args.fp8, sums)
+    model, tokenizer = _load(args, sums)
     check_window(window, model.config.context_length)
     model.kv_scales.check(codec_of(args.kv_cache_dtype, model.dtype))
     pieces = windows(texts, tokenizer, window)
     reference = None
     if args.against is not None:
-        reference, other = _load(args, args.against, args.against_fp8, sums)
+        reference, other = _load(args, sums, reference=True)
         if other.vocab_size != tokenizer.vocab_size:
             raise ValueError(
                 f"{args.against} has a tokenizer of {other.vocab_size} tokens, "
@@ -415,7 +420,7 @@ def run_tasks(args: argparse.Namespace, sums: Sums | None = None):
     manager = find_tasks(tasks, args.include_path)
     from lm_eval import simple_evaluate
 
-    model, tokenizer = _load(args, args.checkpoint_path, args.fp8, sums)
+    model, tokenizer = _load(args, sums)
     model.kv_scales.check(codec_of(args.kv_cache_dtype, model.dtype))
     with redirect_stdout(sys.stderr):  # where the harness's notes belong
         result = simple_evaluate(

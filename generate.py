@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
+from functools import partial
 from operator import mul
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from adapter import read_adapter, updates_of
 from arguments import (
     ADVICE,
     MAX_BATCH,
@@ -48,6 +50,7 @@ from chat import Printer, converse, system_messages
 from checkpoint import (
     INT_FORMATS,
     PER_LAYER_TABLE,
+    QUANTIZED_FORMATS,
     SCALES_NAME,
     WEIGHT_FORMATS,
     load_weights,
@@ -72,7 +75,7 @@ from device import check_memory, now, pick_device, told_if_out_of_memory
 from files import check_writable, write_atomically
 from model import Transformer
 from ops import choose
-from parallel import Sums, agreed, replicas_of
+from parallel import Sums, agreed, greatest, replicas_of
 from runner import Runner, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import LAGS, Request, Scheduler
@@ -106,6 +109,7 @@ def load_model(
     fp8: bool = False,
     ops: str = "auto",
     ple_device: str | None = None,
+    adapter: str | Path | None = None,
     sums: Sums | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Loads a checkpoint directory (or one weight file in it) on `device` (None: CUDA where there is a GPU).
@@ -115,8 +119,11 @@ def load_model(
     that is named. A file with int8 or int4 weights is run as it is. Factors for K and V are taken along where there are
     any: of integer weights their own, else those of the directory. `ops`, one of `ops.NAMES`, says what runs the
     layers. ple_device "cpu" leaves the embeddings that each layer has of its own (Gemma 4 E2B and E4B) in the host's
-    memory, from which a GPU reads the rows that it needs. What ends a turn to the tokenizer joins config.stop_ids. With
-    `sums` (`parallel.init`) the model is a rank's part of it; all ranks then make the same calls with it.
+    memory, from which a GPU reads the rows that it needs. What ends a turn to the tokenizer joins config.stop_ids.
+
+    `adapter` is the directory of a LoRA adapter in PEFT's format. It is merged into the weights as they are read, before
+    they are quantized; FP8 inputs keep the factors that they have without it. With `sums` (`parallel.init`) the model is
+    a rank's part of it; all ranks then make the same calls with it.
     Raises FileNotFoundError or ValueError with a line that says what is wrong; warns about shards that are converted in
     memory.
     """
@@ -129,7 +136,15 @@ def load_model(
     if sums is not None and ops == "te":
         raise ValueError("ops 'te' runs on one GPU: use 'kernels'")
     operations = replace(choose(ops, device), sums=sums)  # before gigabytes are read
-    checkpoint = open_checkpoint(path, ("fp8", *WEIGHT_FORMATS.values()) if fp8 else WEIGHT_FORMATS.values())
+    adapter = None if adapter is None else read_adapter(adapter)
+    formats = WEIGHT_FORMATS.values() if adapter or not fp8 else ("fp8", *WEIGHT_FORMATS.values())
+    checkpoint = open_checkpoint(path, formats)
+    if adapter and checkpoint.weight_format in QUANTIZED_FORMATS:
+        advice = "merge it into BF16 weights (scripts/merge_adapter.py), then quantize these"
+        raise ValueError(f"{path} has {checkpoint.weight_format} weights, to which no adapter can be added: {advice}")
+    updates = updates_of(adapter, checkpoint.config) if adapter else None
+    if adapter and adapter.others:
+        warnings.warn(f"{adapter} has factors for images or sound, which are left out", stacklevel=2)
     in_int = checkpoint.weight_format in INT_FORMATS
     if fp8 and in_int:
         raise ValueError(f"{path} has {checkpoint.weight_format} weights, which can't run in FP8: leave out --fp8")
@@ -186,15 +201,24 @@ def load_model(
         k: v for k, v in scales.items() if k.startswith("layers.") and k[-8:] not in (".k_scale", ".v_scale")
     }
     weights = load_weights(
-        checkpoint, device, dtype, linear_scales if quantizing else None, on_host, sums and sums.shard
+        checkpoint,
+        device,
+        dtype,
+        linear_scales if quantizing else None,
+        on_host,
+        sums and sums.shard,
+        updates,
+        partial(greatest, sums),
     )
     if quantizing:
-        weights |= {name: torch.tensor(scale, device=device) for name, scale in linear_scales.items()}
+        given = {name: torch.tensor(scale, device=device) for name, scale in linear_scales.items()}
+        weights = given | weights  # merged ones have scales of their own
     else:  # the FP8 file's own
         scales |= {name: weights.pop(name).item() for name in list(weights) if name.endswith((".k_scale", ".v_scale"))}
     donors = map(config.donor_of, range(config.n_layers))
     kv_scales = [tuple(scales.get(f"layers.{i}.attention.{kind}_scale") for kind in "kv") for i in donors]
     model.kv_scales = KVScales(None if None in kv_scales[0] else kv_scales, kv_problem)
+    model.adapter = None if adapter is None else str(adapter)
     model.load({parameter_name(name): weight for name, weight in weights.items()}, device, operations)
     return model, tokenizer
 
@@ -409,7 +433,7 @@ def drafts_per_step(text: str) -> int | str:
 def program_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="generate.py", description="Generate text with Gemma.")
     add, default = parser.add_argument, Sampling()
-    add_model_options(parser, "checkpoint_path")
+    add_model_options(parser, "checkpoint_path", "adapter")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts (default: a bit of Python)"
@@ -555,7 +579,7 @@ def _run(args: argparse.Namespace, ranks: "Ranks | None" = None, sums: Sums | No
     output, seed, done = _output(args, asked, beams, ranks) if args.output else (None, args.seed, ())
     seed = agreed(sums, secrets.randbits(32)) if seed is None else seed
     start = time.perf_counter()
-    options = args.device, args.precision, args.fp8, args.ops, args.ple_device
+    options = args.device, args.precision, args.fp8, args.ops, args.ple_device, args.adapter
     model, tokenizer = load_model(args.checkpoint_path, *options, sums)
     drafter = _drafter(args, model, tokenizer)
     load_seconds = now(model.device) - start
@@ -766,6 +790,7 @@ def _output(
     check_writable(args.output)
     run = {name: getattr(args, name) for name in ("chat", "fp8", "kv_cache_dtype", "precision")}
     run["checkpoint"] = str(args.checkpoint_path.resolve())
+    run |= {"adapter": str(args.adapter.resolve())} if args.adapter else {}
     run |= {"beams": beams} if beams else {}
     run |= {name: getattr(args, name) for name in ("system", "thinking", "no_thoughts") if getattr(args, name)}
     of_each = ("named", "max_new_tokens", "num_samples", "seed", "stop")

@@ -243,13 +243,13 @@ def rounded_roots(size: int) -> dict[torch.dtype, float]:
 class Transformer(nn.Module):
     """A Gemma text model. Build it on the meta device and load with assign=True, or use `random`.
 
-    `ops` says what runs it (ops/__init__.py), `kv_scales` what an FP8 cache is scaled by; nothing else is kept from one
-    call to the next.
+    `ops` says what runs it (ops/__init__.py), `kv_scales` what an FP8 cache is scaled by, `adapter` what is merged into
+    its weights, in words; nothing else is kept from one call to the next.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.ops, self.kv_scales = config, ops.TORCH, KVScales()
+        self.config, self.ops, self.kv_scales, self.adapter = config, ops.TORCH, KVScales(), None
         self.vocabulary = first, end = config.vocabulary(config.vocab_size)
         self.embedding = Weight(end - first, config.hidden_size)  # the output head, too
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))

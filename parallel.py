@@ -271,6 +271,11 @@ def least(sums: Sums | None, value: int) -> int:
     return value if sums is None else sums.least(value)
 
 
+def greatest(sums: Sums | None, value: float) -> float:
+    """The greatest that a rank has, in float32, or the value itself where there is one rank."""
+    return value if sums is None else float(sums.gathered(torch.tensor([value])).max())
+
+
 def agreed(sums: Sums | None, value: int) -> int:
     """That of rank 0, or the value itself where there is one rank."""
     return value if sums is None else sums.agreed(value)

@@ -23,6 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from adapter import FACTORS_NAME
 from cli import print_error
 from files import MAX_JSON
 from parallel import START_SECONDS, Sums, agreed, asked, close, init, of_environment, own_device, store_of
@@ -101,17 +102,19 @@ def _compared(args: argparse.Namespace) -> dict[str, str]:
 
 
 def fingerprint(path: Path) -> str:
-    """Of a checkpoint, its settings, tokenizer, and which weights it has, by their files' sizes and headers."""
+    """Of a checkpoint, its settings, tokenizer, and which weights it has, by their files' sizes and headers; of an
+    adapter, its settings and factors."""
     found, directory = hashlib.sha256(), path if path.is_dir() else path.parent
     files = [] if not path.exists() else sorted(directory.iterdir())
     for file in files:
         weights = file.suffix == ".safetensors"
         if weights and not path.is_dir() and file != path:
             continue
-        if weights or file.suffix in (".json", ".model", ".jinja"):
+        whole = file.suffix in (".json", ".model", ".jinja") or file.name == FACTORS_NAME
+        if weights or whole:
             with open(file, "rb") as stream:
-                length = int.from_bytes(stream.read(8), "little") if weights else 0
-                content = stream.read(min(length, MAX_JSON)) if weights else file.read_bytes()
+                length = 0 if whole else int.from_bytes(stream.read(8), "little")
+                content = stream.read() if whole else stream.read(min(length, MAX_JSON))
             found.update(f"{file.name} {file.stat().st_size} {len(content)}\n".encode() + content)
     return found.hexdigest()[:12]
 

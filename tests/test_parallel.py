@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from test_assistant import filled, make_reference, make_target
 from torch import Tensor
 
 import checkpoint as checkpoint_file
+from adapter import Adapter, updates_of
 from assistant import load_assistant
 from checkpoint import (
     DTYPE_NAMES,
@@ -33,7 +35,7 @@ from formats import Weight
 from generate import generate, load_model
 from model import Transformer
 from ops import TORCH
-from parallel import Shard, Sums, init, replicas_of
+from parallel import Shard, Sums, greatest, init, replicas_of
 from speculate import AssistantDrafter
 
 CPU = torch.device("cpu")
@@ -240,28 +242,53 @@ def test_ranks_guess_what_one_does(name, ordered, count, tmp_path):
 
 def assert_parts(checkpoint: Checkpoint, config: ModelConfig, **options):
     """What ranks load is a part of what one loads."""
+
+    def run(sums):
+        return load_weights(
+            checkpoint, CPU, torch.float32, **options, shard=sums.shard, greatest=partial(greatest, sums)
+        )
+
     whole = load_weights(checkpoint, CPU, torch.float32, **options)
-    for count, rank in ((2, 0), (2, 1), (4, 2)):
-        own = load_weights(checkpoint, CPU, torch.float32, **options, shard=Shard(rank, count))
-        assert own.keys() == whole.keys()
-        for name, weight in whole.items():
-            expected = part_of(name.removesuffix(".weight"), weight.float(), config, rank, count)
-            assert own[name].dtype == weight.dtype
-            assert torch.equal(own[name].float(), expected), name
+    for count in (2, 4):
+        for rank, own in enumerate(on_ranks(count, run)):
+            assert own.keys() == whole.keys()
+            for name, weight in whole.items():
+                expected = part_of(name.removesuffix(".weight"), weight.float(), config, rank, count)
+                assert own[name].dtype == weight.dtype
+                assert torch.equal(own[name].float(), expected), name
+
+
+def scales_of(model: Transformer) -> dict:
+    weights = {name: weight for name, weight in model.state_dict().items() if name.endswith(LINEAR_WEIGHTS)}
+    return {f"{name}_scale": (weight.abs().amax((-2, -1)) / 448).tolist() for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_ranks_quantize_their_parts_as_they_read_them(apart, tmp_path):
     config = tiny_config("gemma4-experts", **SIZES)
     model = Transformer.random(config, dtype=torch.float32)
-    checkpoint, scales = as_published(model, tmp_path, apart), {}
-    for name, weight in model.state_dict().items():
-        if name.endswith(LINEAR_WEIGHTS):
-            scales[f"{name}_scale"] = (weight.abs().amax((-2, -1)) / 448).tolist()
+    checkpoint, scales = as_published(model, tmp_path, apart), scales_of(model)
     assert_parts(checkpoint, config, scales=scales)
     name = "layers.1.attention.wo.weight_scale"
     with pytest.raises(ValueError, match=f"is of another model: {name.removesuffix('_scale')} asks"):
         load_weights(checkpoint, CPU, torch.float32, scales | {name: scales[name] / 2}, shard=Shard(0, 2))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("case", ["gemma-gqa", "gemma4-shared"])
+def test_ranks_merge_their_parts_of_an_adapter(case, fp8, tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoint.PIECE", 5000)
+    config = tiny_config(case, **SIZES)
+    model = Transformer.random(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = (64 * parameter).round() / 64  # sums are the same in any order
+    checkpoint, factors = as_published(model, tmp_path), {}
+    for name, shape in (part for parts in sources(config).values() for part in parts):
+        if name.endswith("_proj.weight"):
+            a, b = torch.randint(-3, 4, (2, shape[1])), torch.randint(-3, 4, (shape[0], 2))
+            factors[name.removesuffix(".weight")] = a.float(), b.float()
+    updates = updates_of(Adapter("any", factors, 2, 0.5, dict.fromkeys(factors, 0.25)), config)
+    assert_parts(checkpoint, config, updates=updates, scales=scales_of(model) if fp8 else None)
 
 
 def test_ranks_read_published_fp8_of_which_each_part_has_its_scale(tmp_path):

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY_GEMMA, copy_tiny_gemma
 from test_scheduler import Rows
 
 import generate as program
+from adapter import save_adapter
 from generate import generate, stream_completions
 from parallel import START_SECONDS
 from ranks import SECONDS, Deal, Ranks, fingerprint
@@ -197,6 +199,10 @@ def test_fingerprint_of_a_checkpoint(tmp_path):
     (copy / "gemma.safetensors").write_bytes((copy / "model.safetensors").read_bytes())
     assert fingerprint(copy / "model.safetensors") == named != fingerprint(copy)
     assert fingerprint(tmp_path / "nowhere")
+    for value in (1.0, 2.0):  # of which the header says nothing
+        save_adapter(copy, {"model.norm": (torch.ones(1, 2), torch.full((2, 1), value))}, 1, 1.0, copy)
+        before, was = fingerprint(copy), before
+    assert before != was
 
 
 def test_ranks_end_together():
