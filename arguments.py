@@ -6,6 +6,7 @@ from collections.abc import Callable
 from cache import Codec, cache_bytes
 from device import check_memory, free_memory
 from model import Transformer
+from parallel import least
 from runner import activation_bytes, configs_of, held_bytes, runner_bytes
 from sampling import DrawKind
 from scheduler import CHUNK
@@ -120,7 +121,7 @@ def rows_and_pages(
     # Bytes a logit that a draw takes: sorting, float64, and what a penalty makes of them
     of_logits = 56 if kind.in_order else 32 if kind.in_any_order or kind.penalize else 12
     a_page = sum(cache_bytes(each, 0, length, codec, 1) - cache_bytes(each, 0, length, codec, 0) for each in configs)
-    room = SHARE * (free_memory(model.device) + held) - activations
+    room = SHARE * (least(model.sums, free_memory(model.device)) + held) - activations
 
     def needed(rows: int, count: int) -> float:
         logits = rows * longest_run * config.vocab_size * of_logits
@@ -144,5 +145,5 @@ def rows_and_pages(
             break
         rows = (rows - 1) // 32 * 32 or rows - max(1, rows // 8)
     what = f"a batch of {rows} rows of {length} tokens"
-    check_memory(int(needed(rows, count) + activations - held), model.device, what, ADVICE)
+    check_memory(int(needed(rows, count) + activations - held), model.device, what, ADVICE, model.sums)
     return rows, count

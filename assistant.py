@@ -131,7 +131,8 @@ class Assistant(nn.Module):
     ) -> Tensor:
         """One pass: the drafter's own state, after its norm, for tokens [B] and states [B, N] of the tokens before."""
         ops, config, dtype, embedding = target.ops, self.config, target.dtype, target.embedding
-        embedded = ops.embed(token, embedding.data, target.normalizers[dtype], dtype, embedding.scale)
+        factor, first = target.normalizers[dtype], target.vocabulary[0]
+        embedded = ops.embed(token, embedding.data, factor, dtype, embedding.scale, first, ops.sums)
         residual = Residual(ops.matmul(torch.cat((embedded, state), dim=1), self.pre_projection, dtype))
         for index, layer in enumerate(self.layers):
             local = config.is_local(index)
@@ -234,8 +235,9 @@ def load_assistant(directory: str | Path, target: Transformer) -> Assistant:
     content = read_json(file)
     try:
         config = ModelConfig.of_assistant(content)
+        shard = target.config.shard
         with torch.device("meta"):
-            assistant = Assistant(config, target.config)
+            assistant = Assistant(config if shard is None else config.sharded(shard), target.config)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     checkpoint = open_checkpoint(directory, (), config)
@@ -243,7 +245,7 @@ def load_assistant(directory: str | Path, target: Transformer) -> Assistant:
         raise ValueError(
             f"{directory} has {checkpoint.weight_format} weights; drafters in BF16, F16 and F32 can be read"
         )
-    weights = load_weights(checkpoint, target.device, target.dtype)
+    weights = load_weights(checkpoint, target.device, target.dtype, shard=shard)
     if config.n_centroids:
         ordering = weights["token_ordering"]
         if not torch.equal(ordering.sort().values, torch.arange(len(ordering), device=ordering.device)):

@@ -42,6 +42,7 @@ from device import check_memory, free_memory, now, told_if_out_of_memory
 from model import Transformer
 from ops.prefix_attention import tile_rows
 from ops.rope import Shared
+from parallel import least
 from runner import NOT_FINITE, Runner, activation_bytes, held_bytes, lease, runner_bytes
 from sampling import Sampling
 from scheduler import CHUNK, SHARED, Piece, Request, Running, fits
@@ -353,7 +354,7 @@ def search(
     with told_if_out_of_memory(device, f"{size * num_beams} rows of {length} tokens", ADVICE):
         begun = now(device)
         with lease(model, size * num_beams, length, codec, compile, pages=pages) as runner:
-            if device.type == "cpu" and 2 * model.weight_bytes < free_memory(device):
+            if device.type == "cpu" and least(model.sums, free_memory(device) - 2 * model.weight_bytes) > 0:
                 model.pack()
             runner.pages.keep(prefix_cache)
             runs = _Search(model, runner, requests, size, settings, on_step)
@@ -523,11 +524,12 @@ def _room(
     own = [-(-request.tokens // PAGE) for request in requests]
     pages = [n + (beams - 1) * (n - len(request.prompt) // PAGE) for n, request in zip(own, requests)]
     size = min(len(requests), batch_size or max(1, MAX_BATCH // beams))
+    free = least(model.sums, free_memory(model.device))
     while True:
         count, rows = 1 + max(sum(pages[i : i + size]) for i in range(0, len(pages), size)), size * beams
         needed = runner_bytes([config], rows, length, codec, count) + rows * OF_LOGITS * config.vocab_size + activations
-        if size == 1 or batch_size is not None or needed <= SHARE * (free_memory(model.device) + held):
+        if size == 1 or batch_size is not None or needed <= SHARE * (free + held):
             break
         size -= max(1, size // 8)
-    check_memory(int(needed - held), model.device, f"a batch of {rows} rows of {length} tokens", ADVICE)
+    check_memory(int(needed - held), model.device, f"a batch of {rows} rows of {length} tokens", ADVICE, model.sums)
     return size, count

@@ -53,6 +53,7 @@ from generate import drafts_per_step, generate, load_model
 from model import Transformer
 from ops import Ops, choose
 from ops.training import choose as choose_training
+from parallel import Sums, of_environment
 from runner import Runner, lease
 from sampling import ALL_GREEDY, Sampling
 from scheduler import Request, Scheduler
@@ -208,8 +209,9 @@ def speculate(args: argparse.Namespace, context: int = 128, new_tokens: int = 25
     models agree on nothing: so many drafts are right at each place, behind right ones, as `right` says, whatever models
     make. gain is the decoding speed over that without drafts, tokens_per_step what a step appends to a row. With
     --checkpoint_path, a trained model and one for its drafts, what these make of --text is measured instead: code that is
-    to be repeated (copy), and code that is to go on (free). Peer then, at batch 1: transformers' prompt lookup and
-    assisted generation, the whole call."""
+    to be repeated (copy), and code that is to go on (free). Peers: vLLM's n-gram lookup and draft models, of which as many
+    are taken as right; of trained models, at batch 1, transformers' prompt lookup and assisted generation, the whole
+    call."""
     if args.checkpoint_path:
         yield from speculate_trained(args)
         return
@@ -226,6 +228,27 @@ def speculate(args: argparse.Namespace, context: int = 128, new_tokens: int = 25
                 yield from rows_of_drafts(args, model, prompts, drafter, counts, columns, kv_cache_dtype=kv_dtype)
 
     yield from each_model(args, of_model)
+    for name in args.models if "vllm" in args.peers else ():
+        plain: dict[tuple, float] = {}  # tokens a second without drafts, by precision and batch
+        for (by, right), count in product(DRAFTS_OF.get(name, DRAFTS_OF["gemma-7b"]), counts):
+            if by == "assistant" or count == "auto" or not any(right) or (count == 0 and plain):
+                continue
+            shape = {"context": context, "new_tokens": new_tokens, "speculate_k": count}
+            cases = [
+                Case(
+                    partial(random_prompts, batch, context),
+                    {"drafts": by, "right": list(right), "batch": batch, **shape},
+                    new_tokens,
+                )
+                for batch in args.batches or (1, 8, 64)
+            ]
+            draft = None if by == "prompt lookup" else config_of_peer(by)
+            drafts = peers.vllm_drafts(draft, right[:count]) if count else None
+            for row in peer_rows(
+                argparse.Namespace(**vars(args) | {"models": [name], "peers": ("vllm",)}), cases, drafts=drafts
+            ):
+                rate = row["decode_tokens_per_second"]
+                yield rounded(row | {"gain": rate / plain.setdefault((row["precision"], row["batch"]), rate)})
 
 
 def speculate_trained(args: argparse.Namespace, context: int = 256, new_tokens: int = 128) -> Iterator[dict]:
@@ -411,6 +434,74 @@ def memory(args: argparse.Namespace) -> Iterator[dict]:
                 yield case | in_process(memory_of_load, str(directory), args.repeats, **environment)
 
 
+def parallel(
+    args: argparse.Namespace, new_tokens: int = 100, prompt_tokens: int = 2048, requests: int = 512
+) -> Iterator[dict]:
+    """Under torchrun, on all GPUs of a host. First the microseconds that it takes to add up what each has of `batch` rows
+    of a hidden state, in CUDA graphs: ours with the norm behind it, that norm alone, NCCL's all_reduce, and those of
+    PyTorch's symmetric memory. Then a model on the first GPU, while the others wait; one that all GPUs share (--tp); and
+    one on each (copies). The first two at batch 1, 8 and 64, or --batches, 128 prompt tokens, 100 new, and a prefill of
+    2,048 tokens; first and last with throughput's 512 mixed requests, copies also with as many each. gain is the speed
+    over that of one GPU: of decoding, where steps are alike. --parts leaves some of it out. Peer: vLLM, on all GPUs."""
+    sums, batches, context, parts = args.sums, args.batches or (1, 8, 64), 128, args.parts or PARTS
+    count, alone = sums.shard.count, {}
+    sizes = sorted({ModelConfig.from_name(name).hidden_size for name in args.models}) if "sums" in parts else ()
+    for hidden, batch in product(sizes, batches):
+        for name, seconds in time_sums(sums, batch, hidden).items():
+            yield rounded({"name": name, "gpus": count, "batch": batch, "hidden_size": hidden, "us": 1e6 * seconds})
+
+    def steps_of(model: Transformer, kv_dtype, case: dict) -> Iterator[dict]:
+        for batch in batches:
+            prompts = random_prompts(batch, context, model.config.vocab_size)
+            run = ours(model, prompts, new_tokens, compile=True, kv_cache_dtype=kv_dtype)
+            shape = {"batch": batch, "context": context, "new_tokens": new_tokens}
+            yield from measure_where_it_fits(args, {OURS: run}, case | shape)
+        row = case | {"name": f"{OURS}, prefill", "batch": 1, "context": prompt_tokens}
+        row |= seconds_of(time_prefill(args, model, 1, prompt_tokens, kv_dtype, False))
+        yield rounded(row | {"tokens_per_second": prompt_tokens / row["seconds"]})
+
+    def requests_of(model: Transformer, kv_dtype, case: dict, number: int, ranks=None) -> Iterator[dict]:
+        lengths = request_lengths(number, "mixed")
+        prompts = prompts_of_lengths([prompt for prompt, _ in lengths], model.config.vocab_size)
+        limits, options = [new for _, new in lengths], {"compile": True, "batch_size": None, "ranks": ranks, "seed": 0}
+        run = ours(model, prompts, limits, kv_cache_dtype=kv_dtype, **options)
+
+        def run_together():
+            sums.agreed(0)  # they wait for each other
+            run()
+            sums.agreed(0)
+
+        row = case | {"name": OURS, "shape": "mixed", "requests": number, "new_tokens": sum(limits)}
+        row |= seconds_of(time_in_turn({OURS: run_together if ranks else run}, args.repeats, args.device)[OURS])
+        yield rounded(row | {"tokens_per_second": sum(limits) / row["seconds"]})
+
+    for name, precision, (gpus, copies) in product(args.models, args.precisions, ((1, 1), (count, 1), (count, count))):
+        case, rows = {"model": name, "precision": precision, "gpus": gpus, "copies": copies}, []
+        if gpus == count or sums.shard.rank == 0:
+            shared = gpus > copies
+            try:
+                model = *random_model(name, precision, args.device, sums if shared else None), case
+                rows += steps_of(*model) if copies == 1 and "steps" in parts else ()
+                for number in sorted({requests, copies * requests}) if "requests" in parts and not shared else ():
+                    rows += requests_of(*model, number, args.copies if gpus > 1 else None)
+            except ValueError as error:  # the same on all ranks: of sizes, or of memory
+                print(f"{name}, {precision}, {gpus} GPUs: {error}", file=sys.stderr, flush=True)
+            model = None
+            release()
+        sums.agreed(0)
+        for row in rows:
+            speed = row.get("decode_tokens_per_second", row["tokens_per_second"])
+            key = name, precision, row["name"], row.get("batch")
+            if gpus == 1:
+                alone[key] = speed
+            yield rounded(row | {"gain": speed / alone[key]}) if key in alone else row
+    if sums.shard.rank == 0 and "steps" in parts:
+        shapes = [{"gpus": count, "batch": batch, "context": context, "new_tokens": new_tokens} for batch in batches]
+        cases = [Case(partial(random_prompts, shape["batch"], context), shape, new_tokens) for shape in shapes]
+        yield from peer_rows(args, cases, gpus=count)
+    sums.agreed(0)
+
+
 def cpu(args: argparse.Namespace) -> Iterator[dict]:
     """tiny-gemma, batch 1 and 16, 32 prompt tokens, 200 new, in turn with transformers; and the time from process start
     to the first token."""
@@ -528,6 +619,7 @@ DRAFTS_OF = {
 }
 TRAINED = ("checkpoint_path", "text", "calibration_text")
 BOTH = ("transformers", "vllm")
+PARTS = "sums", "steps", "requests"  # of `parallel`
 REQUESTS = {"mixed": 512, "128/128": 512, "1024/128": 256}  # `throughput`'s: prompt/new tokens, how many requests
 PROTOCOLS = {
     "tutorial": Protocol(tutorial, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-kv", "fp8-all"), BOTH),
@@ -541,7 +633,7 @@ PROTOCOLS = {
         "cuda",
         tuple(DRAFTS_OF),
         ("fp8-all",),
-        ("transformers",),
+        BOTH,
         ("batches", "drafts_per_step", *TRAINED[:2]),
     ),
     "sweep": Protocol(sweep, "cuda", ("gemma-7b",), ("bf16", "fp8-all"), options=("batches", "picture")),
@@ -550,6 +642,9 @@ PROTOCOLS = {
     "startup": Protocol(startup, "cuda", ("gemma-7b",)),
     "prefill": Protocol(prefill, "cuda", ("gemma-7b",), ("bf16", "fp8"), options=("ops",)),
     "memory": Protocol(memory, "cuda", ("gemma-7b",), ("bf16", "fp8", "fp8-all")),
+    "parallel": Protocol(
+        parallel, "cuda", ("gemma-7b",), ("bf16", "fp8-all", "int4-g128"), ("vllm",), ("batches", "parts")
+    ),
     "cpu": Protocol(cpu, "cpu", peers=("transformers",)),
     "finetune": Protocol(training, "cuda", ("gemma-2b", "gemma-7b"), ("bf16", "fp8"), ("transformers",)),
 }
@@ -558,10 +653,17 @@ PROTOCOLS = {
 # Models and prompts
 
 
-def random_model(name: str, precision: str, device: torch.device) -> tuple[Transformer, torch.dtype | None]:
-    """A model of random weights, as `load_model` would have made it, and the dtype of its KV cache."""
-    options, kv_dtype = PRECISIONS[precision]
-    model = Transformer.random(ModelConfig.from_name(name), device, **options)
+def random_model(
+    name: str, precision: str, device: torch.device, sums: Sums | None = None
+) -> tuple[Transformer, torch.dtype | None]:
+    """A model of random weights, or with `sums` a rank's part of one, as `load_model` would have made it, and the dtype
+    of its KV cache."""
+    (options, kv_dtype), config = PRECISIONS[precision], ModelConfig.from_name(name)
+    if sums is not None:
+        sums.shard.check_group(config, options.get("group", 1))
+        config = config.sharded(sums.shard)
+    model = Transformer.random(config, device, **options)
+    model.ops = replace(model.ops, sums=sums)
     model.kv_scales = KVScales([(1.0, 1.0)] * model.config.n_layers)  # which do for random values
     return model, kv_dtype
 
@@ -594,13 +696,13 @@ def forced_right(operations: Ops, right: tuple[float, ...], device: torch.device
     draws = torch.rand(4096, 64, len(right), generator=torch.Generator().manual_seed(0))
     meant = (draws < torch.tensor(right)).to(device)
 
-    def greedy(logits: torch.Tensor, state, drafts: torch.Tensor | None = None):
+    def greedy(logits: torch.Tensor, state, drafts: torch.Tensor | None = None, *of_ranks):
         if drafts is not None:
             rows, count = drafts.shape
             (now,) = meant.index_select(0, state.step % len(meant))[:, :rows, :count]
             value = torch.where(now, 1e4, -1e4).to(logits.dtype)
             logits.view(rows, count + 1, -1)[:, :-1].scatter_(2, drafts[..., None], value[..., None])
-        operations.greedy(logits, state, drafts)
+        operations.greedy(logits, state, drafts, *of_ranks)
 
     return replace(operations, greedy=greedy)
 
@@ -710,17 +812,22 @@ class Case(NamedTuple):
 
 
 def peer_rows(
-    args: argparse.Namespace, cases: list[Case], caches: tuple[str, ...] = (), repeats: int | None = None
+    args: argparse.Namespace,
+    cases: list[Case],
+    caches: tuple[str, ...] = (),
+    repeats: int | None = None,
+    gpus: int = 1,
+    drafts: dict | None = None,
 ) -> Iterator[dict]:
     """A row for each case and model, and each of vLLM's precisions beside ours, or each of transformers' `caches`;
-    cases with a list of new tokens are for its continuous batching. A failure of that or of vLLM is told in a line and
-    has no row."""
+    cases with a list of new tokens are for its continuous batching. `drafts` are vLLM's. A failure of that or of vLLM is
+    told in a line and has no row."""
     precisions = peers.vllm_precisions(args.precisions) if "vllm" in args.peers else ()
     for name, precision in product(args.models, precisions):
-        config, settings = config_of_peer(name), (args.repeats, args.vllm_site, args.peer_timeout)
+        config, settings = config_of_peer(name), (args.repeats, args.vllm_site, args.peer_timeout, gpus)
         jobs = [(case.prompts_of(config["vocab_size"]), case.new_tokens, case.samples) for case in cases]
         try:
-            for case, figures in zip(cases, peers.vllm_figures(config, precision, jobs, *settings)):
+            for case, figures in zip(cases, peers.vllm_figures(config, precision, jobs, *settings, drafts)):
                 yield rounded({"model": name, "precision": precision, **case.columns, **figures})
         except RuntimeError as error:
             print(f"vLLM, {name} {precision}, is left out: {error}", file=sys.stderr, flush=True)
@@ -776,6 +883,43 @@ def time_prefill(
         runner.finish()
 
     return time_in_turn({"prefill": run}, args.repeats, args.device)["prefill"]
+
+
+@torch.inference_mode()
+def time_sums(sums: Sums, rows: int, size: int) -> dict[str, float]:
+    """Seconds that it takes to sum up the [rows, size] of all ranks, in different ways, all of which have them all."""
+    from torch import distributed
+
+    device, ops, group = sums.device, choose("auto", sums.device), distributed.group.WORLD.group_name
+    x, part = torch.zeros(rows, size, dtype=torch.bfloat16, device=device), torch.zeros(rows, size, device=device)
+    weight = torch.zeros(size, dtype=torch.bfloat16, device=device)
+    ways = {
+        f"{OURS}, sum and norm": lambda: ops.add_norm(x, sums.parts(part, ops.name == "kernels"), None, weight, 1e-6),
+        f"{OURS}, norm": lambda: ops.add_norm(x, part[None], None, weight, 1e-6),
+        "all_reduce": partial(distributed.all_reduce, x),
+    }
+    if device.type == "cuda":
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        shared = symmetric_memory.empty(rows, size, dtype=torch.bfloat16, device=device)
+        symmetric_memory.rendezvous(shared, distributed.group.WORLD)
+        for name in ("one_shot_all_reduce", "two_shot_all_reduce_"):
+            ways[f"symm_mem.{name}"] = partial(getattr(torch.ops.symm_mem, name), shared, "sum", group)
+    return {name: time_launches(run, device) for name, run in ways.items()}
+
+
+def time_launches(run: Callable, device: torch.device, count: int = 50) -> float:
+    """Seconds of a run, of `count` in a CUDA graph or, on a CPU, one behind another; the median of ten times."""
+    replay = lambda: [run() for _ in range(count)]
+    if device.type == "cuda":
+        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            replay()
+        replay = graph.replay
+    return median(seconds for seconds, _ in time_in_turn({"": replay}, 10, device)[""][1:]) / count
 
 
 def prefill_flop(model: Transformer, batch: int, tokens: int) -> float:
@@ -958,6 +1102,7 @@ def program_parser() -> argparse.ArgumentParser:
     count = "speculate: drafts a step, 1 to 7 or auto (default: 1 3 7 auto)"
     add("--drafts_per_step", nargs="+", type=drafts_per_step, metavar="N", help=count)
     add("--shapes", nargs="+", choices=REQUESTS, help="throughput: tokens of prompts/new ones (default: all)")
+    add("--parts", nargs="+", choices=PARTS, help="parallel: what to measure (default: all)")
     add("--ops", nargs="+", choices=OPS, help="prefill: implementations of the operations (default: all)")
     add("--checkpoint_path", nargs="+", type=path, metavar="DIR", help="weights: trained, in BF16 (default: none)")
     add("--text", type=path, metavar="FILE", help="weights: to evaluate them on (default: none)")
@@ -1012,8 +1157,23 @@ def run(args: argparse.Namespace):
         raise ValueError(f"protocol {args.protocol} needs a CUDA GPU")
     args.peers = peers.choose(args.protocol, protocol.peers, args.peers, args.vllm_site)
     args.device = pick_device(None if args.checkpoint_path else protocol.device)
+    if args.protocol != "parallel":
+        return run_protocol(args, protocol)
+    args.tp = of_environment("WORLD_SIZE", 1)
+    if args.tp == 1:
+        raise ValueError("protocol parallel measures several GPUs: start it by torchrun --nproc-per-node N")
+    from ranks import Ranks, joined  # what one process has no use for
+
+    with joined(args) as (ranks, args.sums):
+        args.copies = Ranks(ranks.store, ranks.rank, ranks.count)
+        run_protocol(args, protocol)
+
+
+def run_protocol(args: argparse.Namespace, protocol: Protocol):
+    """Prints and, with --output, writes the rows of a protocol; of several ranks the first does."""
+    is_first = of_environment("RANK", 0) == 0
     args.models, args.precisions = args.models or protocol.models, args.precisions or protocol.precisions
-    for file in filter(None, (args.output, args.picture)):
+    for file in filter(None, (args.output, args.picture) if is_first else ()):
         check_writable(file)
     result = {"protocol": args.protocol, **environment(args.device), "repeats": args.repeats}
     args.bandwidth = 1e9 * result["copy_bandwidth_gb_per_second"]
@@ -1025,7 +1185,7 @@ def run(args: argparse.Namespace):
             result |= row.pop("versions", {})  # a peer's, in its own process
             print("  ".join(f"{key} {report.cell(value)}" for key, value in row.items()), flush=True)
             rows.append(row)
-            if args.output:  # at once: what was measured before the end comes, whatever it is, is kept
+            if args.output and is_first:  # at once: what was measured before the end comes, whatever it is, is kept
                 write_text(args.output, json.dumps(result | {"results": rows}, indent=1) + "\n")
     finally:
         print(f"\n{report.weights_tables(rows) if args.protocol == 'weights' else report.table(rows)}", flush=True)

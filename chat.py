@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 from arguments import rows_and_pages
 from cache import codec_of
@@ -27,6 +28,7 @@ def converse(
     sampling: Sampling,
     seed: int,
     drafter: Drafter | None = None,
+    on_step: Callable | None = None,
 ):
     """Holds a conversation as generate.py's options say. Each turn's prefill covers what is new since the one before."""
     if sys.stdin is None:
@@ -44,7 +46,7 @@ def converse(
     with lease(model, 1, length, codec, args.compile, args.compile_prefill, pages, *of_drafts) as runner:
         held = runner.pages.take([], length)
         try:
-            _take_turns(model, tokenizer, runner, held, sampling, args, seed, pace)
+            _take_turns(model, tokenizer, runner, held, sampling, args, seed, pace, on_step)
         finally:
             runner.pages.release(held)
 
@@ -58,6 +60,7 @@ def _take_turns(
     args: argparse.Namespace,
     seed: int,
     pace: Pace | None,
+    on_step: Callable | None,
 ):
     """Answers each line of stdin by at most max_new_tokens tokens, until there is none."""
     length, max_new_tokens, stops = min(runner.length, CHAT_LENGTH), args.max_new_tokens, args.stop or []
@@ -95,7 +98,7 @@ def _take_turns(
         scheduler = Scheduler(runner, model, [request], 1, check, pace)
         cached = _reusable(model, kept, tokens)
         try:
-            ((_, answer),) = scheduler.run(on_token=printer, cached=cached, held=held)
+            ((_, answer),) = scheduler.run(on_step, printer, cached=cached, held=held)
         finally:
             runner.finish()
         printer.end()

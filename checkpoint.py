@@ -6,17 +6,18 @@ Nothing here builds a model. Every file is checked whole (header, names, shapes,
 import json
 import math
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from queue import SimpleQueue
 from reprlib import repr as shown  # cut, where it is long
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -36,8 +37,10 @@ from files import (
     torch_dtype,
     write_safetensors,
 )
-from formats import FORMATS, GROUPS, LINEAR
+from formats import FORMATS, GROUPS, LINEAR, largest
 from ops.common import round_fp8
+from ops.integer import pack_int4, unpack_int4, words_per_chunk
+from parallel import Cut, Shard
 
 PER_LAYER_TABLE = "per_layer_inputs.embedding.weight"
 TOKEN_ORDERING = "masked_embedding.token_ordering"  # of drafters; the only tensor of int64
@@ -58,13 +61,6 @@ NOT_TEXT = (  # parts of multimodal models
     "embed_audio.",
     "vision_embedder.",
 )
-COMPANIONS = (  # files beside config.json and the weights that an export has from its source
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
 SCALES_NAME, SCALES_FORMAT = "fp8_scales.safetensors", "gemma-fast-fp8-scales"
 Scale = float | list[float]  # a factor, or one of each expert
 
@@ -79,10 +75,20 @@ class Checkpoint:
     parts: dict[str, list[StoredTensor]]
     weight_format: str | None  # bf16, fp16, fp32, int8, int4, fp8 (Hugging Face's, too); None: its other files
     group: int = 0  # of int4: how many neighbours in a row share a scale
+    others: tuple[StoredTensor, ...] = ()  # that no parameter is made of: parts for images, copies
 
     @property
     def parameters(self) -> int:
         return sum(prod(tensor.shape) for tensors in self.parts.values() for tensor in tensors)
+
+
+class LowRank(NamedTuple):
+    """A product that is added to rows of a weight [N, K]: b @ a * scale, to those from `first` on."""
+
+    first: int
+    a: torch.Tensor  # [r, K]
+    b: torch.Tensor  # [rows, r]
+    scale: float
 
 
 def sources(config: ModelConfig, experts_apart: bool = False) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -211,7 +217,7 @@ def open_checkpoint(
     config = read_config(directory) if config is None else config
     files, strict = _weight_files(directory, formats) if path.is_dir() else ([path], None)
 
-    stored, weight_format, group = {}, None, 0
+    stored, others, weight_format, group = {}, [], None, 0
     for file in files:
         tensors, metadata = read_header(file)
         if metadata.get("format") == FORMAT:
@@ -219,10 +225,12 @@ def open_checkpoint(
             weight_format = metadata["weight_format"]
             group = int(metadata["group_size"]) if _is_grouped(weight_format) else 0
         for key, tensor in tensors.items():
-            name = key if weight_format else _canonical_name(key)
+            name = key if weight_format else canonical_name(key)
             if name in stored:
                 raise ValueError(f"{name} is in {stored[name].file.name} and again in {file.name}")
-            if name is not None:
+            if name is None:
+                others.append(tensor)
+            else:
                 stored[name] = tensor
             if strict is not None and strict.pop(key, file.name) != file.name:
                 raise ValueError(f"{key} is in {file.name}, the index says elsewhere")
@@ -258,14 +266,15 @@ def open_checkpoint(
             _check(stored[name], shape, weight_format, dtypes.get(name))
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(f"{path} lacks {some(missing)}")
-    unused = _unused_prefixes(config)
-    if left_over := [x.key for name, x in stored.items() if name not in wanted and not name.startswith(unused)]:
-        raise ValueError(f"{path} has tensors that config.json has no place for: {some(left_over)}")
+    unused = unused_prefixes(config)
+    left_over = {name: tensor for name, tensor in stored.items() if name not in wanted}
+    if unknown := [tensor.key for name, tensor in left_over.items() if not name.startswith(unused)]:
+        raise ValueError(f"{path} has tensors that config.json has no place for: {some(unknown)}")
     parts = {name: [stored[part] for part, _ in sources_] for name, sources_ in table.items()}
-    return Checkpoint(directory, config, parts, weight_format, group)
+    return Checkpoint(directory, config, parts, weight_format, group, (*others, *left_over.values()))
 
 
-def _unused_prefixes(config: ModelConfig) -> tuple[str, ...]:
+def unused_prefixes(config: ModelConfig) -> tuple[str, ...]:
     """What Hugging Face's names begin with of the keys' and values' weights and scales that files may have of layers
     that take those of others."""
     layers = [f"model.layers.{i}.self_attn" for i in range(config.n_layers) if config.is_shared(i)]
@@ -447,7 +456,7 @@ def _is_grouped(weight_format: str | None) -> bool:
     return weight_format in FORMATS and FORMATS[weight_format].grouped
 
 
-def _canonical_name(key: str) -> str | None:
+def canonical_name(key: str) -> str | None:
     """A Hugging Face key without the prefix that multimodal checkpoints put in front; None for what is not needed."""
     for prefix in ("language_model.model.", "model.language_model."):
         if key.startswith(prefix):
@@ -475,17 +484,25 @@ def load_weights(
     dtype: torch.dtype,
     scales: dict[str, Scale] | None = None,
     on_host: Container[str] = (),
+    shard: Shard | None = None,
+    updates: Mapping[str, list[LowRank]] | None = None,
+    greatest: Callable[[float], float] = lambda value: value,
 ) -> dict[str, torch.Tensor]:
-    """The state dict, on `device` in `dtype`. On a CPU a tensor that is stored whole in `dtype` stays a view of the
-    mapped file; every other one is copied once, in pieces of PIECE bytes. Those whose names are in on_host go to the
-    host's memory, which a GPU can read.
+    """The state dict, or what a shard has of it, on `device` in `dtype`. On a CPU a tensor that is stored whole in
+    `dtype` stays a view of the mapped file; every other one, or a shard's part of it, is copied once, in pieces of PIECE
+    bytes. Those whose names are in on_host go to the host's memory, which a GPU can read.
 
     With `scales` (of `fp8_scale_names`) linear weights become E4M3 as they are read, a piece at a time: the model never
     exists in both formats. FP8 parts with scales of their own get the largest of them, as in vLLM: those with a smaller
     one are rounded again. Scales of K and V that are not there are 1.0, with a warning. Raises ValueError if a weight's
     scale is not what the weight asks for, or is not a positive number.
+
+    `updates`, by our names, are added to weights as these are read, in float32, and the sum is rounded once to `dtype`.
+    Such a weight becomes E4M3 when all of it is read, by a scale of its own, which is in the state dict, too: of shards
+    that is everyone's if `greatest` makes of a shard's largest value that of all of them.
     """
-    weights, pieces, largest, config = {}, [], {}, checkpoint.config
+    weights, pieces, maxima, config = {}, [], {}, checkpoint.config
+    updates = {} if updates is None else updates
     with ExitStack() as stack:
         files = {tensor.file for tensors in checkpoint.parts.values() for tensor in tensors}
         opened = {file: stack.enter_context(open_tensors(file)) for file in files}
@@ -506,36 +523,51 @@ def load_weights(
                 if len(tensors) > 1:
                     own_scales, scale = scales_of(f"{name}_scale")
             elif scale is not None:
-                scale, largest[name] = torch.tensor(scale), []
-            target_dtype = dtype if scale is None and stored_dtype.itemsize > 1 else torch.float8_e4m3fn
+                scale, maxima[name] = torch.tensor(scale), []
+            merged = updates.get(name)
+            target_dtype = dtype if merged or scale is None and stored_dtype.itemsize > 1 else torch.float8_e4m3fn
             if not stored_dtype.is_floating_point or name.endswith(".scale"):  # parts of an integer weight
                 target_dtype = stored_dtype
+            cut = Cut() if shard is None else shard.cut(name, config)
             if name in on_host:
-                whole = opened[tensors[0].file].get_tensor(tensors[0].key).to(target_dtype)
+                stored = opened[tensors[0].file].get_slice(tensors[0].key)
+                whole = stored[slice(*cut.rows[0]) if cut.rows else slice(None)].to(target_dtype)
                 weights[name] = whole.pin_memory() if device.type == "cuda" else whole
                 continue
-            if len(tensors) == 1 and stored_dtype == target_dtype and device.type == "cpu":
+            unchanged = stored_dtype == target_dtype and not merged
+            if cut == Cut() and len(tensors) == 1 and unchanged and device.type == "cpu":
                 weights[name] = opened[tensors[0].file].get_tensor(tensors[0].key)
                 continue
-            rows = [tensor.shape[0] for tensor in tensors]
-            weights[name] = torch.empty(sum(rows), *tensors[0].shape[1:], device=device, dtype=target_dtype)
-            for part, (tensor, own_scale, target) in enumerate(zip(tensors, own_scales, weights[name].split(rows))):
-                step = max(1, PIECE * tensor.shape[0] // tensor.size)
-                for start in range(0, tensor.shape[0], step):
-                    convert = None
-                    if scale is not None:
-                        which = _matrices(scale.numel(), part, len(tensors), slice(start, start + step))
-                        each = scale.view(-1)[which]
-                        if stored_dtype.itemsize > 1 or own_scale != each.item():
-                            settings = dict(own_scale=own_scale, scale=each.to(device), which=which)
-                            convert = partial(_to_e4m3, **settings, largest=largest.get(name))
-                    pieces.append((tensor, start, target[start : start + step], convert))
-        _copy_pieces(pieces, opened, device)
-    for name, tensors in checkpoint.parts.items():
-        if len(tensors) > 1 and name in weights and not name.endswith("_scale"):
-            weights[name] = weights[name].view(joined_shape(name, [x.shape for x in tensors], config))
-    for name, found in largest.items():
-        check_weight_scale(name, found, scales[weight_scale_name(name)])
+            layout = Layout.of(name, tensors, config)
+            ranges = cut.rows or ((0, layout.rows),)
+            rows = sum(end - first for first, end in ranges)
+            rest, columns, repack = layout.columns(shard if cut.columns else None, stored_dtype == torch.int32)
+            shape = (layout.experts, rows, *rest) if layout.experts else (rows, *rest)
+            weights[name] = torch.empty(shape, device=device, dtype=target_dtype)
+            targets, step = weights[name].view(-1, rows, prod(rest)), layout.rows_of(PIECE, tensors[0])
+            before, own_pieces = [0, *accumulate(tensor.shape[0] for tensor in tensors)], []
+            for part, first, expert, to, count in layout.runs(tensors, ranges):
+                convert = repack
+                if scale is not None and not merged:
+                    which = slice(expert, expert + 1) if scale.numel() > 1 else slice(0, 1)
+                    each = scale.view(-1)[which]
+                    if stored_dtype.itemsize > 1 or own_scales[part] != each.item():
+                        settings = dict(own_scale=own_scales[part], scale=each.to(device), which=which)
+                        convert = partial(_to_e4m3, **settings, largest=maxima.get(name))
+                for i in range(0, count, step):
+                    if merged:
+                        place = dict(first=before[part] + first + i, columns=slice(*columns))
+                        convert = partial(_merge, **place, updates=merged, largest=maxima.get(name))
+                    target = targets[expert, to + i : to + min(i + step, count)]
+                    own_pieces.append(Piece(tensors[part], first + i, columns, prod(layout.rest), target, convert))
+            if merged and scale is not None:
+                _copy_pieces(own_pieces, device)
+                weights[name], weights[weight_scale_name(name)] = _quantize_whole(name, weights[name], greatest)
+            else:
+                pieces += own_pieces
+        _copy_pieces(pieces, device)
+    for name, found in maxima.items():
+        check_weight_scale(name, found, scales[weight_scale_name(name)], whole=shard is None)
     if without := [name for name, tensors in checkpoint.parts.items() if not tensors]:
         warnings.warn(f"{checkpoint.directory} lacks {some(without)}: 1.0 is used", stacklevel=3)
     return weights
@@ -546,13 +578,90 @@ def weight_scale_name(name: str) -> str:
     return "head_scales.weight_scale" if name == "embedding.weight" else f"{name}_scale"
 
 
-def _matrices(count: int, part: int, parts: int, rows: slice) -> slice:
-    """Which of `count` matrices `rows` of a tensor are of, the tensor being one of `parts` that all of them are joined
-    of. One that is the only part has a matrix in each row, if there are several."""
-    if parts == 1 and count > 1:
-        return rows
-    first = part * count // parts
-    return slice(first, first + 1)
+class Layout(NamedTuple):
+    """How a parameter lies in the tensors that it is made of: one matrix, or one of each of some experts, of so many
+    rows, each of which has the shape `rest`: its columns or, of int4's scales, pairs of them; () is one number."""
+
+    experts: int  # 0: one matrix
+    stacked: bool  # whether there is one tensor, which has the experts along its first dimension
+    rows: int
+    rest: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, tensors: list[StoredTensor], config: ModelConfig) -> "Layout":
+        shape = tensors[0].shape
+        experts = config.n_experts if re.search(r"\.experts\.w\d+\.(weight|scale)$", name) else 0
+        stacked = experts > 0 and (len(shape) == 3 or name.endswith(".scale"))
+        rows = shape[1] if stacked else sum(tensor.shape[0] for tensor in tensors) // max(1, experts)
+        return cls(experts, stacked, rows, shape[1 + stacked :])
+
+    def rows_of(self, size: int, tensor: StoredTensor) -> int:
+        """How many rows have `size` bytes, one at least."""
+        return max(1, size // (prod(self.rest) * torch_dtype(tensor).itemsize))
+
+    def columns(self, shard: Shard | None, packed: bool) -> tuple[tuple[int, ...], tuple[int, int], Callable | None]:
+        """Of a row, what a shard has whose columns are shared (None: all): its shape, which numbers [first, end) it is
+        made of, and how: int4's words are `packed` in an order that depends on how long a row is."""
+        if shard is None or not self.rest:
+            return self.rest, (0, prod(self.rest)), None
+        (first, end), inner = shard.share(self.rest[0], "columns"), prod(self.rest[1:])
+        rest, columns = (end - first, *self.rest[1:]), (first * inner, end * inner)
+        chunk = words_per_chunk(8 * self.rest[0]) if packed else 0
+        if not packed or words_per_chunk(8 * rest[0]) == chunk:
+            return rest, columns, None
+        first, end = first // chunk * chunk, -(-end // chunk) * chunk
+        own = columns[0] - first, columns[1] - first
+        return rest, (first, end), partial(_repacked, chunk=chunk, columns=own)
+
+    def runs(
+        self, tensors: list[StoredTensor], ranges: tuple[tuple[int, int], ...]
+    ) -> Iterator[tuple[int, int, int, int, int]]:
+        """Where to find the rows `ranges` of each matrix: the number of a tensor, its row, the number of the matrix, the
+        row's number among those that are wanted of it, and how many rows follow each other."""
+        before = 0  # rows of all matrices, one below another, that earlier tensors have
+        for part, tensor in enumerate(tensors):
+            count = tensor.shape[0] * (self.rows if self.stacked else 1)
+            for matrix in range(before // self.rows, -(-(before + count) // self.rows)):
+                to = 0
+                for first, end in ranges:
+                    here = matrix * self.rows + first
+                    low, high = max(here, before), min(here + end - first, before + count)
+                    if low < high:
+                        yield part, low - before, matrix, to + low - here, high - low
+                    to += end - first
+            before += count
+
+
+class Piece(NamedTuple):
+    """Some rows of a stored tensor, from `first` on, and of these the `columns` [first, end) of `width`: as many rows as
+    `target` has, which gets them converted, or as they are for None."""
+
+    tensor: StoredTensor
+    first: int
+    columns: tuple[int, int]
+    width: int
+    target: torch.Tensor
+    convert: Callable | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and bytes of a row that are read."""
+        return len(self.target), (self.columns[1] - self.columns[0]) * torch_dtype(self.tensor).itemsize
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    def put(self, rows: torch.Tensor):
+        """Gives the target its rows, of bytes."""
+        rows = rows.view(torch_dtype(self.tensor))
+        self.target.copy_(rows if self.convert is None else self.convert(rows))
+
+
+def _repacked(words: torch.Tensor, chunk: int, columns: tuple[int, int]) -> torch.Tensor:
+    """Words of int4 [rows, own] for `columns` [first, end), in words, of rows whose chunks have so many words."""
+    codes = unpack_int4(words.unflatten(-1, (-1, chunk))).flatten(-2)
+    return pack_int4(codes[:, 8 * columns[0] : 8 * columns[1]])
 
 
 def _to_e4m3(
@@ -564,33 +673,77 @@ def _to_e4m3(
     return round_fp8(rows.float() * own_scale, scale.view(-1, *[1] * (rows.dim() - 1)))
 
 
-def _copy_pieces(pieces: list, opened: dict, device: torch.device):
-    """Copies (stored tensor, first row, target rows, conversion or None) for each of `pieces`.
+def _merge(
+    rows: torch.Tensor, first: int, columns: slice, updates: list[LowRank], largest: list[tuple] | None
+) -> torch.Tensor:
+    """Rows of a weight from `first` on, or of these some columns, in float32, with what is added to them; notes in
+    `largest` their largest value without it."""
+    if largest is not None:
+        largest.append((slice(0, 1), rows.abs().amax().float().view(1)))
+    rows = rows.to(torch.float32, copy=True)
+    for update in updates:
+        start, stop = max(first, update.first), min(first + len(rows), update.first + len(update.b))
+        if start < stop:
+            a, b = update.a[:, columns], update.b[start - update.first : stop - update.first]
+            rows[start - first : stop - first].addmm_(b.to(rows), a.to(rows), alpha=update.scale)
+    return rows
+
+
+def _quantize_whole(
+    name: str, weight: torch.Tensor, greatest: Callable[[float], float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in E4M3, and the scale that its largest value asks for, or the greatest of those of its parts."""
+    scale = torch.tensor(greatest(largest(name, weight)) / E4M3_MAX or 1.0, device=weight.device)
+    quantized = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    step = max(1, PIECE // weight[0].nbytes)
+    for rows, target in zip(weight.split(step), quantized.split(step)):
+        target.copy_(round_fp8(rows, scale))
+    return quantized, scale
+
+
+def _copy_pieces(pieces: list[Piece], device: torch.device):
+    """Reads pieces, and puts them where they belong.
 
     To a GPU through pinned buffers and a few threads: a mapped file's pages would be copied one by one.
     """
+
+    def mapped(piece: Piece) -> bool:
+        return device.type != "cuda" or piece.columns != (0, piece.width)
+
+    files = {piece.tensor.file for piece in pieces if mapped(piece)}
+    contents = {file: torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8) for file in files}
+
+    def read(piece: Piece, rows: torch.Tensor):
+        """The piece's bytes, into rows of them."""
+        row = piece.width * torch_dtype(piece.tensor).itemsize
+        start = piece.tensor.bytes[0] + piece.first * row
+        if mapped(piece):
+            first, end = (column * torch_dtype(piece.tensor).itemsize for column in piece.columns)
+            whole = contents[piece.tensor.file][start : start + len(rows) * row].view(len(rows), row)
+            rows.copy_(whole[:, first:end])
+            return
+        with open(piece.tensor.file, "rb", buffering=0) as f:
+            f.seek(start)
+            if f.readinto(rows.view(-1).numpy()) != piece.size:
+                raise ValueError(f"{piece.tensor.file} became shorter while it was read")
+
     if device.type != "cuda":
-        for tensor, start, target, convert in pieces:
-            rows = opened[tensor.file].get_slice(tensor.key)[start : start + len(target)]
-            target.copy_(rows if convert is None else convert(rows))
+        for piece in pieces:
+            rows = torch.empty(piece.shape, dtype=torch.uint8)
+            read(piece, rows)
+            piece.put(rows)
         return
     buffers = SimpleQueue()
     for _ in range(READERS):
         buffers.put(torch.empty(PIECE, dtype=torch.uint8, pin_memory=True))
 
-    def copy(piece):
-        tensor, start, target, convert = piece
-        row = tensor.size // tensor.shape[0]
-        size = row * len(target)
+    def copy(piece: Piece):
+        size = piece.size
         buffer = buffers.get() if size <= PIECE else torch.empty(size, dtype=torch.uint8)
         try:
-            with open(tensor.file, "rb", buffering=0) as f:
-                f.seek(tensor.bytes[0] + start * row)
-                if f.readinto(buffer[:size].numpy()) != size:
-                    raise ValueError(f"{tensor.file} became shorter while it was read")
+            read(piece, buffer[:size].view(piece.shape))
             with torch.inference_mode():  # whatever the caller's mode: targets may be its tensors
-                rows = buffer[:size].to(device, non_blocking=True).view(torch_dtype(tensor)).view(target.shape)
-                target.copy_(rows if convert is None else convert(rows))
+                piece.put(buffer[:size].view(piece.shape).to(device, non_blocking=True))
                 torch.cuda.current_stream(device).synchronize()  # before the buffer's next use
         finally:
             if size <= PIECE:
@@ -639,10 +792,11 @@ def scale_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
     return (config.n_experts,) if ".experts." in name and not name.endswith("w13.input_scale") else ()
 
 
-def check_weight_scale(name: str, found: Iterable[tuple[slice, torch.Tensor]], scale: Scale):
+def check_weight_scale(name: str, found: Iterable[tuple[slice, torch.Tensor]], scale: Scale, whole: bool = True):
     """Raises ValueError if the largest of a weight's absolute values is not what its scale says, or not finite.
 
-    `found` are the largest of pieces, and which of the scales these have.
+    `found` are the largest of pieces, and which of the scales these have. Without `whole` they are of a part of the
+    weight, whose largest may be less.
     """
     scales = torch.tensor(scale)
     largest = torch.zeros(scales.numel())
@@ -653,7 +807,7 @@ def check_weight_scale(name: str, found: Iterable[tuple[slice, torch.Tensor]], s
         if not math.isfinite(amax):
             raise ValueError(f"{where} has values that are not finite")
         amax = amax / E4M3_MAX or 1.0  # of zeros any scale would do; calibrate.py takes 1
-        if not 0.99 * amax <= each <= 1.01 * amax:
+        if not 0.99 * amax <= each <= (1.01 * amax if whole else math.inf):
             raise ValueError(
                 f"{SCALES_NAME} is of another model: {where} asks for the scale {amax:.3g}, it says {each:.3g}; "
                 "run calibrate.py again"
@@ -749,12 +903,7 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
 
     def blocks(tensors: list[StoredTensor]):
         for tensor in tensors:
-            with open(tensor.file, "rb") as source:
-                source.seek(tensor.bytes[0])
-                for start in range(0, tensor.size, chunk):
-                    block = source.read(min(chunk, tensor.size - start))
-                    progress(len(block))
-                    yield block
+            yield from stored_blocks(tensor, progress, chunk)
 
     entries = {}
     for name, tensors in checkpoint.parts.items():
@@ -763,8 +912,11 @@ def convert(checkpoint: Checkpoint, file: Path, progress: Callable[[int], None] 
     write_safetensors(file, entries, {"weight_format": WEIGHT_FORMATS[dtypes.pop()]})
 
 
-def copy_companions(source: Path, directory: Path):
-    """Copies those of COMPANIONS that the checkpoint in `source` has."""
-    for name in COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, directory / name)
+def stored_blocks(tensor: StoredTensor, progress: Callable[[int], None], chunk: int = 1 << 24) -> Iterator[bytes]:
+    """A tensor's bytes, at most `chunk` at a time; `progress` is called with the number of each."""
+    with open(tensor.file, "rb") as source:
+        source.seek(tensor.bytes[0])
+        for start in range(0, tensor.size, chunk):
+            block = source.read(min(chunk, tensor.size - start))
+            progress(len(block))
+            yield block

@@ -70,11 +70,20 @@ def add_model_options(parser: argparse.ArgumentParser, *names: str):
             metavar="PATH",
             help="directory, or weight file in it (default: checkpoints/tiny-gemma beside this program)",
         ),
+        "adapter": dict(
+            type=path, metavar="DIR", help="a LoRA adapter in PEFT's format, merged while loading (default: none)"
+        ),
         "fp8": dict(action="store_true", help="FP8 weights and products (calibrate.py makes the scaling factors)"),
         "kv_cache_dtype": dict(choices=KV_CACHE_DTYPES, default="auto", help="auto: as --precision (default: auto)"),
         "device": dict(choices=("cuda", "cpu"), help="(default: cuda where there is a GPU)"),
         "ops": dict(
             choices=ops.NAMES, default="auto", help="what runs the layers (default: kernels on a GPU, else torch)"
+        ),
+        "tp": dict(
+            type=number(int, 1),
+            default=1,
+            metavar="N",
+            help="GPUs that share the model, each by a process that torchrun starts (default: 1)",
         ),
         "precision": dict(choices=tuple(PRECISIONS), default="bf16", help="of activations (default: %(default)s)"),
     }
@@ -191,8 +200,11 @@ def print_figures(stats: Stats, load_seconds: float, model: Transformer, seed: i
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)} {OPS_IN_WORDS[model.ops.name]}"
+    if model.sums is not None:
+        name = f"first of {model.sums.shard.count} ranks, on {name}"
+    merged = "" if model.adapter is None else f", with {model.adapter}"
     print(
-        f"{name}, {str(model.dtype).removeprefix('torch.')}{'' if seed is None else f', seed {seed}'}\n"
+        f"{name}, {str(model.dtype).removeprefix('torch.')}{'' if seed is None else f', seed {seed}'}{merged}\n"
         f"load {load_seconds:.2f} s, compile {stats.compile_seconds:.2f} s, "
         f"prefill {stats.prefill_seconds:.3f} s ({stats.prompt_tokens} tokens), "
         f"decode {stats.decode_seconds:.3f} s ({stats.new_tokens} tokens in {stats.rows} rows)\n"

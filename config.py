@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from reprlib import repr as shown  # cut, where it is long
 
+from parallel import Shard
+
 MAX_LAYERS, MAX_SIZE, MAX_STOP_IDS = 1000, 2**31 - 1, 16  # sizes and positions are int32 on the device
 PAGE = 64  # tokens of a page of the KV cache
 
@@ -54,6 +56,7 @@ class ModelConfig:
     n_active_centroids: int = 0
     stop_ids: tuple[int, ...] = (1,)
     suppressed_ids: tuple[int, ...] = ()  # never drawn
+    shard: Shard | None = None  # which part of the model this is, where ranks share one
 
     def __post_init__(self):
         if len(self.local_layers) not in (0, self.n_layers):
@@ -119,6 +122,33 @@ class ModelConfig:
     def intermediate_size_of(self, layer: int) -> int:
         return (
             self.shared_intermediate_size or self.intermediate_size if self.is_shared(layer) else self.intermediate_size
+        )
+
+    def vocabulary(self, size: int) -> tuple[int, int]:
+        """[first, end) of the `size` rows of an embedding that are here."""
+        return (0, size) if self.shard is None else self.shard.vocabulary(size)
+
+    def sharded(self, shard: Shard) -> "ModelConfig":
+        """The settings of a part of the model: heads and the sizes of feed-forwards are those of the part. Raises
+        ValueError for what can't be shared among so many ranks."""
+
+        def share(size: int | None, what: str) -> int | None:
+            return size and shard.share(size, what)[1] - shard.share(size, what)[0]
+
+        def kv_share(heads: int | None) -> int | None:
+            return heads and shard.kv_heads(heads)[1] - shard.kv_heads(heads)[0]
+
+        for size in (self.vocab_size, self.per_layer_vocab_size):
+            _ = size and shard.vocabulary(size)
+        return replace(
+            self,
+            n_heads=share(self.n_heads, "query heads"),
+            n_kv_heads=kv_share(self.n_kv_heads),
+            n_global_kv_heads=kv_share(self.n_global_kv_heads),
+            intermediate_size=share(self.intermediate_size, "columns of a feed-forward"),
+            shared_intermediate_size=share(self.shared_intermediate_size, "columns of a feed-forward"),
+            expert_size=share(self.expert_size, "columns of an expert"),
+            shard=shard,
         )
 
     @classmethod

@@ -34,10 +34,12 @@ def free_memory(device: torch.device) -> int:
         return sys.maxsize
 
 
-def check_memory(needed: int, device: torch.device, what: str, advice: str):
-    """Raises ValueError, with what needs them and what to do, if `needed` bytes are not free on `device`."""
+def check_memory(needed: int, device: torch.device, what: str, advice: str, sums=None):
+    """Raises ValueError, with what needs them and what to do, if `needed` bytes are not free on `device`; with `sums`
+    (parallel.py) on all ranks, if that is so on one of them."""
     available = free_memory(device)
-    if needed > available:
+    missing = needed > available
+    if missing if sums is None else sums.least(not missing) == 0:
         raise ValueError(
             f"not enough {device.type} memory: {what} needs {needed / GIB:.1f} GiB, {available / GIB:.1f} GiB is free; "
             + advice

@@ -24,6 +24,7 @@ from cli import Parser, add_model_options, number, path, run_program
 from device import told_if_out_of_memory
 from generate import generate, load_model
 from model import Transformer
+from parallel import Sums, replicas_of
 from runner import release
 from text import batches, check_window, completed, read_texts, stops_within, windows
 from tokenizer import Tokenizer
@@ -347,7 +348,8 @@ def program_parser() -> argparse.ArgumentParser:
     add("--window", type=number(int, 2), metavar="N", help="tokens of --text that a forward sees (default: 1024)")
     batch_size = "windows or requests at once (default: %(default)s)"
     add("--batch_size", type=number(int, 1), default=8, metavar="N", help=batch_size)
-    add_model_options(parser, "checkpoint_path", "fp8", "kv_cache_dtype", "device", "ops", "precision")
+    names = "checkpoint_path", "adapter", "tp", "fp8", "kv_cache_dtype", "device", "ops", "precision"
+    add_model_options(parser, *names)
     against = "a reference checkpoint; its KV cache is as its weights (default: none)"
     add("--against", type=path, metavar="PATH", help=against)
     add("--against_fp8", action="store_true", help="run the reference's linear layers in FP8")
@@ -366,23 +368,35 @@ def run(args: argparse.Namespace):
             raise ValueError(f"--{name} needs {source}")
     if args.against_fp8 and args.against is None:
         raise ValueError("--against_fp8 needs --against")
-    run_text(args) if args.tasks is None else run_tasks(args)
+    if (replicas := replicas_of(args.tp)) > 1:
+        raise ValueError(f"eval.py runs one model: --tp is {args.tp}, and there are {args.tp * replicas} processes")
+    run_one = run_text if args.tasks is None else run_tasks
+    if args.tp == 1:
+        return run_one(args)
+    from ranks import joined  # what one process has no use for
+
+    with joined(args) as (_, sums):
+        run_one(args, sums)
 
 
-def _load(args: argparse.Namespace, path: Path, fp8: bool) -> tuple[Transformer, Tokenizer]:
-    return load_model(path, args.device, args.precision, fp8, args.ops)
+def _load(args: argparse.Namespace, sums: Sums | None, reference: bool = False) -> tuple[Transformer, Tokenizer]:
+    """The model that is measured, or that of --against."""
+    path, adapter, fp8 = args.checkpoint_path, args.adapter, args.fp8
+    if reference:
+        path, adapter, fp8 = args.against, None, args.against_fp8
+    return load_model(path, args.device, args.precision, fp8, args.ops, adapter=adapter, sums=sums)
 
 
-def run_text(args: argparse.Namespace):
+def run_text(args: argparse.Namespace, sums: Sums | None = None):
     window = 1024 if args.window is None else args.window
     texts = read_texts(args.text)
-    model, tokenizer = _load(args, args.checkpoint_path, args.fp8)
+    model, tokenizer = _load(args, sums)
     check_window(window, model.config.context_length)
     model.kv_scales.check(codec_of(args.kv_cache_dtype, model.dtype))
     pieces = windows(texts, tokenizer, window)
     reference = None
     if args.against is not None:
-        reference, other = _load(args, args.against, args.against_fp8)
+        reference, other = _load(args, sums, reference=True)
         if other.vocab_size != tokenizer.vocab_size:
             raise ValueError(
                 f"{args.against} has a tokenizer of {other.vocab_size} tokens, "
@@ -401,12 +415,12 @@ def run_text(args: argparse.Namespace):
         print(f"KL {result['kl']:.3g} nats a token from {args.against}, top-1 agreement {result['top1_agreement']:.2%}")
 
 
-def run_tasks(args: argparse.Namespace):
+def run_tasks(args: argparse.Namespace, sums: Sums | None = None):
     tasks, seed = args.tasks.split(","), 1234 if args.seed is None else args.seed
     manager = find_tasks(tasks, args.include_path)
     from lm_eval import simple_evaluate
 
-    model, tokenizer = _load(args, args.checkpoint_path, args.fp8)
+    model, tokenizer = _load(args, sums)
     model.kv_scales.check(codec_of(args.kv_cache_dtype, model.dtype))
     with redirect_stdout(sys.stderr):  # where the harness's notes belong
         result = simple_evaluate(

@@ -47,16 +47,15 @@ from adapter import save_adapter
 from checkpoint import (
     QUANTIZED_FORMATS,
     Checkpoint,
-    copy_companions,
     fingerprint,
     load_weights,
     open_checkpoint,
     sources,
 )
 from cli import PRECISIONS, Parser, add_model_options, number, path, run_program
-from config import MULTIMODAL
 from device import GIB, now, peak_memory, pick_device, told_if_out_of_memory
-from files import check_writable, read_json, tensor_bytes, write_atomically, write_safetensors
+from export import export_checkpoint, open_source
+from files import check_writable, read_json, write_atomically
 from formats import LINEAR, Weight
 from generate import load_model
 from model import Block, Residual, Transformer
@@ -67,7 +66,6 @@ from text import check_window
 from tokenizer import open_tokenizer
 from training_data import Batch, Data, read_documents
 
-SHARD = 5 * 10**9  # bytes of an exported file
 KEPT = 2  # checkpoints of a run
 ROOT_PARTS = ("embedding.", "norm.", "per_layer_inputs.")  # what is in no layer
 CLIP = 1.0  # norm that longer gradients are scaled down to
@@ -459,63 +457,18 @@ def multiplied(model: Transformer) -> int:
 
 
 def export(model: Transformer, checkpoint: Checkpoint, directory: Path, ranks: Ranks):
-    """Writes a whole model in BF16 as Hugging Face has it, tensor by tensor, with the files that `checkpoint` has
-    beside. Of a multimodal checkpoint it is the text model."""
+    """Writes a whole model to `directory` as Hugging Face has it, with what `checkpoint` has beside the text model."""
     parameters = dict(model.named_parameters())
 
-    def gathered(name: str) -> Tensor:
+    def whole(name: str) -> Tensor:
         p = parameters[name].detach()
-        return (p.full_tensor() if isinstance(p, DTensor) else p).to("cpu", torch.bfloat16)
+        return p.full_tensor() if isinstance(p, DTensor) else p
 
-    def blocks(name: str, start: int, shape: tuple[int, ...]):
-        tensor = gathered(name)
-        yield tensor_bytes(tensor[start : start + shape[0]])
-
-    shards, size = [{}], 0
-    for name, parts in sources(model.config).items():
-        row = 0
-        for theirs, shape in parts:
-            if size and size + 2 * math.prod(shape) > SHARD:
-                shards.append({})
-                size = 0
-            shards[-1][theirs] = ("BF16", shape, partial(blocks, name, row, shape))
-            row, size = row + shape[0], size + 2 * math.prod(shape)
-    if not ranks.first:
-        for shard_ in shards:
-            for _, _, give in shard_.values():
-                for _ in give():  # takes part in gathering
-                    pass
-        return
-    places = {}
-    for index, entries in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(directory / name, entries, {"format": "pt"})
-        places |= dict.fromkeys(entries, name)
-    if len(shards) > 1:
-        total = sum(2 * math.prod(shape) for entries in shards for _, shape, _ in entries.values())
-        write_json(
-            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places}
-        )
-    copy_companions(checkpoint.directory, directory)
-    write_json(directory / "config.json", exported_config(read_json(checkpoint.directory / "config.json")))
-
-
-ARCHITECTURES = {  # of text models, by model_type
-    "gemma3_text": "Gemma3ForCausalLM",
-    "gemma4_text": "Gemma4ForCausalLM",
-    "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
-}
-
-
-def exported_config(config: dict) -> dict:
-    """config.json of the text model in BF16, of that of any checkpoint."""
-    if config["model_type"] in MULTIMODAL:
-        text_type = MULTIMODAL[config["model_type"]]
-        stop = {"eos_token_id": config["eos_token_id"]} if "eos_token_id" in config else {}
-        text = config["text_config"] | stop
-        config = text | {"model_type": text_type, "architectures": [ARCHITECTURES[text_type]]}
-    config = {key: value for key, value in config.items() if key != "torch_dtype"}
-    return config | {"dtype": "bfloat16"}
+    if ranks.first:
+        export_checkpoint(directory, checkpoint.directory, whole)
+    else:
+        for name in sources(model.config):  # takes part in gathering
+            whole(name)
 
 
 def write_json(file: Path, content: dict):
@@ -634,9 +587,9 @@ def program_parser() -> argparse.ArgumentParser:
     add(
         "--lora_rank",
         type=number(int, 0),
-        default=0,
+        default=16,
         metavar="N",
-        help="train adapters of that rank (default: 0, all weights)",
+        help="of adapters, which are what is trained; 0: all weights are (default: 16)",
     )
     recipe = "FP8 products, by TransformerEngine; with %(metavar)s of: " + ", ".join(RECIPES) + " (default: current)"
     add("--fp8", nargs="?", const=RECIPES[0], choices=RECIPES, metavar="RECIPE", help=recipe)
@@ -674,7 +627,7 @@ def prepare_output(args: argparse.Namespace):
 
 def run(args: argparse.Namespace):
     with processes(args.device) as ranks:
-        advice = "lower --rows_at_once or --max_length, leave out --keep_activations, train adapters (--lora_rank 16)"
+        advice = "lower --rows_at_once or --max_length, leave out --keep_activations, train adapters (--lora_rank)"
         with told_if_out_of_memory(ranks.device, f"rows of {args.max_length} tokens", f"{advice}, or use more GPUs"):
             train(args, ranks)
 
@@ -690,6 +643,8 @@ def train(args: argparse.Namespace, ranks: Ranks):
         raise ValueError(f"--fp8 needs rows of a multiple of 128 tokens: --max_length {-(-size // 128) * 128}, say")
     if ranks.first:
         prepare_output(args)
+        if not args.lora_rank:
+            open_source(checkpoint.directory)  # what the export at the end needs
     tokenizer = open_tokenizer(checkpoint.directory, config)
     data, held_out = read_data(args, tokenizer)
     model = load(args, checkpoint, ranks, dtype)

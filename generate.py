@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import math
 import os
 import secrets
 import sys
@@ -19,13 +18,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
+from functools import partial
 from operator import mul
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
+from adapter import read_adapter, updates_of
 from arguments import (
     ADVICE,
     MAX_BATCH,
@@ -47,8 +49,8 @@ from cache import KVScales, codec_of, context_bytes
 from chat import Printer, converse, system_messages
 from checkpoint import (
     INT_FORMATS,
-    LINEAR_WEIGHTS,
     PER_LAYER_TABLE,
+    QUANTIZED_FORMATS,
     SCALES_NAME,
     WEIGHT_FORMATS,
     load_weights,
@@ -73,6 +75,7 @@ from device import check_memory, now, pick_device, told_if_out_of_memory
 from files import check_writable, write_atomically
 from model import Transformer
 from ops import choose
+from parallel import Sums, agreed, greatest, replicas_of
 from runner import Runner, lease
 from sampling import SETTINGS, DrawKind, Sampling
 from scheduler import LAGS, Request, Scheduler
@@ -81,12 +84,16 @@ from text import (
     Output,
     check_prompt,
     completed,
+    part_of,
     read_prompts,
     sampling_settings,
     stops_within,
     thoughts_of,
 )
 from tokenizer import Tokenizer, check_text, open_tokenizer
+
+if TYPE_CHECKING:
+    from ranks import Ranks
 
 DEFAULT_PROMPT = 'def read_file(path):\n    """Return the contents of a file."""\n'
 RESULT_BYTES, TOKEN_BYTES = 500, 40  # of the host's memory for a finished row, and for each of its tokens
@@ -102,6 +109,8 @@ def load_model(
     fp8: bool = False,
     ops: str = "auto",
     ple_device: str | None = None,
+    adapter: str | Path | None = None,
+    sums: Sums | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Loads a checkpoint directory (or one weight file in it) on `device` (None: CUDA where there is a GPU).
 
@@ -111,6 +120,10 @@ def load_model(
     any: of integer weights their own, else those of the directory. `ops`, one of `ops.NAMES`, says what runs the
     layers. ple_device "cpu" leaves the embeddings that each layer has of its own (Gemma 4 E2B and E4B) in the host's
     memory, from which a GPU reads the rows that it needs. What ends a turn to the tokenizer joins config.stop_ids.
+
+    `adapter` is the directory of a LoRA adapter in PEFT's format. It is merged into the weights as they are read, before
+    they are quantized; FP8 inputs keep the factors that they have without it. With `sums` (`parallel.init`) the model is
+    a rank's part of it; all ranks then make the same calls with it.
     Raises FileNotFoundError or ValueError with a line that says what is wrong; warns about shards that are converted in
     memory.
     """
@@ -120,8 +133,18 @@ def load_model(
     if precision not in tuple(PRECISIONS):
         raise ValueError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
-    operations = choose(ops, device)  # before gigabytes are read
-    checkpoint = open_checkpoint(path, ("fp8", *WEIGHT_FORMATS.values()) if fp8 else WEIGHT_FORMATS.values())
+    if sums is not None and ops == "te":
+        raise ValueError("ops 'te' runs on one GPU: use 'kernels'")
+    operations = replace(choose(ops, device), sums=sums)  # before gigabytes are read
+    adapter = None if adapter is None else read_adapter(adapter)
+    formats = WEIGHT_FORMATS.values() if adapter or not fp8 else ("fp8", *WEIGHT_FORMATS.values())
+    checkpoint = open_checkpoint(path, formats)
+    if adapter and checkpoint.weight_format in QUANTIZED_FORMATS:
+        advice = "merge it into BF16 weights (scripts/merge_adapter.py), then quantize these"
+        raise ValueError(f"{path} has {checkpoint.weight_format} weights, to which no adapter can be added: {advice}")
+    updates = updates_of(adapter, checkpoint.config) if adapter else None
+    if adapter and adapter.others:
+        warnings.warn(f"{adapter} has factors for images or sound, which are left out", stacklevel=2)
     in_int = checkpoint.weight_format in INT_FORMATS
     if fp8 and in_int:
         raise ValueError(f"{path} has {checkpoint.weight_format} weights, which can't run in FP8: leave out --fp8")
@@ -159,31 +182,43 @@ def load_model(
             if fp8:
                 raise
             kv_problem = str(error)  # for whoever asks for an E4M3 cache
-    if device.type == "cuda":
-        needed = 0
-        for name, tensors in checkpoint.parts.items():
-            itemsize = 1 if fp8 and name.endswith(LINEAR_WEIGHTS) else dtype.itemsize
-            for tensor in tensors if name not in on_host else ():
-                needed += tensor.size if in_int else math.prod(tensor.shape) * itemsize
-        advice = "use a smaller model" + (" or one with int4 weights" if in_int else " or --fp8")
-        check_memory(needed, device, "the weights", advice)
+    if sums is not None and checkpoint.group:
+        sums.shard.check_group(config, checkpoint.group)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config if sums is None else config.sharded(sums.shard))
         if fp8 or in_int:
             head = {"head_scales.input_scale", "embedding.scale"} & checkpoint.parts.keys()
             model.store("fp8" if fp8 else checkpoint.weight_format, checkpoint.group, head=bool(head))
+    if device.type == "cuda":
+        needed = 0
+        for name, parameter in model.named_parameters():
+            itemsize = dtype.itemsize if parameter.requires_grad else parameter.itemsize
+            needed += parameter.numel() * itemsize if name not in on_host else 0
+        advice = "use a smaller model" + (" or one with int4 weights" if in_int else " or --fp8")
+        check_memory(needed, device, "the weights", advice, sums)
     quantizing = fp8 and checkpoint.weight_format != "fp8"
     linear_scales = {
         k: v for k, v in scales.items() if k.startswith("layers.") and k[-8:] not in (".k_scale", ".v_scale")
     }
-    weights = load_weights(checkpoint, device, dtype, linear_scales if quantizing else None, on_host)
+    weights = load_weights(
+        checkpoint,
+        device,
+        dtype,
+        linear_scales if quantizing else None,
+        on_host,
+        sums and sums.shard,
+        updates,
+        partial(greatest, sums),
+    )
     if quantizing:
-        weights |= {name: torch.tensor(scale, device=device) for name, scale in linear_scales.items()}
+        given = {name: torch.tensor(scale, device=device) for name, scale in linear_scales.items()}
+        weights = given | weights  # merged ones have scales of their own
     else:  # the FP8 file's own
         scales |= {name: weights.pop(name).item() for name in list(weights) if name.endswith((".k_scale", ".v_scale"))}
     donors = map(config.donor_of, range(config.n_layers))
     kv_scales = [tuple(scales.get(f"layers.{i}.attention.{kind}_scale") for kind in "kv") for i in donors]
     model.kv_scales = KVScales(None if None in kv_scales[0] else kv_scales, kv_problem)
+    model.adapter = None if adapter is None else str(adapter)
     model.load({parameter_name(name): weight for name, weight in weights.items()}, device, operations)
     return model, tokenizer
 
@@ -244,6 +279,7 @@ def stream_completions(
     stats: Stats | None = None,
     drafter: Drafter | None = None,
     speculate_k: int | str = "auto",
+    ranks: "Ranks | None" = None,
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Continues each prompt (token ids, <bos> included) by at most max_new_tokens; yields the number of the prompt,
     that of the sample, both counted from 0, and the new token ids of each completion as soon as it is there.
@@ -268,6 +304,8 @@ def stream_completions(
 
     With a `drafter` (speculate.py) a step checks speculate_k guesses of the next tokens at once, 1 to MOST_DRAFTS, or as
     many as promise to pay ("auto"), none if none do. The text is the same.
+
+    With `ranks` (ranks.py) other processes have made the same call: each yields what it takes from the list of all.
 
     Several threads may run one model at a time, each with a cache of its own. Raises ValueError for an empty prompt, an
     unknown token id, a prompt too long for the context, a setting of a wrong type or out of its range, or too little
@@ -295,7 +333,7 @@ def stream_completions(
     if isinstance(seed, list):
         seeds = [each if isinstance(each, tuple) else (each, 0) for each in of_each("seed", seed, prompts)]
     else:
-        seed = secrets.randbits(32) if seed is None else seed
+        seed = agreed(model.sums, secrets.randbits(32)) if seed is None else seed
         seeds = [(seed, place) for place in range(len(prompts))]
     for each in seeds:
         if len(each) != 2 or not all(map(is_whole, each)):
@@ -321,25 +359,33 @@ def stream_completions(
         pages[alone] += 1
         pages[alone - len(prompt) // PAGE] += count - 1
     # With more rows than this the request that may take longest would end no sooner, and all others with it
-    busy = -(-sum(map(mul, limits, counts)) // max(limits))
+    share = 1 if ranks is None else ranks.replicas
+    busy = -(-sum(map(mul, limits, counts)) // (max(limits) * share))
     most = min(MAX_BATCH, -(-busy // 64) * 64)
+    mine = -(-n_rows // share)
     of_drafts = drafter, pace.runs[-1] if pace else 1
     rows, page_count = rows_and_pages(
-        model, pages, batch_size or most, batch_size is None, length, longest, codec, kind, *of_drafts
+        model, pages, min(batch_size or most, mine), batch_size is None, length, longest, codec, kind, *of_drafts
     )
     check_memory(
         sum(count * (RESULT_BYTES + TOKEN_BYTES * limit) for count, limit in zip(counts, limits)),
         torch.device("cpu"),
         f"the text of {n_rows} rows",
         "lower --num_samples, --max_new_tokens or the number of prompts",
+        model.sums,
     )
     longest_first = sorted(range(len(prompts)), key=lambda i: -limits[i])  # one that starts last keeps few rows busy
-    requests = (
-        Request((i, j), prompts[i], limits[i], samplings[i], seeds[i], stop_when[i])
-        for i in longest_first
-        for j in range(counts[i])
-        if (i, j) not in skip
-    )
+    keys = ((i, j) for i in longest_first for j in range(counts[i]) if (i, j) not in skip)
+
+    def request_of(key: tuple[int, int]) -> Request:
+        i = key[0]
+        return Request(key, prompts[i], limits[i], samplings[i], seeds[i], stop_when[i])
+
+    if ranks is None:
+        requests = map(request_of, keys)
+    else:
+        deal = ranks.deal(list(keys), min(batch_size or most, mine))
+        requests = lambda *room: map(request_of, deal.take(*room))
     with told_if_out_of_memory(device, f"{rows} rows of {length} tokens", ADVICE):
         start = now(device)
         with lease(model, rows, length, codec, compile, compile_prefill, page_count, *of_drafts) as runner:
@@ -387,7 +433,7 @@ def drafts_per_step(text: str) -> int | str:
 def program_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="generate.py", description="Generate text with Gemma.")
     add, default = parser.add_argument, Sampling()
-    add_model_options(parser, "checkpoint_path")
+    add_model_options(parser, "checkpoint_path", "adapter")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts (default: a bit of Python)"
@@ -426,7 +472,7 @@ def program_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="the same seed gives the same samples (default: a random one)")
     add("--compile", action="store_true", help="compile the decode step; on CUDA, record it as one graph")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
-    add_model_options(parser, "fp8", "kv_cache_dtype", "device", "ops", "precision")
+    add_model_options(parser, "tp", "fp8", "kv_cache_dtype", "device", "ops", "precision")
     draft = "a smaller checkpoint whose guesses are checked, some at once; the text stays (default: none)"
     add("--draft_checkpoint_path", type=path, metavar="PATH", help=draft)
     add("--prompt_lookup", action="store_true", help="check guesses from the text so far, some at once; the text stays")
@@ -480,11 +526,36 @@ class _Trace:
 
 
 def run(args: argparse.Namespace):
+    replicas = replicas_of(args.tp)
+    if args.tp == replicas == 1:
+        return _run(args)
+    if replicas > 1:
+        _check_for_replicas(args)
+    from ranks import joined  # what one process has no use for
+
+    with joined(args) as (ranks, sums):
+        _run(args, ranks, sums)
+
+
+def _check_for_replicas(args: argparse.Namespace):
+    """Raises ValueError for options that don't go with several models."""
+    refused = dict(interactive=args.interactive, profile=args.profile is not None, num_beams=args.num_beams > 1)
+    for name, is_given in refused.items():
+        if is_given:
+            raise ValueError(f"several ranks take no --{name}, unless they share a model (--tp)")
+    if args.output is None:
+        raise ValueError(
+            "several ranks need --output FILE.jsonl, which they write together, unless they share a model (--tp)"
+        )
+
+
+def _run(args: argparse.Namespace, ranks: "Ranks | None" = None, sums: Sums | None = None):
     others = args.json, args.output, args.profile, args.num_samples > 1, (args.batch_size or 1) > 1
     if args.interactive and any(others):
         raise ValueError("--interactive takes no --json, --output, --profile, --num_samples or --batch_size")
     if args.profile is not None:
         check_writable(args.profile)
+    is_first, several = ranks is None or ranks.rank == 0, ranks is not None and ranks.replicas > 1
     path = args.checkpoint_path
     defaults = sampling_settings(path if path.is_dir() else path.parent)
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
@@ -505,19 +576,18 @@ def run(args: argparse.Namespace):
         raise ValueError("--rejection_sampling needs --draft_checkpoint_path")
     if args.rejection_sampling and args.speculate_k in (None, "auto"):
         raise ValueError("--rejection_sampling needs a number, --speculate_k N: the text depends on it")
-    output = None if args.output is None else _output(args, asked, beams)
-    seed = args.seed if output is None else output.seed
-    seed = secrets.randbits(32) if seed is None else seed
+    output, seed, done = _output(args, asked, beams, ranks) if args.output else (None, args.seed, ())
+    seed = agreed(sums, secrets.randbits(32)) if seed is None else seed
     start = time.perf_counter()
-    options = args.device, args.precision, args.fp8, args.ops, args.ple_device
-    model, tokenizer = load_model(args.checkpoint_path, *options)
+    options = args.device, args.precision, args.fp8, args.ops, args.ple_device, args.adapter
+    model, tokenizer = load_model(args.checkpoint_path, *options, sums)
     drafter = _drafter(args, model, tokenizer)
     load_seconds = now(model.device) - start
     if args.interactive or any(each.messages for each in asked):
         tokenizer.check_chat(args.thinking)
     if args.interactive:
         with torch.no_grad():
-            return converse(model, tokenizer, args, sampling, seed, drafter)
+            return converse(model, tokenizer, args, sampling, seed, drafter, ranks and ranks.on_step)
 
     stop_ids, stats, fitting = model.config.stop_ids, Stats(), []
     for i, each in enumerate(asked):
@@ -526,34 +596,42 @@ def run(args: argparse.Namespace):
             check_context(model, len(each.tokens), each.max_new_tokens, each.where or "the prompt")
             fitting.append(i)
         except ValueError as error:
-            if output is None:
+            if args.output is None:
                 raise
-            for j in range(each.num_samples):
-                if (i, j) not in output.done:
+            for j in range(each.num_samples if is_first else 0):
+                if (i, j) not in done:
                     output.add(i, j, each.named | {"error": str(error)})
     prompts = [asked[i] for i in fitting]
     total = sum(each.num_samples for each in prompts)
     place = {i: n for n, i in enumerate(fitting)}  # in `prompts`, of one in `asked`
-    skip = {(place[i], j) for i, j in output.done if i in place} if output else ()
-    streaming = sys.stdout.isatty() and not args.json and output is None and total == 1 and not beams
+    skip = {(place[i], j) for i, j in done if i in place}
+    streaming = sys.stdout.isatty() and not args.json and args.output is None and total == 1 and not beams
     printer = Printer(tokenizer, stop_ids, asked[0].stop, not args.no_thoughts) if streaming else None
-    trace = _Trace() if args.profile else None
+    trace = _Trace() if args.profile and is_first else None
+    hooks = [hook for hook in (ranks and ranks.on_step, trace) if hook]
     if streaming and asked[0].messages is None:
         print(asked[0].prompt, end="", flush=True)
     begin = time.perf_counter()
-    with tqdm(total=total, initial=len(skip), unit="text", disable=None if output else True, leave=False) as bar:
+    with tqdm(total=total, initial=len(skip), unit="text", disable=None if args.output else True, leave=False) as bar:
+
+        def show(rows: int, tokens: int, where: str):
+            bar.update(len(skip) + rows - bar.n)
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begin):,.0f} tokens/s, {where}")
 
         def on_completion(n: int, j: int, tokens: list[int]):
             output.add(fitting[n], j, _completion(prompts[n], tokens, tokenizer, stop_ids, args.no_thoughts))
-            bar.update()
-            rate = stats.new_tokens / (time.perf_counter() - begin)
-            bar.set_postfix_str(f"{rate:,.0f} tokens/s, {stats.running} rows in use")
+            if ranks:
+                ranks.made(len(tokens))
+            if not several:
+                show(bar.n - len(skip) + 1, stats.new_tokens, f"{stats.running} rows in use")
 
+        if several and is_first:
+            ranks.on_progress = lambda rows, tokens: show(rows, tokens, f"{ranks.count} ranks")
         options = dict(
             batch_size=args.batch_size,
             kv_cache_dtype=args.kv_cache_dtype,
             compile=args.compile,
-            on_step=trace,
+            on_step=(lambda *step: [hook(*step) for hook in hooks]) if hooks else None,
             on_completion=on_completion if output else None,
             skip=skip,
             stats=stats,
@@ -574,12 +652,20 @@ def run(args: argparse.Namespace):
                 on_token=printer,
                 drafter=drafter,
                 speculate_k=args.speculate_k or "auto",
+                ranks=ranks if several else None,
                 **options,
             )
+        if several:
+            if output:
+                output.stream.close()
+            made = ranks.gather(), time.perf_counter() - begin
+            if is_first:
+                output.gather(sum(each.num_samples for each in asked), ranks.replicas)
     if trace:
         trace.stop()
-    if output:
-        output.finish()
+    if args.output:
+        if is_first:
+            output.finish()
     elif streaming:
         printer.end()
     else:
@@ -596,6 +682,10 @@ def run(args: argparse.Namespace):
         sys.stdout.flush()
     print(_used(sampling, [name for name in defaults if name not in given], beams, model), file=sys.stderr)
     print_figures(stats, load_seconds, model, None if beams else seed)
+    if several:
+        (rows, tokens), seconds = made
+        of_all = f"{tokens} tokens in {rows} rows and {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s"
+        print(f"all {ranks.count} ranks: {of_all}; figures above are of the first", file=sys.stderr)
     if trace:
         trace.write(args.profile)
 
@@ -692,16 +782,34 @@ def _beam_settings(args: argparse.Namespace, asked: list[argparse.Namespace]) ->
     )
 
 
-def _output(args: argparse.Namespace, asked: list[argparse.Namespace], beams: dict) -> Output:
-    """The file of --output, for a run of these prompts and settings."""
+def _output(
+    args: argparse.Namespace, asked: list[argparse.Namespace], beams: dict, ranks: "Ranks | None" = None
+) -> tuple[Output | None, int, Container[tuple[int, int]]]:
+    """The file of --output, for a run of these prompts and settings, of each replica's first rank; and of all: the seed,
+    and which completions are done already, both as the first rank says."""
     check_writable(args.output)
     run = {name: getattr(args, name) for name in ("chat", "fp8", "kv_cache_dtype", "precision")}
     run["checkpoint"] = str(args.checkpoint_path.resolve())
+    run |= {"adapter": str(args.adapter.resolve())} if args.adapter else {}
     run |= {"beams": beams} if beams else {}
     run |= {name: getattr(args, name) for name in ("system", "thinking", "no_thoughts") if getattr(args, name)}
     of_each = ("named", "max_new_tokens", "num_samples", "seed", "stop")
     run["prompts"] = [[*(getattr(each, name) for name in of_each), vars(each.sampling)] for each in asked]
-    return Output(args.output, run, args.seed)
+    if ranks is None or ranks.rank == 0:
+        output = Output(args.output, run, args.seed)
+        if ranks is not None:
+            ranks.share("output", json.dumps([output.seed, [*output.done]]))
+        return output, output.seed, set(output.done)
+    seed, done = json.loads(ranks.shared("output"))
+    done = {tuple(key) for key in done}
+    if ranks.member:
+        return None, seed, done
+    output = Output(args.output, run, seed, ranks.replica)
+    if not (first := part_of(args.output, 0)).exists():
+        raise ValueError(
+            f"rank {ranks.rank} has no {first}: ranks on several hosts need a directory that all of them share"
+        )
+    return output, seed, done
 
 
 def _completion(

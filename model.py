@@ -14,7 +14,21 @@ from cache import KVCache, KVScales
 from config import ModelConfig
 from formats import FORMATS, LINEAR, Weight
 from ops import Ops
+from ops.peers import Parts
 from ops.rope import AttentionLayer, Positions, Shared, rope_frequency
+from parallel import Sums
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What ranks share
+
+
+def shared_product(ops: Ops, x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """x @ weight.T for the next norm to add up: [M, N] in `dtype`, or float32 partial sums. Where ranks have some of the
+    columns each, these are the parts of all of them."""
+    if ops.sums is None:
+        return ops.matmul(x, weight, dtype, partials=True)
+    return ops.sums.parts(ops.matmul(x, weight, torch.float32, partials=True), ops.name == "kernels")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers, in the order in which data meets them
@@ -23,18 +37,23 @@ from ops.rope import AttentionLayer, Positions, Shared, rope_frequency
 class Residual(NamedTuple):
     """The residual stream x [M, N], and the newest layer's output y, which the next norm adds to it.
 
-    y is [M, N] or float32 partial sums of it, None before the first layer; post_weight [N] belongs to the norm that y
-    gets before that, if there is one; factor [1] multiplies the sum, if there is one.
+    y is [M, N] or float32 partial sums of it, of this rank or of all, None before the first layer; post_weight [N]
+    belongs to the norm that y gets before that, if there is one; factor [1] multiplies the sum, if there is one.
     """
 
     x: Tensor
-    y: Tensor | None = None
+    y: Tensor | Parts | None = None
     post_weight: Tensor | None = None
     factor: Tensor | None = None
 
     def at(self, index: Tensor) -> "Residual":
         """That of the tokens at `index`."""
-        return self._replace(x=self.x[index], y=None if self.y is None else self.y[..., index, :])
+        y = self.y
+        if isinstance(y, Parts):
+            y = y._replace(y=y.y[:, index])
+        elif y is not None:
+            y = y[..., index, :]
+        return self._replace(x=self.x[index], y=y)
 
     def added(self, ops: Ops, config: ModelConfig, norm: "RMSNorm | None", input_scale: Tensor | None = None):
         """The sum x + y, and the norm of it, in E4M3 if input_scale is given."""
@@ -86,7 +105,7 @@ class Attention(nn.Module):
     def forward(self, ops: Ops, h: Tensor, positions: Positions, cache, dtype: torch.dtype) -> Tensor:
         qkv = ops.matmul(h, self.wqkv, dtype, partials=True)
         y = ops.attend(qkv, self.layer, cache, positions, dtype, self.wo.input_scale)
-        return ops.matmul(y, self.wo, dtype, partials=True)
+        return shared_product(ops, y, self.wo, dtype)
 
 
 class FeedForward(nn.Module):
@@ -99,7 +118,7 @@ class FeedForward(nn.Module):
 
     def forward(self, ops: Ops, h: Tensor, dtype: torch.dtype) -> Tensor:
         h = ops.matmul_geglu(h, self.w13, dtype, self.w2.input_scale)
-        return ops.matmul(h, self.w2, dtype, partials=True)
+        return shared_product(ops, h, self.w2, dtype)
 
 
 class Experts(nn.Module):
@@ -119,7 +138,10 @@ class Experts(nn.Module):
             x, router.input_factor, router.proj, router.expert_factor, config.n_active_experts, config.norm_eps
         )
         _, h = Residual(x).added(ops, config, self.norm, self.w13.input_scale)
-        return ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype)
+        if ops.sums is None:
+            return ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype)
+        y = ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype, partials=True)
+        return ops.sums.parts(y, ops.name == "kernels")
 
 
 class Router(nn.Module):
@@ -152,14 +174,16 @@ class PerLayerInputs(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, width = config, config.n_layers * config.per_layer_size
-        self.embedding = Weight(config.per_layer_vocab_size, width)
+        self.vocabulary = first, end = config.vocabulary(config.per_layer_vocab_size)
+        self.embedding = Weight(end - first, width)
         self.proj = Weight(width, config.hidden_size)
         self.norm, self.normalizers = RMSNorm(config.per_layer_size), rounded_roots(config.per_layer_size)
 
     def forward(self, ops: Ops, tokens: Tensor, x: Tensor) -> Tensor:
         """[M, L, P] for tokens [M] of embedding x [M, N]."""
         config = self.config
-        own = ops.embed(tokens, self.embedding.data, self.normalizers[x.dtype], x.dtype)
+        factor, first = self.normalizers[x.dtype], self.vocabulary[0]
+        own = ops.embed(tokens, self.embedding.data, factor, x.dtype, None, first, ops.sums)
         product = ops.matmul(x, self.proj, x.dtype)
         factor = config.hidden_size**-0.5
         return ops.per_layer_inputs(own, product, self.norm.weight, factor, config.norm_eps, config.norm_offset)
@@ -219,14 +243,15 @@ def rounded_roots(size: int) -> dict[torch.dtype, float]:
 class Transformer(nn.Module):
     """A Gemma text model. Build it on the meta device and load with assign=True, or use `random`.
 
-    `ops` says what runs it (ops/__init__.py), `kv_scales` what an FP8 cache is scaled by; nothing else is kept from one
-    call to the next.
+    `ops` says what runs it (ops/__init__.py), `kv_scales` what an FP8 cache is scaled by, `adapter` what is merged into
+    its weights, in words; nothing else is kept from one call to the next.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.ops, self.kv_scales = config, ops.TORCH, KVScales()
-        self.embedding = Weight(config.vocab_size, config.hidden_size)  # the output head, too
+        self.config, self.ops, self.kv_scales, self.adapter = config, ops.TORCH, KVScales(), None
+        self.vocabulary = first, end = config.vocabulary(config.vocab_size)
+        self.embedding = Weight(end - first, config.hidden_size)  # the output head, too
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm, self.normalizers = RMSNorm(config.hidden_size), rounded_roots(config.hidden_size)
         self.per_layer_inputs = PerLayerInputs(config) if config.per_layer_size else None
@@ -238,7 +263,8 @@ class Transformer(nn.Module):
         self.register_buffer("rope_frequency", frequency, persistent=False)
         self.register_buffer("rope_frequency_local", frequency_local, persistent=False)
         # Explicitly on the CPU, so that building the model on the meta device leaves it real.
-        suppressed = torch.tensor(config.suppressed_ids, dtype=torch.long, device="cpu")
+        here = [token - first for token in config.suppressed_ids if first <= token < end]
+        suppressed = torch.tensor(here, dtype=torch.long, device="cpu")
         self.register_buffer("suppressed", suppressed, persistent=False)
 
     @classmethod
@@ -289,6 +315,11 @@ class Transformer(nn.Module):
                     module.store(FORMATS[format], group)
         if head:
             self.embedding.store(FORMATS[format].of_embedding)
+
+    @property
+    def sums(self) -> Sums | None:
+        """What joins the ranks that share the model; None where there is one."""
+        return self.ops.sums
 
     @property
     def device(self) -> torch.device:
@@ -353,6 +384,7 @@ class Transformer(nn.Module):
         shared: Shared | None = None,
         decoding: bool = False,
         states: Tensor | None = None,
+        own_logits: bool = False,
     ) -> Tensor:
         """`forward`, in the dtype that the head's product has: that of activations, or float32 with a softcap.
 
@@ -361,12 +393,14 @@ class Transformer(nn.Module):
 
         One token a row behind cached ones is a decode step; with `decoding` T of them are, too, without lengths. They
         attend through the cache, where the next step may overwrite the last ones of them. `states` [rows of logits, N]
-        is given what the last norm makes, in the dtype of activations.
+        is given what the last norm makes, in the dtype of activations. With `own_logits` they are those of this rank's
+        part of the vocabulary, where ranks have one each.
         """
         dtype, ops, config = self.dtype, self.ops, self.config
         kinds = self.positions(tokens, cache, position, lengths, longest, shared, decoding)
         flat, embedding, inputs = tokens.flatten().contiguous(), self.embedding, None
-        x = ops.embed(flat, embedding.data, self.normalizers[dtype], dtype, embedding.scale)
+        factor, first = self.normalizers[dtype], self.vocabulary[0]
+        x = ops.embed(flat, embedding.data, factor, dtype, embedding.scale, first, ops.sums)
         if self.per_layer_inputs is not None:
             inputs = self.per_layer_inputs(ops, flat, x)
         residual, last = Residual(x), None
@@ -395,6 +429,8 @@ class Transformer(nn.Module):
             logits = softcap * torch.tanh(logits.float() / softcap)
         if config.suppressed_ids and (decoding or not all_logits):
             logits = logits.index_fill(-1, self.suppressed, torch.finfo(logits.dtype).min / 2)
+        if ops.sums is not None and not own_logits:
+            logits = ops.sums.joined(logits, config.vocab_size)
         return logits.view(*tokens.shape, -1) if all_logits else logits
 
     def positions(

@@ -10,7 +10,6 @@ if __name__ == "__main__":
     interrupt.silence()  # while the rest is imported
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +32,6 @@ from checkpoint import (
     Checkpoint,
     Scale,
     check_weight_scale,
-    copy_companions,
     joined_shape,
     load_weights,
     open_checkpoint,
@@ -46,6 +44,7 @@ from checkpoint import (
 from cli import Parser, add_model_options, number, path, run_program
 from config import MULTIMODAL
 from device import pick_device
+from export import check_new_directory, write_checkpoint
 from files import FP8_DTYPE, StoredTensor, check_writable, open_tensors, read_json, tensor_bytes, write_safetensors
 from formats import FORMATS, GROUPS, Weight, group_parameters, largest, quantize_int4
 from model import Experts, Residual, Transformer
@@ -109,10 +108,7 @@ def export_hf(checkpoint: Checkpoint, scales: dict[str, Scale], directory: Path,
         "ignore": [modules for modules, exist in unquantized.items() if exist],
         "kv_cache_scheme": FP8_SCHEME,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / "model.safetensors", entries, {"format": "pt"})  # first: failing leaves no part
-    copy_companions(source, directory)
-    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_checkpoint(directory, source, entries, settings)
 
 
 def scale_entry(value: Scale):
@@ -488,10 +484,7 @@ def prepare_fp8(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Path,
         return file, partial(quantize_fp8, checkpoint, scales, file)
     if args.fp8_head:
         raise ValueError("--export_hf leaves the output head as it is: leave out --fp8_head")
-    out = args.export_hf.absolute()
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{args.export_hf} is not empty: name a new directory to export to")
-    check_writable(next(each for each in (out, *out.parents) if each.exists()) / out.name)
+    check_new_directory(args.export_hf)
     if read_json(checkpoint.directory / "config.json")["model_type"] in MULTIMODAL:
         generation = checkpoint.config.generation
         raise ValueError(f"of a multimodal Gemma {generation} only the text part is read: it can't be exported whole")

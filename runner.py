@@ -21,6 +21,7 @@ from ops.next_token import append_run, log_step
 from ops.prefix_attention import tile_rows
 from ops.rope import Shared
 from pages import Pages
+from parallel import Sums, agreed_seconds, least
 from sampling import (
     ALL_GREEDY,
     SETTINGS,
@@ -121,16 +122,17 @@ def decode_step(
     probabilities = None
     if drafts:
         guessed, probabilities = guesses(drafter, model, cache, state, kind, drafts)
+        guessed = guessed if model.sums is None else model.sums.of_first(guessed)
         tokens = torch.cat((tokens, guessed), dim=1)
     if state.hidden is not None:
         states, before = state.hidden.new_empty(tokens.numel(), state.hidden.shape[1]), state.count.clone()
-    own = cache.part(0, model.config.n_layers)
-    logits = model.logits(tokens, own, state.position, None, drafts > 0, shared=shared, decoding=True, states=states)
-    logits = logits.flatten(0, -2)
-    if kind == ALL_GREEDY:
-        model.ops.greedy(logits, state, guessed)
+    own, greedy = cache.part(0, model.config.n_layers), kind == ALL_GREEDY
+    options = {"shared": shared, "decoding": True, "states": states, "own_logits": greedy}
+    logits = model.logits(tokens, own, state.position, None, drafts > 0, **options).flatten(0, -2)
+    if greedy:
+        model.ops.greedy(logits, state, guessed, model.sums, model.config.vocab_size)
     else:
-        log_step(state, next_token(state, logits.float(), kind, guessed, probabilities))
+        log_step(state, next_token(state, logits.float(), kind, guessed, probabilities, model.sums))
     if states is not None:  # of the token that the newest one was drawn behind
         last = torch.arange(0, len(states), tokens.shape[1], device=states.device) + state.count - before - 1
         state.hidden.copy_(states[last.clamp(min=0)])
@@ -144,14 +146,19 @@ def guesses(drafter, model: Transformer, cache: KVCache, state: State, kind: Dra
 
 
 def next_token(
-    state: State, logits: Tensor, kind: DrawKind, drafts: Tensor | None = None, probabilities: Tensor | None = None
+    state: State,
+    logits: Tensor,
+    kind: DrawKind,
+    drafts: Tensor | None = None,
+    probabilities: Tensor | None = None,
+    sums: Sums | None = None,
 ) -> Tensor:
     """Draws a token for each of T places of each row from logits [B * T, V] in float32, behind drafts [B, T - 1], and
     appends each row's run of them. Returns all tokens [B, T] that were drawn.
 
     A place's noise is that of the token's number, and what is penalized there is what the row has seen and the drafts
     before it: it draws what a step of its own would, had the drafts been drawn. Drafts that were drawn with
-    `probabilities` [B, T - 1, V] may be rejected instead.
+    `probabilities` [B, T - 1, V] may be rejected instead. With `sums` all ranks take what the first one draws.
     """
     rows, computed = len(state.token), logits
     place = torch.arange(len(logits) // rows, device=logits.device)
@@ -172,6 +179,8 @@ def next_token(
         noise = torch.stack([noise_at(state.noise, number, stream) for stream in (1, 2)])
         wanted = distribution(logits, settings, kind).view(rows, len(place), -1)
         token, drafts = accept_or_draw(wanted, probabilities, drafts, noise)
+    if sums is not None:
+        token, drafts = sums.of_first(token), None if drafts is None else sums.of_first(drafts)
     length = append_run(state, computed, token, drafts)
     if kind.penalize:  # what a row draws that is done is not seen: a conversation goes on with the others
         appended = token.gather(1, place.minimum((length - 1).clamp(min=0)[:, None]))
@@ -217,7 +226,7 @@ class Runner:
         self.draft_model = None if drafter is None else drafter.model  # one with a cache of its own
         page_count = 1 + batch_size * -(-length // PAGE) if page_count is None else page_count
         self.compile, self.compile_prefill = compile, compile_prefill
-        self.device, self.ops, self.packs = model.device, model.ops, model.ops.packs
+        self.device, self.ops, self.packs, self.sums = model.device, model.ops, model.ops.packs, model.sums
         models = [model] if self.draft_model is None else [model, self.draft_model]
         ahead = longest_run - 1
         length = cache_length(length, ahead)
@@ -242,6 +251,7 @@ class Runner:
         self.kind, self.events, self.entries, self.prefills_timed = ALL_GREEDY, 0, 0, []
         self.seconds = [0.0] * 4  # that the last events took, on a CPU
         self.steps, self.prefills, self.pool = {}, {}, None
+        self.recording = False  # or compiling a step, which takes longer than steps do
         self.timed = {}  # seconds of recorded steps and of making their drafts
         self.groups, self.shared, self.whole_shared = [], {}, {}  # of rows in use; by tokens a row: in whose memory
         self.tile_of = *model.config.global_group, model.dtype
@@ -284,7 +294,8 @@ class Runner:
         self.groups, self.shared, self.events, self.entries, self.prefills_timed = [], {}, 0, 0, []
         self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids)))))
         self.state.done.fill_(True)
-        if self.device.type == "cpu" and not self.compile and 2 * model.weight_bytes < free_memory(self.device):
+        free = free_memory(self.device) - 2 * model.weight_bytes
+        if self.device.type == "cpu" and not self.compile and least(model.sums, free) > 0:
             for each in filter(None, (model, self.draft_model)):
                 each.pack()
         try:
@@ -321,19 +332,22 @@ class Runner:
         if self.compile and key not in self.steps:
             if self.events and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # the chain goes on behind it
+            self.recording = True
             try:
                 self.steps[key] = self._make_step(model, shared, run)
             except torch.OutOfMemoryError:
                 if not self.events:
                     raise
                 self.steps[key] = None  # in the middle of a run a step can do without a graph
+            finally:
+                self.recording = False
         return self.steps.get(key)
 
     def _timed(self, run: int) -> float:
         """Seconds of a recorded step of `run` tokens a row, all of which are done."""
         key = len(self.state.token), run, self.kind, None
         if key not in self.timed:
-            self.timed[key] = _seconds_on_gpu(self.steps[key].replay)
+            self.timed[key] = agreed_seconds(self.sums, _seconds_on_gpu(self.steps[key].replay))
         return self.timed[key]
 
     def _make_step(self, model: Transformer, shared: Shared | None, run: int) -> "torch.cuda.CUDAGraph | None":
@@ -394,13 +408,15 @@ class Runner:
                 logits, cache = logits[index], cache.rows(index)
                 states = None if states is None else states[index]
             if ending:
-                self._start_rows([pieces[i].running for i in ending], logits, states, cache)
+                self._start_rows([pieces[i].running for i in ending], logits, states, cache, model.sums)
             log_step(self.state, self.state.token[:, None])
 
         with _range("prefill", self.device):
             self._event(run, prefill=True)
 
-    def _start_rows(self, started: list, logits: Tensor, states: Tensor | None, cache: KVCache):
+    def _start_rows(
+        self, started: list, logits: Tensor, states: Tensor | None, cache: KVCache, sums: Sums | None = None
+    ):
         """Starts rows [N] whose prompts' last tokens have these logits [N, V] and last states, and whose tables `cache`
         has."""
         index, state = self.sent([each.row for each in started]), self._state_of([each.request for each in started])
@@ -414,7 +430,7 @@ class Runner:
             if self.state.history is not None:
                 state.history = tokens
         state.hidden = states
-        next_token(state, logits.float(), self.kind)
+        next_token(state, logits.float(), self.kind, sums=sums)
         for name in ROW_FIELDS:
             mine, value = getattr(self.state, name), getattr(state, name)
             if value is not None:
@@ -711,14 +727,14 @@ class Runner:
         return self.timed[key]
 
     def seconds_of_last(self) -> float | None:
-        """How long the event took whose entry was read last; None where that is not known: of the first, or where
-        events come that are not read at once."""
+        """How long the event took whose entry was read last, to the first rank; None where that is not known: of the
+        first, or where events come that are not read at once."""
         event = self.entries - 1
         if self.device.type == "cpu":
-            return self.seconds[event % 4]
+            return agreed_seconds(self.sums, self.seconds[event % 4])
         if not event or self.drafter is None or self.events - event > 3:
             return None
-        return self.ended[(event - 1) % 4].elapsed_time(self.ended[event % 4]) / 1000
+        return agreed_seconds(self.sums, self.ended[(event - 1) % 4].elapsed_time(self.ended[event % 4]) / 1000)
 
     def finish(self) -> float:
         """Ends a run, also one that failed: what comes next on the device waits for the chain. Returns the seconds that
@@ -763,7 +779,8 @@ def activation_bytes(model: Transformer, tokens: float) -> float:
     widths = [4 * config.intermediate_size_of(config.n_layers - 1), 6 * config.hidden_size]
     widths.append(config.n_layers * config.per_layer_size * 3)
     widths.append(config.n_active_experts * (3 * config.hidden_size + 3 * config.expert_size))  # a copy for each expert
-    return tokens * sum(widths) * model.dtype.itemsize
+    of_sums = 0 if model.sums is None else model.sums.shard.count * config.hidden_size * torch.float32.itemsize
+    return tokens * (sum(widths) * model.dtype.itemsize + of_sums)
 
 
 def _seconds_on_gpu(run: Callable) -> float:
@@ -849,10 +866,8 @@ def lease(
     if held is None:
         if roomy:
             more = _padded_rows(rows), min(max(512, power_of_2(length)), model.config.context_length)
-            if (
-                runner_bytes(configs_of(model, drafter), *more, codec, pages, longest_run)
-                < free_memory(model.device) // 2
-            ):
+            free = least(model.sums, free_memory(model.device))
+            if runner_bytes(configs_of(model, drafter), *more, codec, pages, longest_run) < free // 2:
                 rows, length = more
         held = Runner(model, rows, length, codec, compile, compile_prefill, pages, drafter, longest_run)
     if held.weights != (weights := _versions(model)):

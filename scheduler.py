@@ -92,13 +92,16 @@ class Scheduler:
     than that of some. A row whose limit is reached is refilled without waiting for the log; one that stops is known a
     step late. Requests of one prompt that start together share what is computed of it, and so do, through the runner's
     `Pages`, prompts that begin with the same pages.
+
+    Where several schedulers share a list, `requests` is a function: of how many wait, how many rows are free and how many
+    there are, it gives those to take now. With none waiting and a row free, nothing means that the list is at its end.
     """
 
     def __init__(
         self,
         runner,
         model,
-        requests: Iterable[Request],
+        requests: Iterable[Request] | Callable[[int, int, int], Iterable[Request]],
         rows: int,
         check: str = "ping-pong",
         pace: Pace | None = None,
@@ -110,7 +113,8 @@ class Scheduler:
         self.behind = False  # whether a draft model has not met all tokens
         self.ended: Running | None = None  # the only request, once it has ended, if its pages and a draft model stay
         self.pages = runner.pages
-        self.requests, self.waiting = iter(requests), deque()  # those that come next, one a row at most, were taken
+        self.requests = requests if callable(requests) else iter(requests)
+        self.waiting = deque()  # those that come next, one a row at most, were taken
         self.free, self.rings = list(range(rows)), list(range(rows))
         self.running: list[Running] = []
         self.kept: Held | None = None  # pages of the only request that stay its caller's
@@ -158,6 +162,8 @@ class Scheduler:
                     yield from self._read(on_token)
                 elif not prefills:
                     yield from self._read(on_token, lag=0)
+                if not self.running:
+                    self._look_ahead()
             if self.ended is not None:
                 self._catch_up([self.ended], 1)
         finally:
@@ -166,6 +172,9 @@ class Scheduler:
                     self._give_back(each)
 
     def _look_ahead(self):
+        if callable(self.requests):
+            self.waiting.extend(self.requests(len(self.waiting), len(self.free), self.rows))
+            return
         self.waiting.extend(islice(self.requests, self.rows - len(self.waiting)))
 
     def _due(self) -> int:
@@ -384,7 +393,7 @@ class Scheduler:
                         self._leave(each)
                     yield each.request, each.tokens
             if tokens and self.pace:
-                self.pace.learn(tokens, right, self.runner.seconds_of_last())
+                self.pace.learn(tokens, right, None if self.pace.fixed else self.runner.seconds_of_last())
                 for accepted, mattered in right:
                     self.drafts.update(range(min(accepted + 1, mattered)))
                     self.right.update(range(accepted))

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import re
 import secrets
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -134,17 +135,23 @@ def completed(tokenizer, tokens: list[int], stop_ids: Container[int], stops: lis
     return text, ended or text != whole
 
 
+def part_of(file: Path, rank: int) -> Path:
+    """Where a rank writes its completions until all are there."""
+    return file.with_name(f"{file.name}.rank{rank}.partial" if rank else f"{file.name}.partial")
+
+
 class Output:
     """Completions of a run as JSON lines, appended to FILE.partial as they finish and sorted into FILE at the end.
 
     A run that was ended goes on where it stopped: `done` has the completions that are there already, by the numbers of
     the prompt and the sample, and `seed` the seed that the first start had. `run` is what the completions depend on
-    besides. Raises ValueError for a FILE that exists, a partial one of another run or seed, or one that another process
-    writes.
+    besides. Where several ranks make a run, those after the first write parts of their own, FILE.rank1.partial and so
+    on; whatever the number of ranks of a later start, it reads them all. Raises ValueError for a FILE that exists, a
+    partial one of another run or seed, or one that another process writes.
     """
 
-    def __init__(self, file: Path, run: dict, seed: int | None):
-        self.file, self.partial = file, file.with_name(f"{file.name}.partial")
+    def __init__(self, file: Path, run: dict, seed: int | None, rank: int = 0):
+        self.file, self.partial = file, part_of(file, rank)
         if file.exists():
             raise ValueError(f"{file} exists already: name another file, or delete it")
         self.stream = open(self.partial, "a+b")  # noqa: SIM115, it stays open as long as the run lasts
@@ -152,36 +159,66 @@ class Output:
             fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{self.partial} is being written by another process") from None
-        self.stream.seek(0)
-        content = self.stream.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self.stream.truncate(len(whole))  # without a last line that is torn
         digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-        self.head = {"run": digest, "seed": secrets.randbits(32) if seed is None else seed}
-        try:
-            lines = map(json.loads, whole.split(b"\n")[:-1])  # a text may have other line ends
-            self.head, *entries = lines if whole else [self.head]
-            same, self.seed = self.head["run"] == digest, self.head["seed"]
-            self.done = {(prompt, sample): completion for prompt, sample, completion in entries}
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.partial} is not of this program: delete it, or name another file") from None
-        if not same or seed not in (None, self.seed):
-            advice = "finish that, delete it, or name another file"
-            raise ValueError(f"{self.partial} is of a run with other prompts or settings: {advice}")
+        self.head, self.done = {"run": digest, "seed": seed}, {}
+        self.begun = self._read(self.partial)
+        self.stream.truncate(self.begun)  # without a last line that is torn
+        self.others = self._read_others()
+        if self.head["seed"] is None:
+            self.head["seed"] = secrets.randbits(32)
+        self.seed = self.head["seed"]
 
     def add(self, prompt: int, sample: int, completion: dict):
-        if not self.done:  # a run that made nothing leaves nothing that another one would have to be like
-            self.stream.truncate(0)
+        if not self.begun:  # a run that made nothing leaves nothing that another one would have to be like
             self._write(self.head)
+            self.begun = True
         self.done[prompt, sample] = completion
         self._write([prompt, sample, completion])
+
+    def gather(self, count: int, ranks: int):
+        """Takes what the other of so many ranks have written, which have closed their parts. Raises ValueError if that
+        makes less than `count` completions."""
+        self.others = self._read_others(ranks)
+        if len(self.done) < count:
+            missing = f"{count - len(self.done)} of {count} completions are in no {self.file}*.partial"
+            raise ValueError(f"{missing}: ranks on several hosts need a directory that all of them share")
 
     def finish(self):
         """Writes FILE, in the order of the prompts and samples."""
         lines = [json.dumps(self.done[place], ensure_ascii=False) + "\n" for place in sorted(self.done)]
         write_atomically(self.file, lambda out: out.writelines(line.encode() for line in lines))
-        self.partial.unlink()
+        for partial in (self.partial, *self.others):
+            partial.unlink()
         self.stream.close()
+
+    def _read_others(self, ranks: int = 0) -> list[Path]:
+        """Takes what the other parts have. Returns which they are: those that the directory lists, and those of so many
+        ranks, which it may list late, if it is on another host."""
+        name = re.compile(rf"{re.escape(self.file.name)}(\.rank\d+)?\.partial")
+        found = {file.name for file in self.file.parent.iterdir() if name.fullmatch(file.name)}
+        found |= {file.name for file in (part_of(self.file, rank) for rank in range(ranks)) if file.exists()}
+        others = [self.file.with_name(part) for part in sorted(found - {self.partial.name})]
+        for file in others:
+            self._read(file)
+        return others
+
+    def _read(self, file: Path) -> int:
+        """Takes what a part has. Returns how many bytes that is."""
+        content = file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole:
+            return 0
+        try:
+            head, *entries = map(json.loads, whole.split(b"\n")[:-1])  # a text may have other line ends
+            same, seed = head["run"] == self.head["run"], head["seed"]
+            self.done |= {(prompt, sample): completion for prompt, sample, completion in entries}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} is not of this program: delete it, or name another file") from None
+        if not same or self.head["seed"] not in (None, seed):
+            advice = "finish that, delete it, or name another file"
+            raise ValueError(f"{file} is of a run with other prompts or settings: {advice}")
+        self.head["seed"] = seed
+        return len(whole)
 
     def _write(self, line):
         self.stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")

@@ -20,10 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
 VLLM = "vLLM"
+TORCHRUN = "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_"  # what vLLM is not to see
 VLLM_PRECISIONS = {  # our name of it, arguments of vllm.LLM; FP8: layers and cache, not the head
     "bf16": {},
     "fp8-kv": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
@@ -282,6 +284,19 @@ def vllm_precisions(ours: Iterable[str]) -> list[str]:
     return [name for name in VLLM_PRECISIONS if any(other.split("-")[0] == name.split("-")[0] for other in ours)]
 
 
+def vllm_drafts(model: dict | None, right: Iterable[float]) -> dict:
+    """Returns vLLM's settings of drafts by a model of Hugging Face's config, or, if that is None, by a lookup of the last
+    1 to 5 tokens in the text. So many of them are taken at each place, behind taken ones, as `right` says."""
+    rates = list(accumulate(right, lambda share, behind: share * behind))
+    by = {"method": "draft_model", "model": model} if model else {"method": "ngram_gpu", "prompt_lookup_max": 5}
+    by |= {} if model else {"prompt_lookup_min": 1}
+    return by | {
+        "num_speculative_tokens": len(rates),
+        "rejection_sample_method": "synthetic",
+        "synthetic_acceptance_rates": rates,
+    }
+
+
 def vllm_figures(
     config: dict,
     precision: str,
@@ -289,11 +304,15 @@ def vllm_figures(
     repeats: int,
     site: Path | None,
     timeout: float,
+    gpus: int = 1,
+    drafts: dict | None = None,
 ) -> Iterator[dict]:
     """Measures vLLM with random weights on cases, one after the other: prompts of token ids, how many new tokens all or
     each of them get, and how many samples of each. Without a stop; greedy, or, of several samples, temperature 0.8 and
     top-k 200. Yields the figures of each case's row, and under "versions" those of vLLM and of the torch that it ran
     on.
+
+    `drafts` is vLLM's speculative_config; a "model" in it is Hugging Face's config of one, which gets random weights, too.
 
     `config` is Hugging Face's, `site` a directory that only that process imports from, `timeout` in seconds for each
     case. vLLM doesn't say when prefill ends, so that every repeat has two calls, one with all new tokens and one with a
@@ -302,6 +321,7 @@ def vllm_figures(
     or takes too long, behind the cases that were done by then."""
     keys = ("prompts", "new_tokens", "samples")
     job = {"precision": precision, "repeats": repeats, "cases": [dict(zip(keys, case)) for case in cases]}
+    job |= {"gpus": gpus, "drafts": drafts}
     results, failure = _in_process(config, job, site, timeout * len(cases))
     for (prompts, new_tokens, samples), result in zip(cases, results):
         rows = samples * len(prompts)
@@ -331,11 +351,10 @@ def _in_process(config: dict, job: dict, site: Path | None, timeout: float) -> t
     """Returns the results of the cases that were done, and a line on why not all were, or an empty one."""
     with tempfile.TemporaryDirectory() as temporary:
         directory, failure = Path(temporary), ""
-        (directory / "model").mkdir()
-        activation = dict.fromkeys(("hidden_act", "hidden_activation"), "gelu_pytorch_tanh")
-        kind = config["model_type"].removesuffix("_text").capitalize()
-        config = config | {"architectures": [f"{kind}ForCausalLM"], "torch_dtype": "bfloat16", **activation}
-        (directory / "model" / "config.json").write_text(json.dumps(config))
+        _write_config(directory / "model", config)
+        if "model" in (job["drafts"] or {}):
+            _write_config(directory / "draft", job["drafts"]["model"])
+            job["drafts"] |= {"model": str(directory / "draft")}
         (directory / "job.json").write_text(json.dumps(job))
         log, results = directory / "log", directory / "results.jsonl"
         results.touch()
@@ -363,8 +382,18 @@ def _in_process(config: dict, job: dict, site: Path | None, timeout: float) -> t
         return [json.loads(line) for line in results.read_text().splitlines()], failure
 
 
+def _write_config(directory: Path, config: dict):
+    activation = dict.fromkeys(("hidden_act", "hidden_activation"), "gelu_pytorch_tanh")
+    kind = config["model_type"].removesuffix("_text").capitalize()
+    config = config | {"architectures": [f"{kind}ForCausalLM"], "torch_dtype": "bfloat16", **activation}
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 def _environment(site: Path | None) -> dict[str, str]:
     environment = VLLM_SETTINGS | os.environ
+    for name in [name for name in environment if name.startswith(TORCHRUN)]:
+        del environment[name]
     for name, folder in (("PYTHONPATH", site and site.resolve()), ("LD_LIBRARY_PATH", _nvml_folder())):
         if folder is not None:
             environment[name] = os.pathsep.join(filter(None, (str(folder), environment.get(name))))
@@ -411,8 +440,10 @@ def main(directory: Path):
         skip_tokenizer_init=True,
         max_model_len=min(max(VLLM_CONTEXT, longest), config["max_position_embeddings"]),
         gpu_memory_utilization=0.9,
+        tensor_parallel_size=job["gpus"],
         enable_prefix_caching=sharing,  # each repeat has the prompts of the one before
         seed=0,
+        speculative_config=job["drafts"],
         **VLLM_PRECISIONS[job["precision"]],
     )
     load_seconds = time.perf_counter() - start

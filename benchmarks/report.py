@@ -317,6 +317,23 @@ def stop_check(rows: list[dict]) -> str:
     return out + pivot(rows, ("model", "precision", "check"), tokens("batch"), content)
 
 
+def parallel(rows: list[dict]) -> str:
+    sums, steps = ([row for row in rows if ("us" in row) == of_sums] for of_sums in (True, False))
+    columns = {
+        "GPUs": figure("gpus", "{:,}"),
+        "copies": figure("copies", "{:,}"),
+        "new tokens/s": whole_rate,
+        "while decoding": decode_rate,
+        "gain": figure("gain", "{:.2f} ×"),
+    }
+    out = "Microseconds a sum, by rows × hidden size:\n\n"
+    sums = [row | {"gpus": f"{row['gpus']} GPUs"} for row in sums]
+    out += pivot(
+        sums, ("name",), lambda row: f"{row['batch']} × {row['hidden_size']:,}, {row['gpus']}", figure("us", "{:.1f}")
+    )
+    return f"{out}\n{plain(steps, columns)}" if steps else out
+
+
 def startup(rows: list[dict]) -> str:
     columns = {"compiled kernels": lambda row: {"cold": "none yet", "warm": "cached"}[row["kernel_caches"]]}
     columns["seconds"] = figure("seconds", "{:.1f}")
@@ -480,6 +497,13 @@ work that is counted is that of the layers' matrix products and of causal attent
 without the hardware's fast accumulation.""",
         prefill,
     ),
+    "parallel": Section(
+        "Several GPUs",
+        """A model that all GPUs share is for latency, and for models that one GPU has no room for; for throughput each GPU
+has a copy. "gain" is the speed over that of one GPU, of decoding where steps are alike. First, what a sum of all ranks'
+parts takes, in CUDA graphs: ours is one with the norm behind it.""",
+        parallel,
+    ),
     "memory": Section(
         "Memory",
         """Each case in a process of its own. "Allocated" is what tensors took at most, "reserved" what PyTorch asked
@@ -550,7 +574,7 @@ def command(name: str, content: dict, picture: bool) -> str:
     protocol, rows = content["protocol"], content["results"]
     ours = [row for row in rows if row.get("name") in (None, OURS, "load")]
     found = {"models": "model", "precisions": "precision", "ops": "ops"}
-    if protocol in ("sweep", "throughput", "speculate"):
+    if protocol in ("sweep", "throughput", "speculate", "parallel"):
         found["batches"] = "batch"
     if protocol == "speculate":
         found["drafts_per_step"], ours = "speculate_k", [row for row in ours if row["speculate_k"]]
@@ -561,14 +585,20 @@ def command(name: str, content: dict, picture: bool) -> str:
     if protocol in ("cpu", "startup", "stop-check"):
         ours, found = rows, {"models": "model", "precisions": "precision"} if protocol != "cpu" else {}
     trained = protocol == "speculate" and "text" in rows[0]
-    out = f"python benchmark.py {protocol}" + " --checkpoint_path DIR DRAFT_DIR --text held_out.jsonl" * trained
+    many = (
+        f"torchrun --standalone --nproc_per_node {max(row['gpus'] for row in rows)}" if protocol == "parallel" else ""
+    )
+    out = (
+        f"{many or 'python'} benchmark.py {protocol}"
+        + " --checkpoint_path DIR DRAFT_DIR --text held_out.jsonl" * trained
+    )
     if trained:
         del found["models"]
     for option, key in found.items():
         values = dict.fromkeys(str(row[key]) for row in ours if key in row)
         out += f" --{option} {' '.join(values)}" if values else ""
     programs = {row.get("name", "").split(",")[0].lower() for row in rows}
-    if protocol in ("latency", "tutorial", "throughput", "samples", "cpu") or trained:
+    if protocol in ("latency", "tutorial", "throughput", "samples", "parallel", "cpu") or trained:
         names = [peer for peer in ("transformers", "vllm") if peer in programs]
         out += f" --peers {' '.join(names)}" if names else " --no_peers"
     if any("checkpoint" in row for row in rows):

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from ops import attention, common, experts, lookup, matmul, next_token, norm, rope, router
+from parallel import Sums
 
 NAMES = ("auto", "kernels", "te", "torch")
 
@@ -53,6 +54,7 @@ class Ops:
     attend: Callable
     greedy: Callable
     lookup: Callable
+    sums: Sums | None = None  # what joins the ranks of a model that several share
 
 
 TORCH = Ops(

@@ -60,30 +60,32 @@ class Part(NamedTuple):
     experts: int = 0
 
 
-def experts(h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+def experts(h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dtype, partials: bool = False) -> Tensor:
     """The weighted sum [M, N] of what its experts make of each row of h [M, N], in `dtype`.
 
     Expert e makes gelu(h @ gate[e].T) * (h @ up[e].T) @ w2[e].T, rounded to `dtype`; weights [M, top_k] multiply the
     results of experts chosen [M, top_k] in float32, and their sum is rounded once. w13 and w2 are `formats.Weight`s of E
     matrices [2 * F, N], gate over up, and [N, F]. For weights in E4M3 h is in E4M3, too, and GeGLU's result is rounded
-    with the input_scale of w2's expert.
+    with the input_scale of w2's expert. With `partials` the result is in float32, and no result of an expert is
+    rounded, since all are parts of sums.
     """
+    out_dtype = torch.float32 if partials else dtype
     m, top_k = chosen.shape
     if torch.compiler.is_compiling() or (h.is_cuda and torch.cuda.is_current_stream_capturing()):
         # What experts there are must not decide what is done: each token gets copies of its experts' weights.
-        slots = [_of_expert(h, w13, w2, slot, dtype) for slot in chosen.long().unbind(1)]
-        return (torch.stack(slots, 1).float() * weights[..., None]).sum(1).to(dtype)
+        slots = [_of_expert(h, w13, w2, slot, dtype, out_dtype) for slot in chosen.long().unbind(1)]
+        return (torch.stack(slots, 1).float() * weights[..., None]).sum(1).to(out_dtype)
     y = torch.zeros(m, top_k, w2.shape[0], device=h.device)
     for e in chosen.unique().tolist():
         token, slot = (chosen == e).nonzero(as_tuple=True)
-        y[token, slot] = _of_expert(_rows(h, token), w13, w2, e, dtype).float() * weights[token, slot, None]
-    return y.sum(1).to(dtype)
+        y[token, slot] = _of_expert(_rows(h, token), w13, w2, e, dtype, out_dtype).float() * weights[token, slot, None]
+    return y.sum(1).to(out_dtype)
 
 
-def _of_expert(h: Tensor, w13, w2, e: int | Tensor, dtype: torch.dtype) -> Tensor:
+def _of_expert(h: Tensor, w13, w2, e: int | Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
     """What expert e makes of rows h [m, N] or, with experts e [m], what each makes of its row: [m, N]."""
     next_scale = None if w2.input_scale is None else w2.input_scale[e][..., None]
-    return _product(geglu(_product(h, w13, e, dtype), dtype, next_scale), w2, e, dtype)
+    return _product(geglu(_product(h, w13, e, dtype), dtype, next_scale), w2, e, out_dtype)
 
 
 def _product(x: Tensor, weight, e: int | Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,7 +94,7 @@ def _product(x: Tensor, weight, e: int | Tensor, dtype: torch.dtype) -> Tensor:
     if data.dtype == E4M3:
         numbers, x = data.float(), x.float()
     else:
-        numbers = weight.format.dequantize(Part(data, scale, weight.group), dtype)
+        numbers, x = weight.format.dequantize(Part(data, scale, weight.group), x.dtype).to(dtype), x.to(dtype)
     y = x @ numbers.mT if isinstance(e, int) else (x[:, None] @ numbers.mT)[:, 0]
     if data.dtype == E4M3:
         y = y * ((weight.input_scale[e] if weight.own_inputs else weight.input_scale) * scale)[..., None]
@@ -480,14 +482,16 @@ def _combine_kernel(
     tl.store(out_ptr + token.to(tl.int64) * N + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def experts_triton(h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+def experts_triton(
+    h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dtype, partials: bool = False
+) -> Tensor:
     """Does what `experts` does, by kernels."""
     if any(weight.data[0, 0].nbytes % 16 for weight in (w13, w2)):  # rows of tiles begin at multiples of 16 bytes
-        return experts(h, w13, w2, chosen, weights, dtype)
+        return experts(h, w13, w2, chosen, weights, dtype, partials)
     w13, w2 = (_multiplied(weight, dtype) for weight in (w13, w2))
     stored = torch.int32 if w13.group or w2.group else w13.data.dtype
     configs = experts_config(*chosen.shape, w13.experts, stored)
-    return with_configs(h, w13, w2, chosen, weights, dtype, configs)
+    return with_configs(h, w13, w2, chosen, weights, dtype, configs, torch.float32 if partials else dtype)
 
 
 def _multiplied(weight, dtype: torch.dtype):
@@ -497,17 +501,27 @@ def _multiplied(weight, dtype: torch.dtype):
     return Part(dequantize_triton(weight, dtype), shape=weight.shape, experts=weight.experts)
 
 
-def with_configs(h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dtype, configs: Configs) -> Tensor:
-    """`experts_triton` as `configs` say."""
+def with_configs(
+    h: Tensor,
+    w13,
+    w2,
+    chosen: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    configs: Configs,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`experts_triton` as `configs` say; the result is in out_dtype (None: `dtype`)."""
     (m, top_k), (n, f), device = chosen.shape, w2.shape, h.device
+    out_dtype = out_dtype or dtype
     if isinstance(configs[0], GemvConfig):
-        return _of_one_row(h, w13, w2, chosen, weights, dtype, configs)
+        return _of_one_row(h, w13, w2, chosen, weights, dtype, configs, out_dtype)
     pairs = sort_pairs(chosen, w13.experts, configs[0].block_m)
     g = torch.empty(m * top_k, f, dtype=dtype if w2.input_scale is None else E4M3, device=device)
     _gemm(g, h, w13, chosen, pairs, configs[0], dtype, geglu=True, next_scale=w2.input_scale)
-    y = torch.empty(m * top_k, n, dtype=dtype, device=device)
-    _gemm(y, g, w2, chosen, pairs, configs[1], dtype)
-    out = torch.empty(m, n, dtype=dtype, device=device)
+    y = torch.empty(m * top_k, n, dtype=out_dtype, device=device)
+    _gemm(y, g, w2, chosen, pairs, configs[1], out_dtype)
+    out = torch.empty(m, n, dtype=out_dtype, device=device)
     block = min(COMBINE_BLOCK, power_of_2(n))
     launch(
         _combine_kernel,
@@ -522,7 +536,14 @@ def with_configs(h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: tor
 
 
 def _of_one_row(
-    h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dtype, configs: tuple[GemvConfig, GemvConfig]
+    h: Tensor,
+    w13,
+    w2,
+    chosen: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    configs: tuple[GemvConfig, GemvConfig],
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """`with_configs` of one row h [1, N], by two kernels."""
     (n, f), top_k, device = w2.shape, chosen.shape[1], h.device
@@ -539,7 +560,7 @@ def _of_one_row(
         dtype=triton_dtype(dtype),
         num_warps=configs[0].num_warps,
     )
-    out = torch.empty(1, n, dtype=dtype, device=device)
+    out = torch.empty(1, n, dtype=out_dtype, device=device)
     launch(
         _expert_sum_kernel,
         (-(-n // configs[1].block_n),),
@@ -551,7 +572,7 @@ def _of_one_row(
         BLOCK_N=configs[1].block_n,
         BLOCK_K=configs[1].block_k,
         STAGES=configs[1].num_stages,
-        dtype=triton_dtype(dtype),
+        dtype=triton_dtype(out_dtype),
         num_warps=configs[1].num_warps,
     )
     return out
@@ -594,7 +615,7 @@ def _gemm(
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
         PROMOTE=config.block_k if weight.data.dtype == E4M3 else 0,
-        BF16X2=is_hopper(x.device) and dtype == torch.bfloat16,
+        BF16X2=is_hopper(x.device) and x.dtype == torch.bfloat16,
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,
     )

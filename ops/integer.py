@@ -106,7 +106,6 @@ from math import gcd
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ops.common import (
@@ -121,7 +120,7 @@ from ops.common import (
     tl,
     wait_for_previous,
 )
-from ops.matmul import GemmConfig, linear_config, pick_split_k, split_k_output, store_partial, with_config
+from ops.matmul import GemmConfig, linear, linear_config, pick_split_k, split_k_output, store_partial, with_config
 from ops.norm import geglu_triton
 
 # Versions of Triton differ in two things. With LANES_LAST it spreads the threads of a load over the last dimensions
@@ -216,8 +215,8 @@ def dequantize(weight, dtype: torch.dtype) -> Tensor:
 
 
 def int_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
-    """Multiplies x [M, K] by a weight in int8 or int4, dequantized to `dtype`: the definition of `matmul`, [M, N]."""
-    return F.linear(x, dequantize(weight, dtype))
+    """Multiplies x [M, K] by a weight in int8 or int4, dequantized to x's dtype: the definition of `matmul`, [M, N]."""
+    return linear(x, dequantize(weight, x.dtype), dtype)
 
 
 @jit
@@ -677,10 +676,11 @@ def _int4_row_kernel(
     tl.store(out_ptr + n, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=n < OUT)
 
 
-def int4_row(x: Tensor, weight) -> Tensor:
-    """Multiplies one row x [1, K] by a weight in int4, whatever its chunks, with whole rows at a time: [1, N]."""
+def int4_row(x: Tensor, weight, dtype: torch.dtype | None = None) -> Tensor:
+    """Multiplies one row x [1, K] by a weight in int4, whatever its chunks, with whole rows at a time: [1, N] in `dtype`,
+    or that of x."""
     (n, k), block_n = weight.shape, 4
-    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    out = torch.empty(1, n, dtype=dtype or x.dtype, device=x.device)
     launch(
         _int4_row_kernel,
         (-(-n // block_n),),
@@ -702,10 +702,10 @@ def int_triton(
     """Multiplies x [M, K] by a weight in int8 or int4: `matmul_triton` or, with `geglu`, `matmul_geglu_triton`."""
     config = int_config(len(x), *weight.shape, weight.group)
     if config is None and len(x) == 1 and weight.group and weight.shape[1] <= LONGEST_ROW and not geglu:
-        return int4_row(x, weight)
-    if config is None or dtype != torch.bfloat16:  # made in each call; of few rows unrounded, as by the kernels
-        wide = torch.float32 if len(x) <= 8 else dtype
-        y = F.linear(x.to(wide), dequantize_triton(weight, wide)).to(dtype)
+        return int4_row(x, weight, dtype)
+    if config is None or x.dtype != torch.bfloat16:  # made in each call; of few rows unrounded, as by the kernels
+        wide = torch.float32 if len(x) <= 8 else x.dtype
+        y = linear(x.to(wide), dequantize_triton(weight, wide), dtype)
         return geglu_triton(y, dtype, next_scale) if geglu else y
     if not weight.group and isinstance(config, GemmConfig):
         return with_config(x, weight, dtype, config, partials, geglu, next_scale)
@@ -713,21 +713,27 @@ def int_triton(
         config = config._replace(split_k=1)
     elif geglu and isinstance(config, GemmConfig):
         config = config._replace(block_n=64)
-    return int_matmul(x, weight, geglu, config)
+    return int_matmul(x, weight, geglu, config, dtype)
 
 
-def int_matmul(x: Tensor, weight, geglu: bool = False, config: GemmConfig | IntGemvConfig | None = None) -> Tensor:
+def int_matmul(
+    x: Tensor,
+    weight,
+    geglu: bool = False,
+    config: GemmConfig | IntGemvConfig | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
     """Multiplies x [M, K] in bf16 as `config` says: `matmul` or, with `geglu`, `matmul_geglu`.
 
     int8 takes up to 8 rows, and K a multiple of 64; int4 takes up to 64 rows, and K a multiple of 128. The result is
-    [M, N] in bf16 or, if config.split_k > 1 and without `geglu`, float32 partial sums [split_k, M, N].
+    [M, N] in `dtype` or, if config.split_k > 1 and without `geglu`, float32 partial sums [split_k, M, N].
     """
     (n, k), m, group = weight.shape, len(x), weight.group
     config = config or int_config(m, n, k, group)
     n = n // 2 if geglu else n
     few = isinstance(config, IntGemvConfig)
     block_k = config.block_k * (config.num_warps if few else 1)
-    tiles, split_k, out = split_k_output(x, n, block_k, 1 if geglu else config.split_k, x.dtype)
+    tiles, split_k, out = split_k_output(x, n, block_k, 1 if geglu else config.split_k, dtype)
     operands = weight.data.view(torch.int32), weight.scale.view(torch.int32) if group else weight.scale
     constants = {"OUT": n, "IN": k, "GROUP": group, "GEGLU": geglu, "BLOCK_N": config.block_n}
     constants |= {"BF16X2": is_hopper(x.device), "num_warps": config.num_warps}

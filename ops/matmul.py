@@ -36,7 +36,8 @@ def matmul(x: Tensor, weight, dtype: torch.dtype, partials: bool = False) -> Ten
     """x @ weight.T [M, N] in `dtype`, of x [M, K] in `dtype`, or in E4M3 for a weight in E4M3.
 
     With `partials` the result may instead be float32 partial sums [split_k, M, N], if that is faster: `add_norm`,
-    `geglu` and `attend` add them up as they read them. This definition leaves none.
+    `geglu` and `attend` add them up as they read them. This definition leaves none. `dtype` may be float32 for any x:
+    then the result is not rounded, since it is a part of a sum.
     """
     return weight.format.product(x, weight, dtype)
 
@@ -82,9 +83,19 @@ def gelu_gate_triton(x: Tensor, weight, other: Tensor, dtype: torch.dtype) -> Te
 # Definitions
 
 
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ weight.T in `dtype`, of numbers in another one, perhaps: added up in float32 and, in that, not rounded."""
+    if x.is_cuda and dtype == torch.float32 != x.dtype:
+        return torch.mm(x, weight.t(), out_dtype=dtype)
+    wide = torch.promote_types(x.dtype, dtype)
+    return F.linear(x.to(wide), weight.to(wide)).to(dtype)
+
+
 def dense_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
     """`matmul` by a weight in bf16 or float32."""
     data, packed = weight.data, weight.packed
+    if x.dtype != dtype:
+        return linear(x, data, dtype)
     if packed is None or torch.compiler.is_compiling():  # Inductor packs by itself
         return F.linear(x, data)
     if packed.source != weight.source or (torch.is_grad_enabled() and (x.requires_grad or data.requires_grad)):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ops.common import SMS, jit, launch, launch_dependents, power_of_2, tl, wait_for_previous
+from ops.peers import mailboxes, received, send
+from parallel import Sums
 
 ARGMAX_BLOCK, ARGMAX_WARPS = 2048, 4
 
@@ -45,13 +47,16 @@ def log_step(state, token: Tensor):
     state.step += 1
 
 
-def greedy_next_token(logits: Tensor, state, drafts: Tensor | None = None):
+def greedy_next_token(
+    logits: Tensor, state, drafts: Tensor | None = None, sums: Sums | None = None, vocab_size: int | None = None
+):
     """Ends a greedy step, in place in a `runner.State` of B rows.
 
     Takes each place's largest of logits [B * T, V], of equal ones the first, appends each row's run of them as tokens
-    behind drafts [B, T - 1], and writes the log.
+    behind drafts [B, T - 1], and writes the log. With `sums` logits are those of a rank's part of a vocabulary of
+    `vocab_size`.
     """
-    logits = logits.float()
+    logits = (logits if sums is None else sums.joined(logits, vocab_size)).float()
     token = logits.argmax(-1).view(len(state.token), -1)
     append_run(state, logits, token, drafts)
     log_step(state, token)
@@ -84,6 +89,40 @@ def _argmax_kernel(
     index = tl.where(finite, tl.where(best == largest, index, V - 1), -1)
     tl.store(best_ptr + row * tl.num_programs(1) + chunk, largest)
     tl.store(index_ptr + row * tl.num_programs(1) + chunk, tl.min(index, axis=0))
+
+
+@jit
+def _best_of_ranks_kernel(
+    best_ptr,
+    index_ptr,
+    mail,
+    ranks_best_ptr,
+    ranks_index_ptr,
+    first,
+    V: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    RANKS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Takes the best of a row's chunks, sends it to all ranks, and writes those of all, padded to RANKS."""
+    launch_dependents(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    chunk, ranks, columns = tl.arange(0, CHUNKS), tl.arange(0, RANKS), tl.arange(0, 2)
+    boxes = mailboxes(mail)
+    wait_for_previous(PDL)
+    best = tl.load(best_ptr + row * CHUNKS + chunk)
+    index = tl.load(index_ptr + row * CHUNKS + chunk)
+    largest = tl.max(best, axis=0)
+    index = tl.where(tl.min(index, axis=0) < 0, -1, first + tl.min(tl.where(best == largest, index, V - 1), axis=0))
+    count = send(
+        tl.where(columns == 0, largest.to(tl.int32, bitcast=True), index), mail, boxes, row, columns, columns < 2
+    )
+    found = received(mail, row, count, ranks, columns, (ranks < mail.WORLD)[:, None] & (columns < 2)[None, :])
+    is_best = (columns == 0)[None, :]
+    found_best = tl.sum(tl.where(is_best, found, 0), axis=1).to(tl.float32, bitcast=True)
+    found_index = tl.sum(tl.where(is_best, 0, found), axis=1)
+    tl.store(ranks_best_ptr + row * RANKS + ranks, tl.where(ranks < mail.WORLD, found_best, float("-inf")))
+    tl.store(ranks_index_ptr + row * RANKS + ranks, found_index)
 
 
 @jit
@@ -156,8 +195,13 @@ def _append_run_kernel(
     tl.store(step_ptr, step + 1)
 
 
-def greedy_next_token_triton(logits: Tensor, state, drafts: Tensor | None = None):
-    """Does what `greedy_next_token` does, with two kernels, for logits in bf16 or float32."""
+def greedy_next_token_triton(
+    logits: Tensor, state, drafts: Tensor | None = None, sums: Sums | None = None, vocab_size: int | None = None
+):
+    """Does what `greedy_next_token` does, with two kernels, or three of ranks, for logits in bf16 or float32."""
+    mail = None if sums is None else sums.mail(len(logits), 2)
+    if sums is not None and mail is None:
+        return greedy_next_token_triton(sums.joined(logits, vocab_size), state, drafts)
     (m, v), rows = logits.shape, len(state.token)
     chunks = min(power_of_2(-(-4 * SMS // m)), power_of_2(-(-v // ARGMAX_BLOCK)))
     best = torch.empty(m, chunks, dtype=torch.float32, device=logits.device)
@@ -166,6 +210,28 @@ def greedy_next_token_triton(logits: Tensor, state, drafts: Tensor | None = None
     block = min(ARGMAX_BLOCK, power_of_2(chunk))
     chunk = -(-chunk // block) * block
     launch(_argmax_kernel, (m, chunks), logits, best, index, V=v, CHUNK=chunk, BLOCK=block, num_warps=ARGMAX_WARPS)
+    if mail is not None:
+        first, v, of_chunks, chunks = (
+            sums.shard.vocabulary(vocab_size)[0],
+            vocab_size,
+            (best, index),
+            power_of_2(sums.shard.count),
+        )
+        own_v, own_chunks = logits.shape[1], best.shape[1]
+        best, index = (x.new_empty(m, chunks) for x in of_chunks)
+        launch(
+            _best_of_ranks_kernel,
+            (m,),
+            *of_chunks,
+            mail,
+            best,
+            index,
+            first,
+            V=own_v,
+            CHUNKS=own_chunks,
+            RANKS=chunks,
+            num_warps=1,
+        )
     launch(
         _append_run_kernel,
         (1,),

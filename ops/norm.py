@@ -24,6 +24,8 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
+from ops.peers import Parts, mailboxes, received_sum, send
+from parallel import Sums
 
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
 LAYERS_BLOCK = 4  # layers whose inputs a program makes
@@ -32,12 +34,25 @@ LAYERS_BLOCK = 4  # layers whose inputs a program makes
 # Embedding
 
 
-def embed(tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+def embed(
+    tokens: Tensor,
+    weight: Tensor,
+    factor: float,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    first: int = 0,
+    sums: Sums | None = None,
+) -> Tensor:
     """Looks up rows of weight [V, N] for tokens [M] (int64) and multiplies them by `factor`: [M, N] in `dtype`.
 
     `scale` is a float32 scalar for a weight in E4M3, one bf16 number a row [V] for a weight in int8. The weight may be in
-    the host's memory while tokens are on a GPU; a kernel then needs it pinned.
+    the host's memory while tokens are on a GPU; a kernel then needs it pinned. With `sums` the rows are those of tokens
+    from `first` on, and other ranks have the others.
     """
+    if sums is not None:
+        here = (tokens >= first) & (tokens < first + len(weight))
+        own = embed((tokens - first).clamp(0, len(weight) - 1), weight, factor, dtype, scale)
+        return sums.total(own.masked_fill(~here[:, None], 0))
     if weight.device != tokens.device:
         return F.embedding(tokens.to(weight.device), weight).to(tokens.device) * factor
     if scale is None:
@@ -54,7 +69,10 @@ def _embed_kernel(
     weight_ptr,
     scale_ptr,
     x_ptr,
+    mail,
     factor,
+    first,
+    rows,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -64,25 +82,39 @@ def _embed_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
+    boxes = mailboxes(mail)
     wait_for_previous(PDL)
-    token = tl.load(tokens_ptr + row)
-    x = tl.load(weight_ptr + token * N + columns, mask=mask, other=0.0).to(tl.float32)
+    token = tl.load(tokens_ptr + row) - first
+    known = (token >= 0) & (token < rows)
+    here = columns < tl.where(known, N, 0)
+    x = tl.load(weight_ptr + token * N + columns, mask=here, other=0.0).to(tl.float32)
     if scale_ptr is not None:
         if weight_ptr.dtype.element_ty == tl.int8:
-            scale_ptr += token
+            scale_ptr += tl.where(known, token, 0)
         x = (x * tl.load(scale_ptr).to(tl.float32)).to(dtype).to(tl.float32)
+    if mail is not None:
+        x = received_sum(mail, row, send(x.to(tl.int32, bitcast=True), mail, boxes, row, columns, mask), columns, mask)
     tl.store(x_ptr + row * N + columns, (x * factor).to(dtype), mask=mask)
 
 
 def embed_triton(
-    tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, scale: Tensor | None = None
+    tokens: Tensor,
+    weight: Tensor,
+    factor: float,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    first: int = 0,
+    sums: Sums | None = None,
 ) -> Tensor:
     """Does what `embed` does, with one kernel."""
+    mail = None if sums is None else sums.mail(len(tokens), weight.shape[1])
+    if sums is not None and mail is None:
+        return embed(tokens, weight, factor, dtype, scale, first, sums)
     x = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=tokens.device)
     launch(
         _embed_kernel,
         (len(tokens),),
-        *(tokens, weight, scale, x, factor),
+        *(tokens, weight, scale, x, mail, factor, first, len(weight)),
         N=weight.shape[1],
         BLOCK=power_of_2(weight.shape[1]),
         num_warps=row_warps(weight.shape[1]),
@@ -137,6 +169,7 @@ def add_norm(
 def _add_norm_kernel(
     x_ptr,
     y_ptr,
+    mail,
     post_ptr,
     weight_ptr,
     scale_ptr,
@@ -162,10 +195,16 @@ def _add_norm_kernel(
         post = tl.load(post_ptr + columns, mask=mask, other=0.0)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    boxes = mailboxes(mail)
     wait_for_previous(PDL)
     x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
     if y_ptr is not None:
-        y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
+        if mail is None:
+            y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
+        else:
+            y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
+            count = send(y.to(tl.int32, bitcast=True), mail, boxes, row, columns, mask)
+            y = received_sum(mail, row, count, columns, mask).to(dtype).to(tl.float32)
         if post_ptr is not None:
             y = normed(y, inverse_rms_of(y, N, eps), post, dtype, OFFSET)
         x = (x + y).to(dtype).to(tl.float32)
@@ -179,7 +218,7 @@ def _add_norm_kernel(
 
 def add_norm_triton(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor | Parts | None,
     post_weight: Tensor | None,
     weight: Tensor | None,
     eps: float,
@@ -187,14 +226,15 @@ def add_norm_triton(
     offset: float = 1.0,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Does what `add_norm` does, with one kernel."""
+    """Does what `add_norm` does, with one kernel; of parts of a sum over the ranks, too."""
     m, n = x.shape
+    y, mail = y if isinstance(y, Parts) else (y, None)
     x_new = x if y is None else torch.empty_like(x)
     h = None if weight is None else torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
     launch(
         _add_norm_kernel,
         (m,),
-        *(x, y, post_weight, weight, input_scale, factor, None if y is None else x_new, h, eps, m),
+        *(x, y, mail, post_weight, weight, input_scale, factor, None if y is None else x_new, h, eps, m),
         N=n,
         OFFSET=offset,
         BLOCK=power_of_2(n),
@@ -227,6 +267,7 @@ def _normed_sum_kernel(
     weight_ptr,
     z_ptr,
     other_ptr,
+    mail,
     out_ptr,
     eps,
     rows,
@@ -244,30 +285,40 @@ def _normed_sum_kernel(
     mask = columns < N
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
     other = tl.load(other_ptr + columns, mask=mask, other=0.0)
+    boxes = mailboxes(mail)
     wait_for_previous(PDL)
-    y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
-    z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, dtype)
+    if mail is None:
+        y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
+        z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, dtype)
+    else:
+        y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
+        z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, tl.float32)
+        count = send(y.to(tl.int32, bitcast=True), mail, boxes, row, columns, mask)
+        other_count = send(z.to(tl.int32, bitcast=True), mail, boxes, rows + row, columns, mask)
+        y = received_sum(mail, row, count, columns, mask).to(dtype).to(tl.float32)
+        z = received_sum(mail, rows + row, other_count, columns, mask).to(dtype).to(tl.float32)
     y = normed(y, inverse_rms_of(y, N, eps), weight, dtype, OFFSET)
     z = normed(z, inverse_rms_of(z, N, eps), other, dtype, OFFSET)
     tl.store(out_ptr + row * N + columns, (y + z).to(dtype), mask=mask)
 
 
 def normed_sum_triton(
-    y: Tensor,
+    y: Tensor | Parts,
     weight: Tensor,
-    z: Tensor,
+    z: Tensor | Parts,
     other_weight: Tensor,
     eps: float,
     offset: float = 1.0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Does what `normed_sum` does, with one kernel."""
+    """Does what `normed_sum` does, with one kernel; of parts of sums over the ranks, too."""
+    (y, mail), (z, _) = (each if isinstance(each, Parts) else (each, None) for each in (y, z))
     m, n = y.shape[-2:]
     out = torch.empty(m, n, dtype=dtype, device=y.device)
     launch(
         _normed_sum_kernel,
         (m,),
-        *(y, weight, z, other_weight, out, eps, m),
+        *(y, weight, z, other_weight, mail, out, eps, m),
         N=n,
         OFFSET=offset,
         BLOCK=power_of_2(n),

@@ -284,7 +284,9 @@ class Training:
     checkpoint: Callable
 
 
-def _embed(tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+def _embed(
+    tokens: Tensor, weight: Tensor, factor: float, dtype: torch.dtype, scale: Tensor | None = None, *of_ranks
+) -> Tensor:
     """`ops.norm.embed` of a weight that may be in float32, rounded to `dtype` as it is looked up."""
     return embed(tokens, weight, 1.0, dtype, scale).to(dtype) * factor
 

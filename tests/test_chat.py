@@ -593,7 +593,7 @@ class Conversation:
     def __init__(self, runner, model, requests, rows, check, pace):
         (self.request,) = requests
 
-    def run(self, on_token, cached, held):
+    def run(self, on_step, on_token, cached, held):
         tokens = self.answers[len(self.prompts)]
         self.prompts.append((self.request.prompt, cached))
         for token in tokens:
@@ -664,7 +664,7 @@ def test_a_turn_that_reuses_is_as_one_that_does_not(monkeypatch, capsys, json_to
     turns = []
 
     class Recorded(Scheduler):
-        def run(self, on_token, cached, held):
+        def run(self, on_step, on_token, cached, held):
             for request, tokens in super().run(on_token=on_token, cached=cached, held=held):
                 turns.append((request.prompt, cached, list(tokens)))
                 yield request, tokens
@@ -699,7 +699,7 @@ def test_settings_are_named_in_the_run(checkpoint, tmp_path):
     digests = set()
     for more in ([], ["--system", "x"], ["--system", "y"], ["--thinking"], ["--no_thoughts"]):
         args = program.program_parser().parse_args([*arguments, *more])
-        output = program._output(args, program._asked(args, Sampling()), {})
+        output, _, _ = program._output(args, program._asked(args, Sampling()), {})
         digests.add(output.head["run"])
         output.stream.close()
     assert len(digests) == 5

@@ -224,7 +224,7 @@ def test_readable_and_json_output(capsys, file):
 def test_fp8_is_asked_for_by_name(capsys, monkeypatch, file):
     calls = []
 
-    def load(path, device, precision, fp8, ops):
+    def load(path, device, precision, fp8, ops, adapter, sums):
         calls.append((str(path), fp8))
         return load_model(path, device, precision, ops=ops)
 

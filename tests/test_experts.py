@@ -101,6 +101,19 @@ def test_experts_are_the_formula(format, group, dtype, m):
     assert_agree(moe.experts(*arguments), by_formula(*arguments), format, dtype)
 
 
+@pytest.mark.parametrize(("format", "group"), [("bf16", 0), ("fp8", 0), ("int8", 0), ("int4", 64)])
+@pytest.mark.parametrize("m", [1, 5])
+def test_parts_of_sums_are_not_rounded(format, group, m):
+    """What experts make of their columns on a rank, by the definition and by kernels."""
+    *arguments, dtype = case(format, group, BF16, m)
+    rounded = moe.experts(*arguments, dtype)
+    for experts in (moe.experts, moe.experts_triton) if common.available(DEVICE) else (moe.experts,):
+        y = experts(*arguments, dtype, partials=True)
+        assert y.dtype == F32
+        assert not torch.equal(y, y.to(dtype).float())
+        assert_agree(y.to(dtype), rounded, "int8" if format != "fp8" else format, dtype)
+
+
 @FORMATS_IN
 def test_experts_without_knowing_which(format, group, dtype, monkeypatch):
     """What is traced or captured gives what is computed expert by expert."""

@@ -22,7 +22,16 @@ import interrupt
 from checkpoint import convert
 from text import read_prompts, read_texts
 
-PROGRAMS = ("generate", "calibrate", "quantize", "eval", "benchmark", "convert_hf_checkpoint", "download")
+PROGRAMS = (
+    "generate",
+    "calibrate",
+    "quantize",
+    "eval",
+    "benchmark",
+    "convert_hf_checkpoint",
+    "merge_adapter",
+    "download",
+)
 
 
 def file_of(name: str) -> Path:
@@ -153,6 +162,10 @@ MISTAKES = [
     ("generate --checkpoint_path tokenizer_directory", "no tokenizer at tokenizer_directory/tokenizer.model"),
     ("generate --checkpoint_path binary", "binary/tokenizer.model is cut or is no SentencePiece model"),
     ("generate --checkpoint_path huge", "huge/tokenizer.model has 1,099,511,627,776 bytes: it is not Gemma's"),
+    ("generate --adapter nowhere", "no adapter at nowhere: there is no nowhere/adapter_config.json"),
+    ("generate --adapter tiny", "no adapter at tiny"),
+    ("generate --adapter ''", "argument --adapter: must be a path, not ''"),
+    ("eval --text text.txt --adapter nowhere", "no adapter at nowhere"),
     ("generate --profile no/such/trace.json", "there is no directory no/such"),
     ("generate --profile tiny", "tiny can't be written"),
     ("generate --profile ''", "argument --profile: must be a path, not ''"),
@@ -168,6 +181,10 @@ MISTAKES = [
     ("convert_hf_checkpoint nowhere", "no checkpoint at nowhere"),
     ("convert_hf_checkpoint ''", "argument directory: must be a path, not ''"),
     ("convert_hf_checkpoint converted_is_directory", "gemma.safetensors can't be written"),
+    ("merge_adapter", "the following arguments are required: --adapter, --output_dir"),
+    ("merge_adapter --adapter nowhere --output_dir tiny", "tiny is not empty: name a new directory to export to"),
+    ("merge_adapter --adapter nowhere --output_dir new", "no adapter at nowhere"),
+    ("merge_adapter --adapter nowhere --output_dir text.txt/new", "text.txt/new can't be written: there is no"),
     ("download", "the following arguments are required: repo_id"),
     ("download ../gemma", "'../gemma' is not a repository id such as google/gemma-7b"),
     ("download /etc --checkpoints_dir ''", "argument --checkpoints_dir: must be a path, not ''"),

@@ -675,6 +675,20 @@ def test_matmul(dtype, m, partials):
     assert_same(common.summed(y, out), product(x, weight, out))
 
 
+@pytest.mark.parametrize("m", [1, 3, 20, 65])
+@pytest.mark.parametrize("format", ["bf16", "fp8", "int8", "int4"])
+def test_a_part_of_a_sum_is_not_rounded(format, m):
+    """What a rank makes of its columns, of inputs in bfloat16 or E4M3."""
+    if format.startswith("int"):
+        x, weight = normal(m, 512, dtype=BF16), int_weight(48, 512, 0 if format == "int8" else 32)
+    else:
+        x, weight, _ = dense_inputs(m, 48, 512, E4M3 if format == "fp8" else BF16)
+    for multiply in (matmul.matmul, matmul.matmul_triton):
+        y = multiply(x, weight, F32, True)
+        assert y.dtype == F32
+        (assert_near if format.startswith("int") else assert_same)(common.summed(y, F32), product(x, weight, F32))
+
+
 @DTYPES
 @pytest.mark.parametrize(("n", "k"), [(11, 256), (6, 96), (6, 100), (6, 90)])
 def test_one_row_by_int8(n, k, dtype):

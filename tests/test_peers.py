@@ -1,0 +1,135 @@
+"""Sums over ranks inside of kernels, against the same sums by PyTorch. Without GPUs ranks are virtual, and come twice:
+the first time they fill the boxes of those that come before them."""
+
+import pytest
+import torch
+from test_ops import decode_states
+
+from ops import next_token, norm
+from ops.common import E4M3
+from ops.peers import Parts, gather, mail_of
+from parallel import Shard
+
+CPU, EPS = torch.device("cpu"), 1e-6
+
+
+class VirtualSums:
+    """What `parallel.PeerSums` is to kernels."""
+
+    def __init__(self, shard: Shard, mail):
+        self.shard, self.sent = shard, mail
+
+    def mail(self, rows: int, width: int):
+        return self.sent
+
+
+def on_ranks(count: int, width: int, run, slots: int = 8, fills: int = 3) -> list:
+    """What run(rank, sums) returns on each rank, three times one after the other with the same boxes."""
+    boxes = [torch.zeros(2, count, slots, width, dtype=torch.int64) for _ in range(count)]
+    mails = [mail_of(boxes, rank, slots, width, CPU) for rank in range(count)]
+    for _ in range(3):
+        filled = [mail.filled.clone() for mail in mails]
+        for again in range(2):
+            for mail, before in zip(mails, filled):
+                mail.filled.copy_(before)
+            results = [run(rank, VirtualSums(Shard(rank, count), mails[rank])) for rank in range(count)]
+    assert all(mail.filled.max() == fills and not mail.missing for mail in mails)
+    return results
+
+
+def check_alike(results: list):
+    for result in results[1:]:
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("post,fp8", [(False, True), (True, False)])
+def test_add_norm_adds_up_the_ranks(count, post, fp8):
+    x, parts = torch.randn(3, 100), torch.randn(count, 2, 3, 100)
+    weight, scale = torch.randn(100), torch.tensor(0.02) if fp8 else None
+    post_weight = torch.randn(100) if post else None
+
+    def run(rank, sums):
+        y = Parts(parts[rank], sums.mail(3, 100))
+        return norm.add_norm_triton(x, y, post_weight, weight, EPS, scale)
+
+    results = on_ranks(count, 100, run)
+    check_alike(results)
+    expected = norm.add_norm_triton(x, parts.sum(1), post_weight, weight, EPS, scale)
+    assert all(map(torch.equal, results[0], expected))
+
+
+def test_normed_sum_adds_up_both():
+    y, z, weights = torch.randn(2, 1, 3, 40), torch.randn(2, 2, 3, 40), torch.randn(2, 40)
+
+    def run(rank, sums):
+        mail = sums.mail(3, 40)
+        return [
+            norm.normed_sum_triton(
+                Parts(y[rank], mail), weights[0], Parts(z[rank], mail), weights[1], EPS, dtype=y.dtype
+            )
+        ]
+
+    results = on_ranks(2, 40, run)
+    check_alike(results)
+    assert torch.equal(
+        results[0][0], norm.normed_sum_triton(y.sum(1), weights[0], z.sum(1), weights[1], EPS, dtype=y.dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, E4M3])
+def test_embeddings_are_looked_up_where_they_are(dtype):
+    weight, tokens = (torch.randn(20, 24) * 20).to(dtype), torch.tensor([3, 12, 7, 19, 8])
+    scale = {torch.int8: torch.rand(20).bfloat16(), E4M3: torch.tensor(0.5)}.get(dtype)
+
+    def run(rank, sums):
+        first, end = ((0, 8), (8, 20))[rank]
+        own = scale[first:end] if dtype == torch.int8 else scale
+        return [norm.embed_triton(tokens, weight[first:end], 2.0, torch.bfloat16, own, first, sums)]
+
+    results = on_ranks(2, 24, run)
+    check_alike(results)
+    assert torch.equal(results[0][0], norm.embed_triton(tokens, weight, 2.0, torch.bfloat16, scale))
+
+
+@pytest.mark.parametrize("count,bad", [(2, None), (3, None), (2, 150)])
+def test_the_best_of_all_ranks_is_everyones(count, bad):
+    """Of equal ones the first, also where the others are another rank's; a row that isn't finite is told."""
+    logits = torch.randn(4, 200).bfloat16()
+    logits[0, 199], logits[1, 70], logits[1, 190], logits[2, 0] = 9, 9, 9, 9
+    if bad is not None:
+        logits[3, bad] = float("nan")
+    states = [decode_states(4, 200, (5, -1))[0] for _ in range(count + 1)]
+    for state in states[1:]:
+        for name, value in vars(states[0]).items():
+            if value is not None and isinstance(value, torch.Tensor):
+                getattr(state, name).copy_(value)
+    kept = [{name: x.clone() for name, x in vars(state).items() if isinstance(x, torch.Tensor)} for state in states]
+
+    def run(rank, sums):
+        for name, value in kept[rank].items():
+            getattr(states[rank], name).copy_(value)
+        first, end = sums.shard.vocabulary(200)
+        next_token.greedy_next_token_triton(logits[:, first:end].contiguous(), states[rank], None, sums, 200)
+        return [x for name, x in vars(states[rank]).items() if isinstance(x, torch.Tensor)]
+
+    check_alike(on_ranks(count, 2, run))
+    next_token.greedy_next_token_triton(logits, states[count])
+    for name in kept[0]:
+        actual, expected = getattr(states[0], name), getattr(states[count], name)
+        if bad is None or name not in ("token", "log", "done"):
+            assert torch.equal(actual, expected), name
+    assert bad is None or states[0].finite.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("x", [torch.arange(2500), torch.randn(3, 7, 2).bfloat16()], ids=["int64", "bf16"])
+def test_all_ranks_have_what_each_has(x):
+    """Of the larger one in two launches."""
+    results = on_ranks(3, 1024, lambda rank, sums: [gather(x + rank, sums.sent, 3)], fills=3 * (1 + (x.nbytes > 12288)))
+    check_alike(results)
+    assert torch.equal(results[0][0], torch.stack([x, x + 1, x + 2]))
