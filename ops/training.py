@@ -9,11 +9,15 @@ module: what `add_norm` then hands on as the normed stream is `Normed`, a promis
 | norm and product                | rms_norm, F.linear                   | LayerNormLinear                            |
 | product                         | F.linear                             | Linear                                     |
 | norm, GeGLU network             | rms_norm, F.linear, geglu            | LayerNormMLP, or with adapters the two     |
-| attention, heads of at most 256 | scaled_dot_product_attention, a mask | DotProductAttention, thd, padding_causal   |
+| attention, heads of at most 256 | scaled_dot_product_attention, a mask | DotProductAttention, thd, padding_causal * |
 | attention with a softcap        | softmax_attention                    | FlexAttention (torch's), compiled          |
 | attention, larger heads         | scaled_dot_product_attention, a mask | the same                                   |
+
+* By cuDNN or flash-attn; where neither takes the shape it is FlexAttention: TransformerEngine's own has all scores in
+memory.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -345,7 +349,8 @@ class TransformerEngine:
     """
 
     def __init__(self, te, eps: float, norm_offset: float, fp8: str | None):
-        self.te, self.modules, self.attentions, self.fp8 = te, {}, {}, fp8
+        self.te, self.modules, self.attentions, self.unfused, self.fp8 = te, {}, {}, set(), fp8
+        os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")  # it is refused, and told, instead
         self.norms = dict(eps=eps, normalization="RMSNorm", zero_centered_gamma=norm_offset == 1.0)
         self.norm = partial(rms_norm, eps=eps, offset=norm_offset)
         self.plain, self.geglu = by_torch(torch.device("cuda")), torch.compile(geglu, dynamic=False)
@@ -420,6 +425,8 @@ class TransformerEngine:
         if layer.head_dim > FUSED_HEAD or layer.softcap is not None:
             return (masked_attention if layer.head_dim > FUSED_HEAD else flex_attention)(q, k, v, layer, documents)
         key = layer.n_heads, layer.n_kv_heads, layer.head_dim, layer.window, layer.scale
+        if key in self.unfused:
+            return flex_attention(q, k, v, layer, documents)
         if key not in self.attentions:
             self.attentions[key] = self.te.DotProductAttention(
                 layer.n_heads,
@@ -431,13 +438,15 @@ class TransformerEngine:
                 window_size=(-1, 0) if layer.window is None else (layer.window - 1, 0),  # to the left, inclusive
                 softmax_scale=layer.scale,
             )
-        y = self.attentions[key](
-            *(x[0].contiguous() for x in (q, k, v)),
-            cu_seqlens_q=documents.ends,
-            cu_seqlens_kv=documents.ends,
-            max_seqlen_q=documents.longest,
-            max_seqlen_kv=documents.longest,
-        )
+        lengths = {"cu_seqlens_q": documents.ends, "cu_seqlens_kv": documents.ends}
+        lengths |= {"max_seqlen_q": documents.longest, "max_seqlen_kv": documents.longest}
+        try:
+            y = self.attentions[key](*(x[0].contiguous() for x in (q, k, v)), **lengths)
+        except ValueError as error:
+            if "backend" not in str(error):
+                raise
+            self.unfused.add(key)
+            return flex_attention(q, k, v, layer, documents)
         return y.view(1, len(y), layer.n_heads, layer.head_dim)
 
 
