@@ -33,7 +33,7 @@ SECONDS = {"loading": 1800, "prefill": 300, "recording": 300, "decoding": 45, "w
 SECONDS |= {"reading": float("inf"), "left": float("inf")}
 ALIVE = 30  # and to tell, from a thread of its own, that it is there
 TOLD = 1  # seconds between
-SHARE = 4  # a rank takes at once what is left, divided by this and by the number of ranks
+SHARE = 4  # samples of a prompt that one rank takes together are at most a rank's part of all, divided by this
 TOGETHER = 16  # samples of a prompt that one rank takes together at most
 INTERRUPTED = "Ctrl-C"
 
@@ -435,14 +435,13 @@ class Deal:
 
     def take(self, waiting: int, free: int, rows: int) -> list[Key]:
         """What comes next on a rank where so many rows, of all, are free, and so many keys wait for one. Nothing, while
-        enough do; with none waiting and a row free, nothing but at the end."""
+        enough do: none is taken before a row is free, lest another rank's row should be sooner; with none waiting and a
+        row free, nothing but at the end."""
         left = self.before[-1] - self.before[self.next]
-        ahead = min(rows, left // (SHARE * self.ranks)) or min(1, free, left)
+        count = min(free, left // self.ranks) or min(1, free, left)
         if self.first is not None:
-            ahead, self.first = min(rows, self.first), None
-        elif waiting >= min(free, ahead) and 2 * waiting >= ahead:
-            return []
-        end, wanted = self.next, self.before[self.next] + ahead - waiting
+            count, self.first = min(rows, self.first), None
+        end, wanted = self.next, self.before[self.next] + count - waiting
         while end < len(self.parts) and self.before[end] < wanted:
             end += 1
         if end == self.next:

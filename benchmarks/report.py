@@ -322,16 +322,19 @@ def parallel(rows: list[dict]) -> str:
     columns = {
         "GPUs": figure("gpus", "{:,}"),
         "copies": figure("copies", "{:,}"),
+        "requests": figure("requests", "{:,}"),
         "new tokens/s": whole_rate,
         "while decoding": decode_rate,
         "gain": figure("gain", "{:.2f} ×"),
     }
-    out = "Microseconds a sum, by rows × hidden size:\n\n"
-    sums = [row | {"gpus": f"{row['gpus']} GPUs"} for row in sums]
-    out += pivot(
-        sums, ("name",), lambda row: f"{row['batch']} × {row['hidden_size']:,}, {row['gpus']}", figure("us", "{:.1f}")
-    )
-    return f"{out}\n{plain(steps, columns)}" if steps else out
+    tables = [plain(steps, columns)] if steps else []
+    if sums:
+        sums = [row | {"gpus": f"{row['gpus']} GPUs"} for row in sums]
+        size = lambda row: f"{row['batch']} × {row['hidden_size']:,}, {row['gpus']}"
+        tables.insert(
+            0, f"Microseconds a sum, by rows × hidden size:\n\n{pivot(sums, ('name',), size, figure('us', '{:.1f}'))}"
+        )
+    return "\n".join(tables)
 
 
 def startup(rows: list[dict]) -> str:
@@ -597,6 +600,10 @@ def command(name: str, content: dict, picture: bool) -> str:
     for option, key in found.items():
         values = dict.fromkeys(str(row[key]) for row in ours if key in row)
         out += f" --{option} {' '.join(values)}" if values else ""
+    if protocol == "parallel":
+        kinds = ("requests" if "requests" in row else "sums" if "us" in row else "steps" for row in rows)
+        parts = dict.fromkeys(kinds)
+        out += f" --parts {' '.join(parts)}" if len(parts) < 3 else ""
     programs = {row.get("name", "").split(",")[0].lower() for row in rows}
     if protocol in ("latency", "tutorial", "throughput", "samples", "parallel", "cpu") or trained:
         names = [peer for peer in ("transformers", "vllm") if peer in programs]
