@@ -95,7 +95,7 @@ def test_settings_of_each_prompt(tiny, prompts):
 
 @pytest.mark.parametrize(
     ("case", "chunk"),
-    [("gemma-mqa", 64), ("gemma2-window-small", 150), *(("gemma3-window-half", n) for n in (64, 150, 8192))]
+    [("gemma-mqa", 64), ("gemma2-window-small", 150), *(("gemma3-window-half", n) for n in (150, 8192))]
     + [("gemma4-shared", 64), ("gemma4-unified", 150)],
 )
 def test_prompts_that_share_pages_have_the_texts_that_they_have_alone(case, chunk, monkeypatch):

@@ -51,7 +51,7 @@ def scripted(monkeypatch, *script: int):
 
 @pytest.mark.parametrize(
     "case",
-    ["gemma-mha", "gemma2-window-half", "gemma3-window-small", "gemma4-experts", "gemma4-unified", "gemma4-shared"],
+    ["gemma-mha", "gemma2-window-half", "gemma3-window-small", "gemma4-unified", "gemma4-shared"],
 )
 def test_drafts_never_change_the_text(case, monkeypatch):
     """Rows with settings of their own, refilled; windows are crossed by drafts that are right, wrong and nonsense."""
