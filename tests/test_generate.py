@@ -151,12 +151,12 @@ def test_few_pages_make_requests_wait(tiny, monkeypatch):
     """Memory for one of them or a little more, as far as the run knows."""
     model, tokenizer = tiny
     prompts = [tokenizer.encode(text) * 8 for text in TEXTS]
-    expected, rows, room = generate(model, prompts, 90, **GREEDY), [], program.rows_and_pages
+    expected, rows, room = generate(model, prompts, 70, **GREEDY), [], program.rows_and_pages
     monkeypatch.setattr(program, "rows_and_pages", lambda model, pages, *rest: (3, 1 + max(pages) + len(rows)))
-    for extra in range(3):
+    for extra in range(2):
         release(model)
         rows.append(extra)
-        assert generate(model, prompts, 90, **GREEDY) == expected
+        assert generate(model, prompts, 70, **GREEDY) == expected
     monkeypatch.setattr(program, "rows_and_pages", room)
 
 

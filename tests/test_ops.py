@@ -503,8 +503,9 @@ def test_attention_of_prompts(dtype, cache_dtype, split_k, window, ragged, cache
 @pytest.mark.parametrize(
     ("attend", "dtype", "cache_dtype"), [(attention.attend, F32, F32), (attention.attend_triton, BF16, E4M3)]
 )
-@pytest.mark.parametrize(("window", "cached"), [(None, None), (None, (70, 3)), (50, (70, 3))])
-@pytest.mark.parametrize("products", [1, 2])
+@pytest.mark.parametrize(
+    ("window", "cached", "products"), [(None, None, 1), (None, (70, 3), 2), (50, (70, 3), 2), (50, (70, 3), 1)]
+)
 def test_prompts_of_layers_that_share_keys(attend, dtype, cache_dtype, window, cached, products):
     """A layer with norms, and one that has its keys and values, against layers without norms and with keys of their
     own; a ring has lost tokens by the time that the second layer runs."""

@@ -182,7 +182,8 @@ def one_layer(tmp_path_factory):
 
 
 def test_compile_from_the_command_line(capsys, one_layer):
-    options = ("--checkpoint_path", one_layer, "--temperature", 0, "--max_new_tokens", 30, "--precision", "fp32")
+    options = ("--checkpoint_path", one_layer, "--max_new_tokens", 30, "--precision", "fp32", "--seed", 1)
+    options += ("--top_p", 0.9, "--min_p", 0.01, "--repetition_penalty", 1.1, "--temperature", 0.7)
     _, eager, _ = run(capsys, *options)
     _, compiled, err = run(capsys, *options, "--compile", "--compile_prefill")
     assert compiled == eager
