@@ -62,6 +62,7 @@ from model import Block, Residual, Transformer
 from ops.norm import rms_norm
 from ops.rope import Positions, rope
 from ops.training import RECIPES, LoRA, Training, choose, cross_entropy
+from parallel import NO_MULTICAST, of_environment, own_device
 from text import check_window
 from tokenizer import open_tokenizer
 from training_data import Batch, Data, read_documents
@@ -185,13 +186,12 @@ class Ranks(NamedTuple):
 @contextmanager
 def processes(device: str | None) -> Iterator[Ranks]:
     """Those that torchrun started, connected; or this one alone."""
-    device, count = pick_device(device), int(os.environ.get("WORLD_SIZE", "1"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    count = of_environment("WORLD_SIZE", 1)
     if count == 1:
-        yield Ranks(0, 1, device)
+        yield Ranks(0, 1, pick_device(device))
         return
+    os.environ |= NO_MULTICAST  # whose memory outlives a process that dies
+    device = own_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), count, device)

@@ -39,6 +39,7 @@ from device import pick_device
 VOCABULARY_STEPS = 64, 16, 1  # rows of which a rank has a multiple: the first that leaves every rank some
 MAIL_ROWS, MAIL_BYTES = 4096, 8 << 20  # rows of a sum by kernels, and bytes that a rank sends for it, at most
 GATHERED_BYTES = 64 << 20  # of a rank, that kernels send
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}  # for the environment
 START_SECONDS = 300  # in which all ranks have to have come
 # How long a rank waits for another one, which may read weights: ranks.py looks after those that died or hang
 TIMEOUT = timedelta(seconds=1800)
@@ -363,7 +364,7 @@ def init(tensor_parallel: int, device: str | None = None, start: str = "") -> Su
     if tensor_parallel == 1:
         return None
     # Memory that multicast maps outlives a process that dies; both are read when CUDA starts
-    os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    os.environ |= NO_MULTICAST
     import torch.distributed
 
     chosen, rank = own_device(device), of_environment("RANK")

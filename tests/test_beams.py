@@ -91,7 +91,7 @@ def test_every_kind_of_model(reference):
     assert len(set(ended)) == 2  # some by a stop id, some by the limit
 
 
-@pytest.mark.parametrize("num_beams", [2, 3, 4])
+@pytest.mark.parametrize("num_beams", [2, 4])
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 def test_early_stopping_and_length_penalty(gemma, num_beams, early_stopping):
     theirs, ours = gemma

@@ -353,7 +353,7 @@ def test_a_reference_with_another_vocabulary_is_one_line(capsys, file, tmp_path)
     assert "error: vocabularies of 4096 and of 128 tokens can't be compared" in err
 
 
-@pytest.mark.parametrize("kind", ["moe", "e4b", "dense"])
+@pytest.mark.parametrize("kind", ["moe", "e4b"])
 def test_gemma_4_in_every_format(capsys, tmp_path_factory, kind):
     directory = gemma4.calibrated(kind, tmp_path_factory)
     capsys.readouterr()  # calibrate.py's

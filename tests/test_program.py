@@ -304,8 +304,7 @@ def test_output_is_what_json_prints_with_a_line_for_what_fails(capsys, asked, tm
     assert status == 0 and found == expected[:3] + expected[4:]
 
 
-@pytest.mark.parametrize("torn", [b"", b"[3", b'[3, 0, {"id": 1, "prompt": "im'])
-@pytest.mark.parametrize("ended", [1, 4])
+@pytest.mark.parametrize(("torn", "ended"), [(b"", 1), (b"[3", 4), (b'[3, 0, {"id": 1, "prompt": "im', 1)])
 def test_output_goes_on_where_it_stopped(capsys, monkeypatch, asked, tmp_path, ended, torn):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     options = ["--prompts_file", asked, *OUTPUT]

@@ -57,7 +57,7 @@ def test_drafts_never_change_the_text(case, monkeypatch):
     """Rows with settings of their own, refilled; windows are crossed by drafts that are right, wrong and nonsense."""
     model, other = small_model(case=case), small_model(seed=1)
     prompts = prompts_of(min(model.config.vocab_size, other.config.vocab_size))
-    limits = [30, 9, 1, 22, 17, 40]
+    limits = [20, 9, 1, 16, 12, 26]
     options = dict(sampling=list(SETTINGS), seed=5, stop_ids=(11, 12), batch_size=4)
     expected = generate(model, prompts, limits, **options)
     scripted(monkeypatch, 4, 8, 1, 1, 2, 1, 8)
