@@ -13,8 +13,8 @@ module: what `add_norm` then hands on as the normed stream is `Normed`, a promis
 | attention with a softcap        | softmax_attention                    | FlexAttention (torch's), compiled          |
 | attention, larger heads         | scaled_dot_product_attention, a mask | the same                                   |
 
-* By cuDNN or flash-attn; where neither takes the shape it is FlexAttention: TransformerEngine's own has all scores in
-memory.
+* By cuDNN or flash-attn; where neither takes the shape it is torch's FlashAttention, which is also what PyTorch takes on a
+GPU: TransformerEngine's own has all scores in memory.
 """
 
 import os
@@ -119,6 +119,24 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, docum
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return y.transpose(1, 2)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, documents: Documents) -> Tensor:
+    """By torch's FlashAttention for documents one behind another, in half precision and without a softcap."""
+    from torch.nn.attention import varlen
+
+    group = layer.n_heads // layer.n_kv_heads  # torch 2.11 wants as many heads of each
+    k, v = (x.repeat_interleave(group, 2) if group > 1 else x for x in (k, v))
+    window = -1 if layer.window is None else layer.window - 1, 0  # to the left, inclusive
+    ends, longest = documents.ends, documents.longest
+    parts = (x[0].contiguous() for x in (q, k, v))
+    return varlen.varlen_attn(*parts, ends, ends, longest, longest, scale=layer.scale, window_size=window)[None]
+
+
+def gpu_attention(q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, documents: Documents) -> Tensor:
+    """By the fastest of PyTorch's that takes the layer."""
+    by = flash_attention if layer.softcap is None and q.dtype != torch.float32 else flex_attention
+    return (masked_attention if layer.head_dim > FUSED_HEAD else by)(q, k, v, layer, documents)
 
 
 def attend_documents(
@@ -308,10 +326,6 @@ def by_torch(device: torch.device) -> Training:
     def unrounded_add_norm(x, y, post_weight, weight, eps, input_scale=None, offset=1.0, factor=None):
         return added(x, y, post_weight, weight, eps, None, offset, factor)  # in front of a frozen FP8 weight, too
 
-    def core(q, k, v, layer, documents):
-        by = flex_attention if on_gpu and layer.head_dim <= FUSED_HEAD else masked_attention
-        return by(q, k, v, layer, documents)
-
     operations = replace(
         TORCH,
         embed=_embed,
@@ -319,7 +333,7 @@ def by_torch(device: torch.device) -> Training:
         matmul=product,
         matmul_geglu=lambda x, weight, dtype, scale=None: gated(product(x, weight, dtype), dtype),
         experts=experts,
-        attend=partial(attend_documents, core, compiled(split_heads)),
+        attend=partial(attend_documents, gpu_attention if on_gpu else masked_attention, compiled(split_heads)),
     )
     return Training(
         "torch", operations, compiled(logit_gradients), nullcontext, partial(checkpoint, use_reentrant=False)
@@ -422,11 +436,9 @@ class TransformerEngine:
         return y
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, documents: Documents) -> Tensor:
-        if layer.head_dim > FUSED_HEAD or layer.softcap is not None:
-            return (masked_attention if layer.head_dim > FUSED_HEAD else flex_attention)(q, k, v, layer, documents)
         key = layer.n_heads, layer.n_kv_heads, layer.head_dim, layer.window, layer.scale
-        if key in self.unfused:
-            return flex_attention(q, k, v, layer, documents)
+        if layer.head_dim > FUSED_HEAD or layer.softcap is not None or key in self.unfused:
+            return gpu_attention(q, k, v, layer, documents)
         if key not in self.attentions:
             self.attentions[key] = self.te.DotProductAttention(
                 layer.n_heads,
@@ -446,7 +458,7 @@ class TransformerEngine:
             if "backend" not in str(error):
                 raise
             self.unfused.add(key)
-            return flex_attention(q, k, v, layer, documents)
+            return gpu_attention(q, k, v, layer, documents)
         return y.view(1, len(y), layer.n_heads, layer.head_dim)
 
 

@@ -29,6 +29,7 @@ from ops.training import (
     TransformerEngine,
     by_torch,
     cross_entropy,
+    flash_attention,
     flex_attention,
     masked_attention,
 )
@@ -174,6 +175,30 @@ def test_bf16_rounds_the_masters_and_sums_up_in_float32(small):
         similar = F.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0)
         assert similar > 0.95, name
     assert any(not torch.equal(found[name], found[name].bfloat16().float()) for name in ("embedding.weight",))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_flash_attention_gets_what_the_definition_sees(window, monkeypatch):
+    """torch's function, which needs a GPU, by what its documentation says: `window_size` are the keys to the left and
+    right of a query's own that it sees, -1 all."""
+
+    def varlen_attn(q, k, v, ends, key_ends, longest, longest_key, scale, window_size):
+        assert torch.equal(ends, key_ends) and longest == longest_key >= ends.diff().max()
+        y, (left, right) = torch.empty_like(q), window_size
+        for start, end in zip(ends[:-1].tolist(), ends[1:].tolist()):
+            at = torch.arange(end - start)
+            ahead = at[:, None] - at
+            seen = (ahead >= -right) & ((ahead <= left) | (left < 0))
+            parts = (x[start:end].transpose(0, 1) for x in (q, k, v))
+            y[start:end] = F.scaled_dot_product_attention(*parts, seen, scale=scale).transpose(0, 1)
+        return y
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    layer = AttentionLayer(4, 2, 16, 0.3, None, window)
+    q, k, v = (torch.randn(1, 50, heads, 16) for heads in (4, 2, 2))
+    documents = Documents.of([20, 12, 18], CPU)
+    found = flash_attention(q, k, v, layer, documents)
+    assert torch.allclose(found, masked_attention(q, k, v, layer, documents), atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
