@@ -19,13 +19,11 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -39,27 +37,38 @@ import torch
 from assistant import Assistant
 from beams import beam_search
 from benchmarks import peers, report
-from benchmarks.checkpoints import E4M3, FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
+from benchmarks.checkpoints import FP8_NAME, GIB, PRECISIONS, quality, release, synthetic_checkpoint
+from benchmarks.measuring import (
+    cpu_name,
+    matrix_rate,
+    prompts_of_lengths,
+    random_prompts,
+    request_lengths,
+    rounded,
+    seconds_of,
+    spread,
+    time_in_turn,
+    time_launches,
+    tutorial_prompts,
+)
 from benchmarks.report import OURS
+from benchmarks.training import training
 from cache import KVScales, cache_bytes, codec_of
 from checkpoint import open_checkpoint
 from cli import DEFAULT_CHECKPOINT, Parser, Stats, number, path, run_program
 from config import NAMED_CONFIGS, ModelConfig
-from device import copy_bandwidth, now, peak_memory, pick_device
+from device import copy_bandwidth, now, pick_device
 from files import check_writable, write_atomically
-from finetune import PEAKS, Objective, Trainer, add_adapters, processes, shard, unfrozen
 from formats import Weight
 from generate import drafts_per_step, generate, load_model
 from model import Transformer
 from ops import Ops, choose
-from ops.training import choose as choose_training
 from parallel import Sums, of_environment
 from runner import Runner, lease
 from sampling import ALL_GREEDY, Sampling
 from scheduler import Request, Scheduler
 from speculate import AssistantDrafter, Drafter, DraftModel, PromptLookup, check_same_tokens
 from text import read_texts
-from training_data import Data, Document
 
 ROOT = Path(__file__).parent
 OPS = ("kernels", "te", "torch")  # implementations of the operations, as load_model's ops names them
@@ -521,81 +530,6 @@ def cpu(args: argparse.Namespace) -> Iterator[dict]:
     yield rounded({"model": "tiny-gemma", "name": "process start to first token", **spread(seconds)})
 
 
-def training(
-    args: argparse.Namespace, shapes: tuple[tuple[int, int], ...] = ((4096, 8), (256, 8)), rank: int = 16
-) -> Iterator[dict]:
-    """A step of fine-tuning on 8 rows of 4,096 tokens, and of 256 as in TransformerEngine's tutorial: all weights, where
-    16 bytes a parameter fit, and adapters of rank 16; FP8 by current scaling. Started by torchrun, on all of its GPUs.
-    Activations are kept if memory holds them. tflops and mfu are a GPU's. Peer: transformers, the same recipe."""
-    with processes("cuda") as ranks:
-        for name, precision, lora in product(args.models, args.precisions, (0, rank)):
-            config, total = ModelConfig.from_name(name), torch.cuda.get_device_properties(ranks.device).total_memory
-            with torch.device("meta"):
-                count = sum(p.numel() for p in Transformer(config).parameters())
-            if not lora and 16 * count / ranks.count > 0.8 * total:
-                print(f"{name}, all weights, is left out: {16 * count / ranks.count / GIB:.0f} GiB a GPU", flush=True)
-                continue
-            case = {"model": name, "precision": precision, "trained": f"adapters of rank {lora}" if lora else "all"}
-            for length, rows in shapes:
-                columns = case | {"gpus": ranks.count, "length": length, "batch": rows}
-                row = time_training(args, config, precision, lora, ranks, length, rows)
-                if ranks.first:
-                    yield rounded(columns | row)
-                if "transformers" in args.peers and ranks.count == 1 and precision == "bf16":
-                    release()
-                    run = peers.transformers_training(config_of_peer(name), ranks.device, lora, length, rows)
-                    if run is not None:
-                        flop, seconds = row["flop"], seconds_of(time_in_turn({"": run}, args.repeats, ranks.device)[""])
-                        yield rounded(
-                            columns | {"name": "transformers"} | training_figures(seconds, flop, ranks, length * rows)
-                        )
-                        del run
-                release()
-
-
-def time_training(args, config: ModelConfig, precision: str, lora: int, ranks, length: int, rows: int) -> dict:
-    """Figures of our steps, 4,096 tokens at a time, with activations kept or else, where they don't fit, computed again."""
-    documents = [Document(array("i", each), b"\1" * length) for each in random_prompts(rows, length, config.vocab_size)]
-    data = Data(documents, length)
-    settings = {"rows": rows, "all_rows": 10**6 * rows, "learning_rate": 1e-5, "weight_decay": 0.0}
-    for keeps in (True, False) if ranks.count == 1 else (False,):
-        release()
-        torch.cuda.reset_peak_memory_stats()
-        model = trainer = None
-        try:
-            dtype = torch.bfloat16 if lora else torch.float32
-            model = Transformer.random(config, ranks.device, dtype=dtype)
-            if lora:
-                add_adapters(model, lora, 0)
-            else:
-                for layer in model.layers:
-                    shard(layer, ranks, torch.bfloat16)
-                unfrozen(model)
-            options = (config.norm_eps, config.norm_offset, "current" if precision == "fp8" else None)
-            operations = choose_training(ranks.device, torch.bfloat16, *options)
-            objective = Objective(model, operations, torch.bfloat16, not keeps)
-            if not lora:
-                shard(objective, ranks, torch.bfloat16)
-            trainer = Trainer(objective, data, ranks, settings, 10**6, at_once=max(1, 4096 // length))
-            runs = time_in_turn({OURS: trainer.train_step}, args.repeats, ranks.device)[OURS]
-            row = {"name": OURS, "ops": operations.name, "activations": "kept" if keeps else "computed again"}
-            return row | training_figures(seconds_of(runs), runs[0][1]["flop"], ranks, length * rows)
-        except torch.OutOfMemoryError:
-            if not keeps:
-                raise ValueError(f"out of GPU memory with rows of {length} tokens") from None
-        finally:
-            del model, trainer
-    raise AssertionError
-
-
-def training_figures(seconds: dict, flop: float, ranks, tokens: int) -> dict:
-    rate = flop / seconds["seconds"] / ranks.count
-    peak = next((peak for gpu, peak in PEAKS.items() if gpu in torch.cuda.get_device_name(ranks.device)), None)
-    figures = seconds | {"tokens_per_second": tokens / seconds["seconds"], "flop": flop, "tflops": rate / 1e12}
-    figures |= {} if peak is None else {"mfu": rate / peak}
-    return figures | {"peak_allocated_gib": peak_memory(ranks.device) / GIB}
-
-
 class Protocol(NamedTuple):
     """What yields its rows, the device that it needs, the defaults of its options, the peers that it knows, and the
     options that only it takes."""
@@ -707,40 +641,6 @@ def forced_right(operations: Ops, right: tuple[float, ...], device: torch.device
     return replace(operations, greedy=greedy)
 
 
-def random_prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
-    """<bos> and random ids, the same for everyone."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(10, vocab_size, (rows, length), generator=generator)
-    tokens[:, 0] = 2
-    return tokens.tolist()
-
-
-def request_lengths(count: int, shape: str) -> list[tuple[int, int]]:
-    """Tokens of the prompt and new ones of each request, which a shape like 128/128 gives; mixed ones are log-normal
-    around means of 200 and 250, cut at 16 and 1,024."""
-    if shape != "mixed":
-        prompt, new = map(int, shape.split("/"))
-        return [(prompt, new)] * count
-    source, deviation = random.Random(20261124), 0.8
-
-    def length(mean: float) -> int:
-        value = source.lognormvariate(math.log(mean) - deviation**2 / 2, deviation)
-        return max(16, min(1024, round(value)))
-
-    return [(length(200), length(250)) for _ in range(count)]
-
-
-def prompts_of_lengths(lengths: list[int], vocab_size: int) -> list[list[int]]:
-    prompts = random_prompts(len(lengths), max(lengths), vocab_size)
-    return [prompt[:length] for prompt, length in zip(prompts, lengths)]
-
-
-def tutorial_prompts(rows: int, longest: int, vocab_size: int) -> list[list[int]]:
-    """<bos> and at least one random id each, `longest` tokens at most."""
-    lengths = torch.randint(2, longest + 1, (rows,), generator=torch.Generator().manual_seed(1)).tolist()
-    return prompts_of_lengths(lengths, vocab_size)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
@@ -754,27 +654,6 @@ def ours(model: Transformer, prompts: list[list[int]], new_tokens: int | list[in
         return stats
 
     return run
-
-
-def time_in_turn(runners: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list[tuple]]:
-    """(seconds, what it returned) of each of 1 + `repeats` runs of each runner: a drift of the machine's speed meets
-    all alike."""
-    runs = {name: [] for name in runners}
-    for _ in range(1 + repeats):
-        for name, run in runners.items():
-            start = now(device)
-            result = run()
-            runs[name].append((now(device) - start, result))
-    return runs
-
-
-def spread(seconds: list[float]) -> dict:
-    return {"seconds": median(seconds), "seconds_spread": [min(seconds), max(seconds)]}
-
-
-def seconds_of(runs: list[tuple]) -> dict:
-    """Of what `time_in_turn` returns of a runner: the first run warms up."""
-    return spread([seconds for seconds, _ in runs[1:]]) | {"first_run_seconds": runs[0][0]}
 
 
 def measure(args: argparse.Namespace, runners: dict[str, Callable], case: dict, repeats: int | None = None):
@@ -908,20 +787,6 @@ def time_sums(sums: Sums, rows: int, size: int) -> dict[str, float]:
     return {name: time_launches(run, device) for name, run in ways.items()}
 
 
-def time_launches(run: Callable, device: torch.device, count: int = 50) -> float:
-    """Seconds of a run, of `count` in a CUDA graph or, on a CPU, one behind another; the median of ten times."""
-    replay = lambda: [run() for _ in range(count)]
-    if device.type == "cuda":
-        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.synchronize(device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            replay()
-        replay = graph.replay
-    return median(seconds for seconds, _ in time_in_turn({"": replay}, 10, device)[""][1:]) / count
-
-
 def prefill_flop(model: Transformer, batch: int, tokens: int) -> float:
     """Of the layers' products, of experts' those that a token takes, and of attention's two, for the pairs that it sees.
     Layers that share keys compute the last token only."""
@@ -935,23 +800,6 @@ def prefill_flop(model: Transformer, batch: int, tokens: int) -> float:
         seen = count * tokens if config.is_shared(index) else window * tokens - window**2 / 2
         total += 4 * seen * config.n_heads * config.head_dim_of(index)
     return batch * total
-
-
-def matrix_rate(device: torch.device, fp8: bool, size: int) -> float:
-    """FLOP a second of square products of random values, summed as ours are (no fast accumulation); the best of
-    five."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    run, best, count = partial(torch.mm, a, b.t()), math.inf, 10
-    if fp8:
-        one = torch.ones((), device=device)
-        options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": False}
-        run = partial(torch._scaled_mm, a.to(E4M3), b.to(E4M3).t(), **options)
-    for _ in range(6):
-        start = now(device)
-        for _ in range(count):
-            run()
-        best = min(best, now(device) - start)
-    return count * 2 * size**3 / best
 
 
 def first_output(device: torch.device, *options: str, **environment: str) -> tuple[float, str]:
@@ -1055,27 +903,8 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
-
-
-def rounded(row: dict) -> dict:
-    """Floats to five digits."""
-
-    def short(value):
-        if isinstance(value, list):
-            return [short(v) for v in value]
-        return float(f"{value:.5g}") if isinstance(value, float) else value
-
-    return {key: short(value) for key, value in row.items()}
 
 
 def write_text(file: Path, text: str):

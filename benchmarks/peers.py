@@ -206,7 +206,7 @@ def transformers_training(config: dict, device, lora_rank: int, length: int, row
 
         def step():
             for row in tokens:
-                with torch.autocast("cuda", torch.bfloat16):
+                with torch.autocast(torch.device(device).type, torch.bfloat16):
                     loss = model(input_ids=row, labels=row, use_cache=False).loss
                 (loss / rows).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)

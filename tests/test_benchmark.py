@@ -9,7 +9,9 @@ import subprocess
 import time
 import weakref
 import xml.dom.minidom
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +22,13 @@ import benchmark
 import calibrate
 import eval as evaluation
 import quantize
-from benchmarks import checkpoints, peers, report
+from benchmarks import checkpoints, peers, report, training
+from benchmarks.report import OURS
 from checkpoint import open_checkpoint, read_config
 from cli import Stats
 from config import NAMED_CONFIGS
 from files import read_header
+from finetune import Ranks
 from formats import Weight
 from generate import generate, load_model
 from model import Transformer
@@ -77,6 +81,23 @@ def trained(tmp_path):
     kept = {name: weight for name, weight in weights.items() if ".layers." not in name or ".layers.0." in name}
     save_file(kept, directory / "model.safetensors")
     return directory
+
+
+def test_training_rows(monkeypatch):
+    """Steps of all weights and of adapters, and transformers' beside them, on a CPU that passes for a GPU."""
+    monkeypatch.setattr(training, "processes", lambda device: nullcontext(Ranks(0, 1, CPU)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**40))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setitem(NAMED_CONFIGS, "tiny", (1, 1, 64, 128, 4, 2, 32, None, 32, 1.0, 512, 4096))
+    args = argparse.Namespace(models=["tiny"], precisions=["bf16"], peers=("transformers",), repeats=1)
+    rows = list(training.training(args, ((32, 3),), rank=2))
+    assert [(row["name"], row["trained"]) for row in rows][::2] == [(OURS, "all"), (OURS, "adapters of rank 2")]
+    assert {row["name"] for row in rows[1::2]} == {"transformers"}
+    for row in rows:
+        assert row["batch"] == 3 and row["length"] == 32 and row["mfu"] > 0
+        assert row["tokens_per_second"] == pytest.approx(96 / row["seconds"], rel=1e-3)
+    assert rows[0]["flop"] > rows[2]["flop"] > 0.6 * rows[0]["flop"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
