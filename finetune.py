@@ -161,7 +161,7 @@ class Objective(nn.Module):
         return cross_entropy(h, head, batch.targets, config.logit_softcap, self.training_ops.of_logits)
 
 
-class Ranks(NamedTuple):
+class Workers(NamedTuple):
     """The processes that train together, one a device: this one's number, how many there are, and its device."""
 
     rank: int
@@ -184,29 +184,29 @@ class Ranks(NamedTuple):
 
 
 @contextmanager
-def processes(device: str | None) -> Iterator[Ranks]:
+def workers(device: str | None) -> Iterator[Workers]:
     """Those that torchrun started, connected; or this one alone."""
     count = of_environment("WORLD_SIZE", 1)
     if count == 1:
-        yield Ranks(0, 1, pick_device(device))
+        yield Workers(0, 1, pick_device(device))
         return
     os.environ |= NO_MULTICAST  # whose memory outlives a process that dies
     device = own_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Ranks(dist.get_rank(), count, device)
+        yield Workers(dist.get_rank(), count, device)
     finally:
         dist.destroy_process_group()
 
 
-def shard(module: nn.Module, ranks: Ranks, dtype: torch.dtype):
+def shard(module: nn.Module, ranks: Workers, dtype: torch.dtype):
     """Leaves each of several ranks its share of the module's parameters, to be gathered in `dtype` while it runs."""
     if ranks.count > 1:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(module, mesh=init_device_mesh(ranks.device.type, (ranks.count,)), mp_policy=policy)
 
 
-def whole_model(checkpoint: Checkpoint, ranks: Ranks, dtype: torch.dtype) -> Transformer:
+def whole_model(checkpoint: Checkpoint, ranks: Workers, dtype: torch.dtype) -> Transformer:
     """A checkpoint's model with parameters in float32, all to be trained, on this rank's device; on several, sharded
     layer by layer as they are read, and gathered in `dtype`."""
     if checkpoint.weight_format not in (None, "bf16", "fp16", "fp32"):
@@ -275,7 +275,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 class Trainer:
     """A model in training: its objective, the optimiser, the data, and the step that comes next."""
 
-    def __init__(self, objective: Objective, data: Data, ranks: Ranks, settings: dict, steps: int, at_once: int = 1):
+    def __init__(self, objective: Objective, data: Data, ranks: Workers, settings: dict, steps: int, at_once: int = 1):
         """`settings` are what a resumed run must agree on: of them learning_rate, weight_decay and rows (of a step) are
         read here. `at_once` rows of a rank go through the model together."""
         self.objective, self.data, self.ranks, self.settings, self.steps = objective, data, ranks, settings, steps
@@ -456,7 +456,7 @@ def multiplied(model: Transformer) -> int:
 # What a run leaves
 
 
-def export(model: Transformer, checkpoint: Checkpoint, directory: Path, ranks: Ranks):
+def export(model: Transformer, checkpoint: Checkpoint, directory: Path, ranks: Workers):
     """Writes a whole model to `directory` as Hugging Face has it, with what `checkpoint` has beside the text model."""
     parameters = dict(model.named_parameters())
 
@@ -555,7 +555,7 @@ def print_figures(trainer: Trainer, args: argparse.Namespace, lines: list[dict],
     print("\n".join(told), f"peak memory {peak_memory(device) / GIB:.2f} GiB", sep="\n", file=sys.stderr)
 
 
-def speed_in_words(lines: list[dict], ranks: Ranks) -> str:
+def speed_in_words(lines: list[dict], ranks: Workers) -> str:
     """tokens/s of all ranks together, and on a known GPU the share of its peak that the model's products take (MFU)."""
     seconds = sum(line["seconds"] for line in lines)
     text, rate = (
@@ -626,13 +626,13 @@ def prepare_output(args: argparse.Namespace):
 
 
 def run(args: argparse.Namespace):
-    with processes(args.device) as ranks:
+    with workers(args.device) as ranks:
         advice = "lower --rows_at_once or --max_length, leave out --keep_activations, train adapters (--lora_rank)"
         with told_if_out_of_memory(ranks.device, f"rows of {args.max_length} tokens", f"{advice}, or use more GPUs"):
             train(args, ranks)
 
 
-def train(args: argparse.Namespace, ranks: Ranks):
+def train(args: argparse.Namespace, ranks: Workers):
     start, out, size = time.perf_counter(), args.output_dir, args.max_length
     dtype = PRECISIONS[args.precision or ("bf16" if ranks.device.type == "cuda" else "fp32")]
     checkpoint = open_checkpoint(args.checkpoint_path)
@@ -703,7 +703,7 @@ def read_data(args: argparse.Namespace, tokenizer) -> tuple[Data, Data | None]:
     return packed[0], packed[1]
 
 
-def load(args: argparse.Namespace, checkpoint: Checkpoint, ranks: Ranks, dtype: torch.dtype) -> Transformer:
+def load(args: argparse.Namespace, checkpoint: Checkpoint, ranks: Workers, dtype: torch.dtype) -> Transformer:
     """The model to be trained: whole, or frozen and with adapters."""
     if not args.lora_rank:
         return whole_model(checkpoint, ranks, dtype)

@@ -14,7 +14,7 @@ from benchmarks.measuring import random_prompts, rounded, seconds_of, time_in_tu
 from benchmarks.report import OURS
 from config import ModelConfig
 from device import peak_memory
-from finetune import PEAKS, Objective, Trainer, add_adapters, processes, shard, unfrozen
+from finetune import PEAKS, Objective, Trainer, add_adapters, shard, unfrozen, workers
 from model import Transformer
 from ops.training import choose
 from training_data import Data, Document
@@ -26,7 +26,7 @@ def training(
     """A step of fine-tuning on 8 rows of 4,096 tokens, and of 256 as in TransformerEngine's tutorial: all weights, where
     16 bytes a parameter fit, and adapters of rank 16; FP8 by current scaling. Started by torchrun, on all of its GPUs.
     Activations are kept if memory holds them. tflops and mfu are a GPU's. Peer: transformers, the same recipe."""
-    with processes("cuda") as ranks:
+    with workers("cuda") as ranks:
         for name, precision, lora in product(args.models, args.precisions, (0, rank)):
             config, total = ModelConfig.from_name(name), torch.cuda.get_device_properties(ranks.device).total_memory
             with torch.device("meta"):

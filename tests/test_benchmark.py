@@ -28,7 +28,7 @@ from checkpoint import open_checkpoint, read_config
 from cli import Stats
 from config import NAMED_CONFIGS
 from files import read_header
-from finetune import Ranks
+from finetune import Workers
 from formats import Weight
 from generate import generate, load_model
 from model import Transformer
@@ -85,7 +85,7 @@ def trained(tmp_path):
 
 def test_training_rows(monkeypatch):
     """Steps of all weights and of adapters, and transformers' beside them, on a CPU that passes for a GPU."""
-    monkeypatch.setattr(training, "processes", lambda device: nullcontext(Ranks(0, 1, CPU)))
+    monkeypatch.setattr(training, "workers", lambda device: nullcontext(Workers(0, 1, CPU)))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**40))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)

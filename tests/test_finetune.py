@@ -19,7 +19,7 @@ from conftest import CASES, ROOT, SIZES, TINY_GEMMA, small_model, tiny_config
 import finetune
 from checkpoint import open_checkpoint, sources
 from files import tensor_bytes, write_safetensors
-from finetune import Objective, Ranks, Trainer, add_adapters, unfrozen, whole_model
+from finetune import Objective, Trainer, Workers, add_adapters, unfrozen, whole_model
 from generate import load_model
 from ops.norm import rms_norm
 from ops.rope import AttentionLayer
@@ -37,7 +37,7 @@ from tokenizer import open_tokenizer
 from training_data import Data, Document, documents_of, pack, read_documents
 
 CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, CPU)
+ALONE = Workers(0, 1, CPU)
 
 
 def documents(*lengths: int, vocab: int = 128, seed: int = 0) -> list[Document]:
