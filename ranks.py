@@ -34,6 +34,7 @@ SECONDS |= {"reading": float("inf"), "left": float("inf")}
 ALIVE = 30  # and to tell, from a thread of its own, that it is there
 TOLD = 1  # seconds between
 SHARE = 4  # samples of a prompt that one rank takes together are at most a rank's part of all, divided by this
+REFILLED = 16  # a rank takes more when so many'th a part of its rows is free
 TOGETHER = 16  # samples of a prompt that one rank takes together at most
 INTERRUPTED = "Ctrl-C"
 
@@ -435,10 +436,12 @@ class Deal:
 
     def take(self, waiting: int, free: int, rows: int) -> list[Key]:
         """What comes next on a rank where so many rows, of all, are free, and so many keys wait for one. Nothing, while
-        enough do: none is taken before a row is free, lest another rank's row should be sooner; with none waiting and a
-        row free, nothing but at the end."""
+        enough do, nor before a part of the rows is free, lest another rank's should be sooner; with none waiting and all
+        rows free, nothing but at the end."""
         left = self.before[-1] - self.before[self.next]
         count = min(free, left // self.ranks) or min(1, free, left)
+        if REFILLED * free < rows:
+            count = 0
         if self.first is not None:
             count, self.first = min(rows, self.first), None
         end, wanted = self.next, self.before[self.next] + count - waiting

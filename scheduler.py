@@ -94,7 +94,7 @@ class Scheduler:
     `Pages`, prompts that begin with the same pages.
 
     Where several schedulers share a list, `requests` is a function: of how many wait, how many rows are free and how many
-    there are, it gives those to take now. With none waiting and a row free, nothing means that the list is at its end.
+    there are, it gives those to take now. With none waiting and all rows free, nothing means that the list is at its end.
     """
 
     def __init__(
@@ -171,9 +171,10 @@ class Scheduler:
                 if each.last == inf:
                     self._give_back(each)
 
-    def _look_ahead(self):
+    def _look_ahead(self, starting: int = 0):
+        """Takes what comes next, where so many rows that are free will not be in a moment."""
         if callable(self.requests):
-            self.waiting.extend(self.requests(len(self.waiting), len(self.free), self.rows))
+            self.waiting.extend(self.requests(len(self.waiting), len(self.free) - starting, self.rows))
             return
         self.waiting.extend(islice(self.requests, self.rows - len(self.waiting)))
 
@@ -195,7 +196,7 @@ class Scheduler:
         """Pieces of the prompts that start now, at most CHUNK tokens at a time. Each list has to be admitted before the
         next one is made, which may share its pages."""
         requests = [self.waiting.popleft() for _ in range(self._due())]
-        self._look_ahead()
+        self._look_ahead(len(requests))
         queue = deque(sorted(requests, key=lambda request: len(request.prompt)))
         self.free.sort(reverse=True)
         cut = None  # the last piece, if its prompt goes on

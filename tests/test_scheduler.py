@@ -1,6 +1,7 @@
 """The scheduler over a runner that is none: rows whose next token is a known function of what they hold."""
 
 import random
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,20 @@ def test_every_request_gets_its_own_tokens_once(rows, check):
         assert sorted({*scheduler.free}) == sorted({*scheduler.rings}) == list(range(rows)) and not scheduler.running
         scheduler.pages.check()
         assert not scheduler.pages.held
+
+
+def test_what_is_taken_of_a_shared_list_has_a_row():
+    """Rows are not free any more while the requests that they are for are about to start: where they were counted as
+    such, one scheduler took what was meant for another, and had twice as much."""
+    requests, asked = iter(requests_of(random.Random(0), 40)), []
+
+    def take(waiting, free, rows):
+        asked.append((waiting, free, rows))
+        return list(islice(requests, max(0, free - waiting)))
+
+    scheduler = Scheduler(Rows(8), None, take, 8)
+    assert len(list(scheduler.run())) == 40
+    assert asked[:2] == [(0, 8, 8), (0, 0, 8)] and all(free <= 8 for _, free, _ in asked)
 
 
 def test_runs_of_tokens_come_in_order_and_are_cut_where_a_request_stops():
