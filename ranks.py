@@ -34,7 +34,7 @@ SECONDS |= {"reading": float("inf"), "left": float("inf")}
 ALIVE = 30  # and to tell, from a thread of its own, that it is there
 TOLD = 1  # seconds between
 SHARE = 4  # samples of a prompt that one rank takes together are at most a rank's part of all, divided by this
-REFILLED = 16  # a rank takes more when so many'th a part of its rows is free
+REFILLED = 16  # a rank takes more once one in so many of its rows is free
 TOGETHER = 16  # samples of a prompt that one rank takes together at most
 INTERRUPTED = "Ctrl-C"
 
