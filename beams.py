@@ -43,7 +43,7 @@ from model import Transformer
 from ops.prefix_attention import tile_rows
 from ops.rope import Shared
 from parallel import least
-from runner import NOT_FINITE, Runner, activation_bytes, held_bytes, lease, runner_bytes
+from runner import NOT_FINITE, Runner, activation_bytes, held_bytes, lease, pack_weights, runner_bytes
 from sampling import Sampling
 from scheduler import CHUNK, SHARED, Piece, Request, Running, fits
 
@@ -354,8 +354,7 @@ def search(
     with told_if_out_of_memory(device, f"{size * num_beams} rows of {length} tokens", ADVICE):
         begun = now(device)
         with lease(model, size * num_beams, length, codec, compile, pages=pages) as runner:
-            if device.type == "cpu" and least(model.sums, free_memory(device) - 2 * model.weight_bytes) > 0:
-                model.pack()
+            pack_weights(model)
             runner.pages.keep(prefix_cache)
             runs = _Search(model, runner, requests, size, settings, on_step)
             stats.compile_seconds += now(device) - begun

@@ -769,11 +769,12 @@ def time_sums(sums: Sums, rows: int, size: int) -> dict[str, float]:
     """Seconds that it takes to sum up the [rows, size] of all ranks, in different ways, all of which have them all."""
     from torch import distributed
 
-    device, ops, group = sums.device, choose("auto", sums.device), distributed.group.WORLD.group_name
+    device, group = sums.device, distributed.group.WORLD.group_name
+    ops = replace(choose("auto", device), sums=sums)
     x, part = torch.zeros(rows, size, dtype=torch.bfloat16, device=device), torch.zeros(rows, size, device=device)
     weight = torch.zeros(size, dtype=torch.bfloat16, device=device)
     ways = {
-        f"{OURS}, sum and norm": lambda: ops.add_norm(x, sums.parts(part, ops.name == "kernels"), None, weight, 1e-6),
+        f"{OURS}, sum and norm": lambda: ops.add_norm(x, ops.parts(part), None, weight, 1e-6),
         f"{OURS}, norm": lambda: ops.add_norm(x, part[None], None, weight, 1e-6),
         "all_reduce": partial(distributed.all_reduce, x),
     }

@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import (
-    E4M3_MAX,
     Scale,
     fingerprint,
     fp8_scale_names,
@@ -35,7 +34,7 @@ from checkpoint import (
 )
 from cli import Parser, add_model_options, number, path, run_program
 from files import check_writable
-from formats import Weight, largest
+from formats import E4M3_MAX, Weight, largest
 from generate import load_model
 from model import Transformer
 from ops import TORCH

@@ -37,7 +37,7 @@ from files import (
     torch_dtype,
     write_safetensors,
 )
-from formats import FORMATS, GROUPS, LINEAR, largest
+from formats import E4M3_MAX, FORMATS, GROUPS, LINEAR, largest
 from ops.common import round_fp8
 from ops.integer import pack_int4, unpack_int4, words_per_chunk
 from parallel import Cut, Shard
@@ -46,7 +46,6 @@ PER_LAYER_TABLE = "per_layer_inputs.embedding.weight"
 TOKEN_ORDERING = "masked_embedding.token_ordering"  # of drafters; the only tensor of int64
 CONVERTED_NAME = "gemma.safetensors"
 WEIGHT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-E4M3_MAX = 448
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 QUANTIZED_FORMATS = tuple(name for name in FORMATS if name != "bf16")
 INT_FORMATS = tuple(name for name, format in FORMATS.items() if format.quantize)

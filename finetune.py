@@ -21,7 +21,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -62,7 +61,7 @@ from model import Block, Residual, Transformer
 from ops.norm import rms_norm
 from ops.rope import Positions, rope
 from ops.training import RECIPES, LoRA, Training, choose, cross_entropy
-from parallel import NO_MULTICAST, of_environment, own_device
+from parallel import of_environment, own_device
 from text import check_window
 from tokenizer import open_tokenizer
 from training_data import Batch, Data, read_documents
@@ -190,7 +189,6 @@ def workers(device: str | None) -> Iterator[Workers]:
     if count == 1:
         yield Workers(0, 1, pick_device(device))
         return
-    os.environ |= NO_MULTICAST  # whose memory outlives a process that dies
     device = own_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
@@ -469,10 +467,6 @@ def export(model: Transformer, checkpoint: Checkpoint, directory: Path, ranks: W
     else:
         for name in sources(model.config):  # takes part in gathering
             whole(name)
-
-
-def write_json(file: Path, content: dict):
-    write_atomically(file, lambda out: out.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
 class Log:

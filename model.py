@@ -27,7 +27,7 @@ def shared_product(ops: Ops, x: Tensor, weight: Weight, dtype: torch.dtype) -> T
     columns each, these are the parts of all of them."""
     if ops.sums is None:
         return ops.matmul(x, weight, dtype, partials=True)
-    return ops.sums.parts(ops.matmul(x, weight, torch.float32, partials=True), ops.name == "kernels")
+    return ops.parts(ops.matmul(x, weight, torch.float32, partials=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,8 +140,7 @@ class Experts(nn.Module):
         _, h = Residual(x).added(ops, config, self.norm, self.w13.input_scale)
         if ops.sums is None:
             return ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype)
-        y = ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype, partials=True)
-        return ops.sums.parts(y, ops.name == "kernels")
+        return ops.parts(ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype, partials=True))
 
 
 class Router(nn.Module):

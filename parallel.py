@@ -23,7 +23,6 @@ knows the same sums as another one, and sums differ from those of one rank by th
 """
 
 import os
-import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
@@ -39,7 +38,8 @@ from device import pick_device
 VOCABULARY_STEPS = 64, 16, 1  # rows of which a rank has a multiple: the first that leaves every rank some
 MAIL_ROWS, MAIL_BYTES = 4096, 8 << 20  # rows of a sum by kernels, and bytes that a rank sends for it, at most
 GATHERED_BYTES = 64 << 20  # of a rank, that kernels send
-NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}  # for the environment
+# Memory that multicast maps outlives a process that dies. For the environment, before CUDA starts
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 START_SECONDS = 300  # in which all ranks have to have come
 # How long a rank waits for another one, which may read weights: ranks.py looks after those that died or hang
 TIMEOUT = timedelta(seconds=1800)
@@ -182,19 +182,12 @@ class Sums:
         """The value that rank 0 has, as `least`."""
         return int(self.gathered(torch.tensor([value]))[0])
 
-    def check_alike(self, text: str, what: str):
-        """Raises ValueError unless all ranks have the same text."""
-        found = self.gathered(torch.tensor([zlib.crc32(text.encode())]))
-        if (found != found[0]).any():
-            raise ValueError(f"the {self.shard.count} processes were given different {what}")
-
 
 class ProcessSums(Sums):
-    """Ranks that are processes, by torch.distributed: NCCL between GPUs, gloo between hosts. They are those of `group`
-    (None: all)."""
+    """Ranks that are processes, by torch.distributed: NCCL between GPUs, gloo between hosts."""
 
-    def __init__(self, shard: Shard, device: torch.device, group=None):
-        self.shard, self.device, self.group = shard, device, group
+    def __init__(self, shard: Shard, device: torch.device):
+        self.shard, self.device = shard, device
 
     def gathered(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -203,7 +196,7 @@ class ProcessSums(Sums):
         # Older torch knows it by another name
         gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
         try:
-            gather(whole, own, group=self.group)
+            gather(whole, own)
         except RuntimeError as error:  # its own errors are such
             reason = str(error).partition("\n")[0]
             raise ConnectionError(f"the other ranks of the model can't be reached: {reason}") from None
@@ -214,8 +207,8 @@ class PeerSums(ProcessSums):
     """Ranks that are GPUs of one host, which can write to one another's memory: kernels add up what is small, NCCL what
     is large."""
 
-    def __init__(self, shard: Shard, device: torch.device, group=None):
-        super().__init__(shard, device, group)
+    def __init__(self, shard: Shard, device: torch.device):
+        super().__init__(shard, device)
         self.mails: dict[int, tuple] = {}  # by width: how many rows, the mail, and what has to stay alive
         self.missing = torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
@@ -224,27 +217,29 @@ class PeerSums(ProcessSums):
             return super().gathered(x)
         from ops.peers import GATHERED, gather
 
-        self.mail(1, GATHERED)
-        most, mail, _ = self.mails[GATHERED]
+        most, mail, _ = self._mail(GATHERED)
         return gather(x, mail, most)
 
     def mail(self, rows: int, width: int):
+        most, mail, _ = self._mail(width)
+        return mail if rows <= most else None
+
+    def _mail(self, width: int) -> tuple:
         # A width's first call has all ranks wait for one another, so that it must not be recorded
         if width not in self.mails:
             self.mails[width] = self._new_mail(width)
-        most, mail, _ = self.mails[width]
-        return mail if rows <= most else None
+        return self.mails[width]
 
     def _new_mail(self, width: int) -> tuple:
         from torch.distributed import _symmetric_memory as memory
 
         from ops.peers import mail_of  # which imports this file
 
-        count, group = self.shard.count, self.group or torch.distributed.group.WORLD
+        count = self.shard.count
         rows = max(1, min(MAIL_ROWS, MAIL_BYTES // (8 * width * (count - 1))))
         shape = 2, count, 2 * rows, width  # twice as many rows, where two sums are waited for at once
         own = memory.empty(shape, dtype=torch.int64, device=self.device).zero_()
-        handle = memory.rendezvous(own, group)
+        handle = memory.rendezvous(own, torch.distributed.group.WORLD)
         boxes = [handle.get_buffer(rank, shape, torch.int64) for rank in range(count)]
         torch.cuda.synchronize(self.device)
         self.least(0)  # nobody sends before all have their zeros
@@ -260,7 +255,7 @@ class PeerSums(ProcessSums):
 
     def total(self, x: Tensor) -> Tensor:
         self.calls += 1
-        torch.distributed.all_reduce(x, group=self.group)
+        torch.distributed.all_reduce(x)
         return x
 
     def lost(self) -> int | None:
@@ -316,6 +311,7 @@ def replicas_of(tensor_parallel: int) -> int:
 
 def own_device(device: str | None) -> torch.device:
     """This rank's of the GPUs of its host, which becomes the current one, or a CPU. Raises ValueError without one."""
+    os.environ |= NO_MULTICAST
     chosen = pick_device(device)
     if chosen.type == "cuda":
         local = of_environment("LOCAL_RANK")
@@ -363,8 +359,6 @@ def init(tensor_parallel: int, device: str | None = None, start: str = "") -> Su
     replicas_of(tensor_parallel)
     if tensor_parallel == 1:
         return None
-    # Memory that multicast maps outlives a process that dies; both are read when CUDA starts
-    os.environ |= NO_MULTICAST
     import torch.distributed
 
     chosen, rank = own_device(device), of_environment("RANK")

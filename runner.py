@@ -296,10 +296,8 @@ class Runner:
         self.groups, self.shared, self.events, self.entries, self.prefills_timed = [], {}, 0, 0, []
         self.state.stop_ids.copy_(torch.tensor((*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids)))))
         self.state.done.fill_(True)
-        free = free_memory(self.device) - 2 * model.weight_bytes
-        if self.device.type == "cpu" and not self.compile and least(model.sums, free) > 0:
-            for each in filter(None, (model, self.draft_model)):
-                each.pack()
+        if not self.compile:
+            pack_weights(model, self.draft_model)
         try:
             for run in runs:
                 self._made_step(model, run)
@@ -785,6 +783,14 @@ def activation_bytes(model: Transformer, tokens: float) -> float:
     widths.append(config.n_active_experts * (3 * config.hidden_size + 3 * config.expert_size))  # a copy for each expert
     of_sums = 0 if model.sums is None else model.sums.shard.count * config.hidden_size * torch.float32.itemsize
     return tokens * (sum(widths) * model.dtype.itemsize + of_sums)
+
+
+def pack_weights(model: Transformer, draft_model: Transformer | None = None):
+    """Prepares eager runs on a CPU (`Transformer.pack`), if there is memory for the weights once more on all ranks."""
+    device = model.device
+    if device.type == "cpu" and least(model.sums, free_memory(device) - 2 * model.weight_bytes) > 0:
+        for each in filter(None, (model, draft_model)):
+            each.pack()
 
 
 def _seconds_on_gpu(run: Callable) -> float:

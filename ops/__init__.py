@@ -56,6 +56,10 @@ class Ops:
     lookup: Callable
     sums: Sums | None = None  # what joins the ranks of a model that several share
 
+    def parts(self, y):
+        """What all ranks have of a product, of this one's part: as `Sums.parts`, in the form that `add_norm` takes."""
+        return self.sums.parts(y, self.name == "kernels")
+
 
 TORCH = Ops(
     "torch",

@@ -211,27 +211,12 @@ def greedy_next_token_triton(
     chunk = -(-chunk // block) * block
     launch(_argmax_kernel, (m, chunks), logits, best, index, V=v, CHUNK=chunk, BLOCK=block, num_warps=ARGMAX_WARPS)
     if mail is not None:
-        first, v, of_chunks, chunks = (
-            sums.shard.vocabulary(vocab_size)[0],
-            vocab_size,
-            (best, index),
-            power_of_2(sums.shard.count),
-        )
-        own_v, own_chunks = logits.shape[1], best.shape[1]
+        of_chunks, chunks = (best, index), power_of_2(sums.shard.count)
         best, index = (x.new_empty(m, chunks) for x in of_chunks)
-        launch(
-            _best_of_ranks_kernel,
-            (m,),
-            *of_chunks,
-            mail,
-            best,
-            index,
-            first,
-            V=own_v,
-            CHUNKS=own_chunks,
-            RANKS=chunks,
-            num_warps=1,
-        )
+        arrays, first = (*of_chunks, mail, best, index), sums.shard.vocabulary(vocab_size)[0]
+        own = dict(V=v, CHUNKS=of_chunks[0].shape[1])
+        launch(_best_of_ranks_kernel, (m,), *arrays, first, **own, RANKS=chunks, num_warps=1)
+        v = vocab_size
     launch(
         _append_run_kernel,
         (1,),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops.common import jit, launch, launch_dependents, tl, wait_for_previous
+from ops.common import jit, launch, launch_dependents, power_of_2, tl, wait_for_previous
 
 LIMIT = tl.constexpr(60_000_000_000)  # nanoseconds: longer than a rank compiles what others have compiled
 GATHERED = 1024  # words of 4 bytes that a program gathers
@@ -78,14 +78,6 @@ def _boxes_of(mail, slot, count):
 
 
 @jit
-def _time(mail):
-    now = tl.zeros([], tl.int64)
-    if mail.WAITS:
-        now = tl.extra.cuda.globaltimer()
-    return now
-
-
-@jit
 def _tell(mail, late):
     """Notes that a rank, counted from 1, has not come; 0 is none."""
     tl.store(mail.missing, late, mask=late > 0)
@@ -110,8 +102,8 @@ def received_sum(mail, slot, count, columns, mask):
     box = _boxes_of(mail, slot, count) + columns
     total, late = _read_sum(mail, box, count, mask)
     if mail.WAITS:
-        end = _time(mail) + tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
-        while (late > 0) & (_time(mail) < end):
+        end = tl.extra.cuda.globaltimer() + tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
+        while (late > 0) & (tl.extra.cuda.globaltimer() < end):
             total, late = _read_sum(mail, box, count, mask)
         _tell(mail, late)
     return total
@@ -130,8 +122,8 @@ def received(mail, slot, count, ranks, columns, mask):
     box = _boxes_of(mail, slot, count) + (ranks * (mail.SLOTS * mail.WIDTH))[:, None] + columns[None, :]
     bits, late = _read(mail, box, count, mask, ranks[:, None])
     if mail.WAITS:
-        end = _time(mail) + tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
-        while (late > 0) & (_time(mail) < end):
+        end = tl.extra.cuda.globaltimer() + tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
+        while (late > 0) & (tl.extra.cuda.globaltimer() < end):
             bits, late = _read(mail, box, count, mask, ranks[:, None])
         _tell(mail, late)
     return bits
@@ -157,10 +149,9 @@ def gather(x: Tensor, mail: Mail, rows: int) -> Tensor:
     world = mail.WORLD.value
     words = x.contiguous().view(-1).view(torch.int32)
     out = torch.empty(world, len(words), dtype=torch.int32, device=x.device)
-    ranks = 1 << (world - 1).bit_length()
     for first in range(0, len(words), rows * GATHERED):
         grid = (min(rows, -(-(len(words) - first) // GATHERED)),)
-        options = dict(RANKS=ranks, BLOCK=GATHERED, num_warps=4)
+        options = dict(RANKS=power_of_2(world), BLOCK=GATHERED, num_warps=4)
         launch(_gather_kernel, grid, words, mail, out, first, len(words), **options)
     return out.view(x.dtype).view(world, *x.shape)
 
