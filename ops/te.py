@@ -9,8 +9,10 @@ TransformerEngine, and so are integer weights, float32 and the operations that a
 
 import importlib
 import importlib.util
+import os
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,6 +52,9 @@ def import_te():
     """Imports and returns TransformerEngine's PyTorch module. Raises ValueError where it can't be."""
     if importlib.util.find_spec("transformer_engine") is None:
         raise ValueError("ops 'te' needs TransformerEngine: pip install -r requirements-cuda.txt")
+    # It would take a cuDNN of the system first, which can't load its parts beside torch's own
+    if (cudnn := Path(torch.__file__).parents[1] / "nvidia" / "cudnn").is_dir():
+        os.environ.setdefault("CUDNN_HOME", str(cudnn))
     try:
         return importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError, RuntimeError) as error:

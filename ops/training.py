@@ -206,10 +206,15 @@ def product(x: Tensor, weight, dtype: torch.dtype, partials: bool = False) -> Te
     return adapted(y, x, weight)
 
 
+def has_adapter(weight) -> bool:
+    """Whether an adapter is trained beside the weight, which is frozen then. That it wants a gradient doesn't tell: nothing
+    does while a loss is only measured, or a block runs the first time of two."""
+    return getattr(weight, "lora", None) is not None
+
+
 def adapted(y: Tensor, x: Tensor, weight) -> Tensor:
     """The weight's product y of x, and what an adapter adds to it."""
-    lora = getattr(weight, "lora", None)
-    return y if lora is None else y + lora(x)
+    return y + weight.lora(x) if has_adapter(weight) else y
 
 
 def experts(h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -398,21 +403,21 @@ class TransformerEngine:
             (x, norm), w13 = x
             module = self.module("LayerNormMLP", weight, *weight.shape, activation="geglu", **self.norms)
             parameters = {"layer_norm_weight": norm, "fc1_weight": w13.weight, "fc2_weight": weight.weight}
-            return self.run(module, x, parameters, weight.weight)
+            return self.run(module, x, parameters, weight)
         if not self.takes(weight):
             return product(self.norm(*x) if isinstance(x, Normed) else x, weight, dtype)
         if not isinstance(x, Normed):
             module = self.module("Linear", weight, *reversed(weight.shape))
-            return adapted(self.run(module, x, {"weight": weight.weight}, weight.weight), x, weight)
-        with_lora = getattr(weight, "lora", None) is not None
+            return adapted(self.run(module, x, {"weight": weight.weight}, weight), x, weight)
+        with_lora = has_adapter(weight)
         options = self.norms | dict(return_layernorm_output=with_lora)
         module = self.module("LayerNormLinear", weight, *reversed(weight.shape), **options)
         parameters = {"layer_norm_weight": x.weight, "weight": weight.weight}
-        y = self.run(module, x.x, parameters, weight.weight)
+        y = self.run(module, x.x, parameters, weight)
         return adapted(*y, weight) if with_lora else y
 
     def matmul_geglu(self, x, weight, dtype: torch.dtype, next_scale=None) -> Tensor | Gated:
-        whole = isinstance(x, Normed) and weight.weight.requires_grad  # an adapter would come between the two
+        whole = isinstance(x, Normed) and not has_adapter(weight)  # which would come between the two
         if whole and self.takes(weight) and weight.shape[0] % 32 == 0:
             return Gated(x, weight)
         return self.geglu(self.matmul(x, weight, dtype), dtype)
@@ -424,10 +429,10 @@ class TransformerEngine:
             self.modules[weight] = made
         return self.modules[weight]
 
-    def run(self, module, x: Tensor, parameters: dict[str, Tensor], weight: Tensor):
+    def run(self, module, x: Tensor, parameters: dict[str, Tensor], weight):
         """Runs a module with these parameters. Of a frozen weight the FP8 form is made once, and kept."""
         first = None
-        if self.recipe is not None and not weight.requires_grad:
+        if self.recipe is not None and has_adapter(weight):
             first = not getattr(module, "has_fp8_weight", False)
             module.has_fp8_weight = True
         module._parameters.update(parameters)

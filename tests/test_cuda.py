@@ -347,7 +347,7 @@ def check_steps(plain, fast, prompts, kv_dtype, rounding, count=64):
 def test_recorded_steps_give_exactly_the_tokens_of_eager_ones(weights, prompts, on_gpu, name, kv_dtype):
     """The same kernels run for as many rows and slots, by the host or by a graph: nothing may be rounded otherwise."""
     model, tokenizer = load_model(weights[name], device="cuda", precision="bf16", fp8=name == "fp8")
-    assert model.ops is ops.KERNELS
+    assert model.ops == ops.KERNELS
     long = python_tokens(tokenizer, 1, 400)[0].tolist()  # with new tokens, 512 slots: what a graph would have at least
     for batch in ([long], [long, prompts[0]], [*prompts[:3], long]):  # powers of 2, as graphs have
         texts = []

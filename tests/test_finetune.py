@@ -690,7 +690,10 @@ class StandIns:
             self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, device=device))
 
         def forward(self, x, is_first_microbatch=None):
-            return F.linear(x, self.weight)
+            """A weight that is told to be an earlier call's is that, whatever it has become."""
+            if is_first_microbatch:
+                self.rounded = self.weight.detach().clone()
+            return F.linear(x, self.weight if is_first_microbatch is None else self.rounded)
 
     class LayerNormLinear(Linear):
         def __init__(self, *sizes, eps, normalization, zero_centered_gamma, return_layernorm_output, **options):
@@ -702,7 +705,7 @@ class StandIns:
 
         def forward(self, x, is_first_microbatch=None):
             h = self.norm(x, self.layer_norm_weight)
-            y = F.linear(h, self.weight)
+            y = super().forward(h, is_first_microbatch)
             return (y, h) if self.returns_norm else y
 
     class LayerNormMLP(torch.nn.Module):
@@ -715,6 +718,7 @@ class StandIns:
             self.shapes, self.norm = shapes, partial(rms_norm, eps=eps, offset=float(zero_centered_gamma))
 
         def forward(self, x, is_first_microbatch=None):
+            assert is_first_microbatch is None
             assert {name: tuple(self._parameters[name].shape) for name in self.shapes} == self.shapes
             norm, first, second = (self._parameters[name] for name in self.shapes)
             gate, up = F.linear(self.norm(x, norm), first).chunk(2, dim=-1)
@@ -751,19 +755,29 @@ class StandIns:
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("case", ["gemma-gqa", "gemma3-window-small", "gemma4-experts", "gemma4-shared"])
 def test_transformer_engine_gets_what_the_definition_has(case, lora, monkeypatch):
+    """A loss alone; then, of weights that were trained in between, the loss and gradients."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     found, rows = [], documents(20, 12)
     for stand_in in (False, True):
         model = small_model(case=case)
-        add_adapters(model, 4, seed=1) if lora else unfrozen(model)
+        if lora:
+            add_adapters(model, 4, seed=1)
+        else:
+            for parameter in unfrozen(model).parameters():
+                parameter.data = parameter.data.double()  # rounded while it runs
         training = by_torch(CPU)
         if stand_in:
             config = model.config
             engine = TransformerEngine(StandIns, config.norm_eps, config.norm_offset, None)
-            training = engine.training()
-        found.append(backward(Objective(model, training, torch.float32, True), Data(rows, 32).batch([rows], CPU)))
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
-    assert_close(found[1][1], found[0][1], 1e-4)
+            training, engine.recipe = engine.training(), "FP8"
+        objective, batch = Objective(model, training, torch.float32, True), Data(rows, 32).batch([rows], CPU)
+        with torch.no_grad():
+            before = objective(batch).item()
+            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                parameter.add_(0.01)
+        found.append((before, *backward(objective, batch)))
+    assert found[1][:2] == pytest.approx(found[0][:2], rel=1e-5)
+    assert_close(found[1][2], found[0][2], 1e-4)
     kinds = {type(module).__name__ for module in engine.modules.values()}
     assert kinds == ({"Linear", "LayerNormLinear"} if lora else {"Linear", "LayerNormLinear", "LayerNormMLP"})
     # Nothing of what they were given stays with them
