@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ from generate import load_model
 from model import Block, Residual, Transformer
 from ops.norm import rms_norm
 from ops.rope import Positions, rope
-from ops.training import RECIPES, LoRA, Training, choose, cross_entropy
+from ops.training import RECIPES, Documents, LoRA, Training, choose, cross_entropy
 from parallel import of_environment, own_device
 from text import check_window
 from tokenizer import open_tokenizer
@@ -95,6 +95,29 @@ class Kept:
         return self.entries[name]
 
 
+@cache
+def _added() -> Callable:
+    """total + part in float32, in place: of PyTorch's own operations, one that mixes dtypes takes four times as long."""
+    return torch.compile(lambda total, part: total.add_(part), dynamic=True)
+
+
+class Rounded(torch.autograd.Function):
+    """A parameter rounded to `dtype`, whose gradient is added to the parameter's without being made float32 before."""
+
+    @staticmethod
+    def forward(ctx, parameter, dtype):
+        ctx.parameter = parameter
+        return parameter.to(dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = ctx.parameter.grad
+        if total is None or not gradient.is_cuda:
+            return gradient.to(ctx.parameter.dtype), None
+        _added()(total.view(-1), gradient.reshape(-1))
+        return None, None
+
+
 @contextmanager
 def rounded(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """While it lasts, what is trained in `module` is its parameters rounded to `dtype`; gradients reach the parameters.
@@ -106,7 +129,7 @@ def rounded(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                 originals.append((part._parameters, name, parameter))
     try:
         for parameters, name, parameter in originals:
-            parameters[name] = parameter.to(dtype)
+            parameters[name] = Rounded.apply(parameter, dtype)
         yield
     finally:
         for parameters, name, parameter in originals:
@@ -120,6 +143,8 @@ class Objective(nn.Module):
     def __init__(self, model: Transformer, training: Training, dtype: torch.dtype, recompute: bool):
         super().__init__()
         self.model, self.training_ops, self.dtype, self.recompute = model, training, dtype, recompute
+        # Whether a CUDA graph can hold it: experts' rows are counted on the host
+        self.records = training.records and not recompute and not model.config.n_experts
         for layer in model.layers:
             layer.forward = partial(self.run_block, layer.forward, layer)
 
@@ -270,6 +295,38 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
+class Recording:
+    """What a batch adds to the gradients, as a CUDA graph: where kernels are short, the host would launch them more
+    slowly than they run."""
+
+    def __init__(self, objective: Objective, data: Data, rows: int, device: torch.device):
+        """Records batches of `rows` rows of `data`. Gradients are those that the parameters have now. What runs for the
+        first time has to have run before."""
+        empty, self.factor = data.batch([[]] * rows, device), torch.zeros((), device=device)
+        most = rows * (1 + max(map(len, data.rows)))  # documents, and padding behind each row's
+        ends = torch.zeros(1 + (1 << (most - 1).bit_length()), dtype=torch.int32, device=device)
+        documents = Documents(ends, empty.documents.index, 1 << (data.size - 1).bit_length())
+        self.batch = replace(empty, documents=documents)
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # of what the same took before, since a graph has memory of its own
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            loss = objective(self.batch)
+            (loss * self.factor).backward()
+        self.loss = loss.detach()
+
+    def __call__(self, batch: Batch, factor: float) -> Tensor:
+        """The loss, which the next call overwrites."""
+        ours, its = self.batch, batch.documents.ends
+        for to, x in ((ours.tokens, batch.tokens), (ours.targets, batch.targets), (ours.position, batch.position)):
+            to.copy_(x)
+        ours.documents.index.copy_(batch.documents.index)
+        ours.documents.ends[: len(its)].copy_(its)
+        ours.documents.ends[len(its) :].fill_(len(batch.tokens))  # of none
+        self.factor.fill_(factor)
+        self.graph.replay()
+        return self.loss
+
+
 class Trainer:
     """A model in training: its objective, the optimiser, the data, and the step that comes next."""
 
@@ -277,7 +334,7 @@ class Trainer:
         """`settings` are what a resumed run must agree on: of them learning_rate, weight_decay and rows (of a step) are
         read here. `at_once` rows of a rank go through the model together."""
         self.objective, self.data, self.ranks, self.settings, self.steps = objective, data, ranks, settings, steps
-        self.at_once, self.step = at_once, 0
+        self.at_once, self.step = min(at_once, -(-settings["rows"] // ranks.count)), 0
         self.parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         frozen = not any(p is objective.model.norm.weight for p in self.parameters.values())
         self.flop_a_token = (4 if frozen else 6) * multiplied(objective.model)
@@ -286,6 +343,7 @@ class Trainer:
         others = [p for p in self.parameters.values() if p.dim() < 2]
         groups = [dict(params=matrices, weight_decay=settings["weight_decay"]), dict(params=others, weight_decay=0.0)]
         on_gpu = ranks.device.type == "cuda"
+        self.records, self.warm, self.recording = on_gpu and not self.sharded and objective.records, False, None
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=on_gpu)
         for p in self.parameters.values():  # made now, so that memory runs out before the first step or never
             step = torch.zeros((), device=ranks.device if on_gpu else "cpu")
@@ -296,6 +354,18 @@ class Trainer:
         rows = self.settings["rows"]
         return range(step * rows, min((step + 1) * rows, self.settings["all_rows"]))
 
+    def add_gradients(self, batch: Batch, factor: float) -> Tensor:
+        """The loss of a batch, whose gradients, times `factor`, are added to the parameters'."""
+        if self.records and len(batch.tokens) == self.at_once * self.data.size:
+            if self.recording is None and self.warm:
+                self.recording = Recording(self.objective, self.data, self.at_once, self.ranks.device)
+            if self.recording is not None:
+                return self.recording(batch, factor)
+            self.warm = True
+        loss = self.objective(batch)
+        (loss * factor).backward()
+        return loss.detach()
+
     def train_step(self) -> dict:
         """One step; returns its figures. One whose gradients are not finite, or without targets, changes nothing."""
         start, places, ranks = now(self.ranks.device), self.places(self.step), self.ranks
@@ -304,18 +374,14 @@ class Trainer:
         tokens = flop = 0
         if targets:
             for batch in self.data.batches(places, ranks.rank, ranks.count, self.at_once, ranks.device):
-                one = self.objective(batch)
                 # Gradients are averaged over the ranks: by FSDP, or below
-                (one * (ranks.count / targets)).backward()
-                loss += one.detach()
+                loss += self.add_gradients(batch, ranks.count / targets)
                 tokens, flop = tokens + batch.n_tokens, flop + self.flop(batch)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if ranks.count > 1 and not self.sharded:
             for gradient in gradients:
                 ranks.sum(gradient).div_(ranks.count)
-        # In float64: of millions of squares that are summed up in float32, the order would show
-        norms = [torch.linalg.vector_norm(local(gradient), dtype=torch.float64) for gradient in gradients]
-        squares = torch.stack(norms).square().sum() if norms else loss.double()
+        squares = sum(map(squares_of, gradients), loss.double() * 0)
         if not self.sharded and not ranks.first:
             squares = torch.zeros_like(squares)  # the first rank's are those of all
         counts = torch.tensor([tokens, flop], dtype=torch.float64, device=ranks.device)
@@ -337,7 +403,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.records)  # what was recorded adds to these
         self.step += 1
         return figures | {"seconds": now(ranks.device) - start}
 
@@ -417,6 +483,13 @@ class Trainer:
                 f"{found[-1]} can't be read: {cause_of(error)}; delete it to go on from the one before"
             ) from None
         self.step = content["step"]
+
+
+def squares_of(gradient: Tensor) -> Tensor:
+    """The sum of this rank's squares: each row's in float32, of which rows are summed up in float64, since the order of
+    millions in float32 would show."""
+    x = local(gradient)
+    return (x if x.dim() < 2 else torch.linalg.vector_norm(x, dim=-1)).double().square().sum()
 
 
 def local(x: Tensor) -> Tensor:

@@ -53,11 +53,13 @@ def training(
 
 
 def time_training(args, config: ModelConfig, precision: str, lora: int, ranks, length: int, rows: int) -> dict:
-    """Figures of our steps, 4,096 tokens at a time, with activations kept or else, where they don't fit, computed again."""
+    """Figures of our steps, 8,192 tokens at a time or, where their activations don't fit, 4,096; else these are computed
+    again."""
     documents = [Document(array("i", each), b"\1" * length) for each in random_prompts(rows, length, config.vocab_size)]
     data = Data(documents, length)
     settings = {"rows": rows, "all_rows": 10**6 * rows, "learning_rate": 1e-5, "weight_decay": 0.0}
-    for keeps in (True, False) if ranks.count == 1 else (False,):
+    ways = [(True, 8192), (True, 4096), (False, 4096)] if rows * length > 4096 else [(True, 4096), (False, 4096)]
+    for keeps, tokens in ways if ranks.count == 1 else ways[-1:]:
         release()
         torch.cuda.reset_peak_memory_stats()
         model = trainer = None
@@ -75,12 +77,14 @@ def time_training(args, config: ModelConfig, precision: str, lora: int, ranks, l
             objective = Objective(model, operations, torch.bfloat16, not keeps)
             if not lora:
                 shard(objective, ranks, torch.bfloat16)
-            trainer = Trainer(objective, data, ranks, settings, 10**6, at_once=max(1, 4096 // length))
+            trainer = Trainer(objective, data, ranks, settings, 10**6, at_once=max(1, tokens // length))
+            trainer.train_step()  # and the next one, which warms up, too, may record
             runs = time_in_turn({OURS: trainer.train_step}, args.repeats, ranks.device)[OURS]
             row = {"name": OURS, "ops": operations.name, "activations": "kept" if keeps else "computed again"}
+            row |= {"at_once": trainer.at_once, "recorded": trainer.recording is not None}
             return row | training_figures(seconds_of(runs), runs[0][1]["flop"], ranks, length * rows)
         except torch.OutOfMemoryError:
-            if not keeps:
+            if (keeps, tokens) == ways[-1]:
                 raise ValueError(f"out of GPU memory with rows of {length} tokens") from None
         finally:
             del model, trainer

@@ -19,7 +19,7 @@ GPU: TransformerEngine's own has all scores in memory.
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -178,13 +178,43 @@ class LoRA(nn.Module):
         self.a = nn.Parameter(a.uniform_(-bound, bound, generator=generator))
         self.b = nn.ParameterList(torch.zeros(n, rank, device=device) for n in rows)
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = F.linear(x, self.a.to(x.dtype)).split(self.rank, dim=-1)
-        return self.scale * torch.cat([F.linear(part, b.to(x.dtype)) for part, b in zip(parts, self.b)], dim=-1)
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the weight makes of x [M, K], y [M, N], and what the factors add to it."""
+        return _Adapted.apply(y, x, self.scale, self.a.to(x.dtype), *(b.to(x.dtype) for b in self.b))
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """(A, B) of each matrix."""
         return list(zip(self.a.detach().split(self.rank), (b.detach() for b in self.b)))
+
+
+class _Adapted(torch.autograd.Function):
+    """y + scale * (x A') B', with the products by B added to y where they are made: [M, N] is passed over twice, where
+    PyTorch's operations, one after another, would do so four times."""
+
+    @staticmethod
+    def forward(ctx, y, x, scale, a, *factors):
+        ctx.scale, inner, y = scale, F.linear(x, a), y.clone()
+        ctx.save_for_backward(x, inner, a, *factors)
+        for part, of_b, b in zip(_columns(y, factors), inner.chunk(len(factors), -1), factors):
+            part.addmm_(of_b, b.T, alpha=scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, inner, a, *factors = ctx.saved_tensors
+        of_inner, of_factors = torch.empty_like(inner), []
+        parts = _columns(gradient, factors), *(each.chunk(len(factors), -1) for each in (inner, of_inner))
+        for part, of_b, out, b in zip(*parts, factors):
+            out.copy_(part @ b)
+            of_factors.append((part.T @ of_b).mul_(ctx.scale))
+        of_inner.mul_(ctx.scale)
+        of_x = of_inner @ a if ctx.needs_input_grad[1] else None
+        return gradient, of_x, None, of_inner.T @ x, *of_factors
+
+
+def _columns(y: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Those of y that each B [N, rank] makes."""
+    return y.split([len(b) for b in factors], -1)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -214,7 +244,7 @@ def has_adapter(weight) -> bool:
 
 def adapted(y: Tensor, x: Tensor, weight) -> Tensor:
     """The weight's product y of x, and what an adapter adds to it."""
-    return y + weight.lora(x) if has_adapter(weight) else y
+    return weight.lora(y, x) if has_adapter(weight) else y
 
 
 def experts(h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -302,13 +332,15 @@ def cross_entropy(
 @dataclass(frozen=True)
 class Training:
     """What runs a training forward: operations of the blocks, the loss's part, and, around all blocks and one of them,
-    the context that says the products' precision and what recomputes its activations."""
+    the context that says the products' precision and what recomputes its activations. `records` says whether a CUDA graph
+    can hold it."""
 
     name: str
     ops: Ops
     of_logits: Callable
     precision: Callable[[], AbstractContextManager]
     checkpoint: Callable
+    records: bool = False
 
 
 def _embed(
@@ -340,9 +372,8 @@ def by_torch(device: torch.device) -> Training:
         experts=experts,
         attend=partial(attend_documents, gpu_attention if on_gpu else masked_attention, compiled(split_heads)),
     )
-    return Training(
-        "torch", operations, compiled(logit_gradients), nullcontext, partial(checkpoint, use_reentrant=False)
-    )
+    recomputed = partial(checkpoint, use_reentrant=False)
+    return Training("torch", operations, compiled(logit_gradients), nullcontext, recomputed, on_gpu)
 
 
 class Normed(NamedTuple):
@@ -388,7 +419,8 @@ class TransformerEngine:
         precision, checkpoint = nullcontext, partial(self.te.checkpoint, use_reentrant=False)
         if self.recipe is not None:
             precision = partial(self.te.autocast, enabled=True, recipe=self.recipe)
-        return Training("te", operations, self.plain.of_logits, precision, checkpoint)
+        # Scales of the last steps' largest values are the host's matter
+        return Training("te", operations, self.plain.of_logits, precision, checkpoint, self.fp8 != "delayed")
 
     def add_norm(self, x, y, post_weight, weight, eps, input_scale=None, offset=1.0, factor=None):
         if y is not None:

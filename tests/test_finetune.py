@@ -524,8 +524,17 @@ def ran(small, json_tokenizer, tmp_path_factory) -> dict[str, tuple[list[str], P
     return outs
 
 
+@pytest.fixture
+def one_thread():
+    """As the processes of `ran` have: sums of as many parts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", ["two", "four", "lora", "gemma4"])
-def test_ranks_train_what_one_process_does(name, ran, tmp_path):
+def test_ranks_train_what_one_process_does(name, ran, one_thread, tmp_path):
     """Two; four, behind two's first steps; two with adapters; two with layers that share keys."""
     (options, out), one = ran[name], tmp_path / "one"
     assert run(options, one) == 0
@@ -542,7 +551,7 @@ def test_ranks_train_what_one_process_does(name, ran, tmp_path):
     assert_close(found, expected, 1e-6)
 
 
-def test_killed_runs_go_on(ran, tmp_path):
+def test_killed_runs_go_on(ran, one_thread, tmp_path):
     """Killed twice, between steps or in a save, a run ends as one that was left alone."""
     options, out = ran["killed"]
     assert run(options, tmp_path / "straight") == 0
@@ -882,6 +891,50 @@ def test_recomputing_on_a_gpu_changes_no_gradient(fp8):
     found = [gradients_on("cuda", model, torch.bfloat16, fp8, rows, recompute=each) for each in (False, True)]
     assert found[0][1] == found[1][1]
     assert_similar(found[1][2], found[0][2], 0.9999)
+
+
+RECORDED = [
+    ("gemma", None, 0),
+    ("gemma", "current", 0),
+    ("gemma", None, 4),
+    ("gemma", "current", 4),
+    ("gemma2", None, 0),
+    ("gemma3", "block", 0),
+    ("gemma4", "current", 0),
+]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("case", "fp8", "lora"), RECORDED)
+def test_recorded_steps_learn_what_launched_ones_do(case, fp8, lora):
+    """Rows of one to four documents, two at once; the loss of all of them, measured in between, too."""
+    pytest.importorskip("transformer_engine.pytorch")
+    from ops.training import choose
+
+    device, rows = torch.device("cuda", 0), documents(128, 100, 70, 40, 30, 30, 30, 30, 90, 20, vocab=512)
+    found = []
+    for records in (False, True):
+        model = gpu_model(case).to(device)
+        for name, buffer in model.named_buffers():
+            setattr(model, name, buffer.to(device))
+        if lora:
+            for parameter in model.requires_grad_(False).parameters():
+                parameter.data = parameter.data.bfloat16()
+            add_adapters(model, lora, seed=1)
+        config, dtype = model.config, torch.bfloat16
+        objective = Objective(model, choose(device, dtype, config.norm_eps, config.norm_offset, fp8), dtype, False)
+        assert objective.records
+        objective.records = records
+        data = Data(rows, 128)
+        settings = {"rows": 4, "all_rows": 40, "learning_rate": 3e-3 if lora else 3e-4, "weight_decay": 0.0}
+        trainer = Trainer(objective, data, ALONE._replace(device=device), settings, 10, at_once=2)
+        assert len(data.rows) >= 4 and len({len(row) for row in data.rows}) > 1
+        found.append([])
+        for _ in range(6):
+            found[-1] += [trainer.train_step()["loss"], trainer.evaluate(data)]
+        assert (trainer.recording is not None) == records
+    assert found[0][-1] < 0.95 * found[0][1]
+    assert found[1] == pytest.approx(found[0], rel=5e-3 if fp8 is None else 2e-2)
 
 
 @pytest.mark.cuda
