@@ -346,6 +346,8 @@ class Trainer:
         self.records, self.warm, self.recording = on_gpu and not self.sharded and objective.records, False, None
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=on_gpu)
         for p in self.parameters.values():  # made now, so that memory runs out before the first step or never
+            if self.records:  # what runs before it is recorded has to run as it does then
+                p.grad = torch.zeros_like(p)
             step = torch.zeros((), device=ranks.device if on_gpu else "cpu")
             self.optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
