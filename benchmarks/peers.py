@@ -412,8 +412,9 @@ def _nvml_folder() -> Path | None:
 def _last_error(log: str) -> str:
     """Returns the last line that tells an exception, since vLLM prints warnings on its way out, or the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it printed nothing"]
-    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception|Interrupt)\b", line)]
-    return (errors or lines)[-1][:300]
+    errors = [i for i, line in enumerate(lines) if re.search(r"\b\w*(Error|Exception|Interrupt)\b", line)] or [-1]
+    line, *behind = lines[errors[-1] :]
+    return " ".join([line, *behind[: "validation error for" in line]])[:300]  # which pydantic tells in the next line
 
 
 def _of_each(case: dict) -> list[int]:

@@ -31,7 +31,7 @@ def training(
             config, total = ModelConfig.from_name(name), torch.cuda.get_device_properties(ranks.device).total_memory
             with torch.device("meta"):
                 count = sum(p.numel() for p in Transformer(config).parameters())
-            if not lora and 16 * count / ranks.count > 0.8 * total:
+            if not lora and 16 * count / ranks.count > 0.82 * total:
                 print(f"{name}, all weights, is left out: {16 * count / ranks.count / GIB:.0f} GiB a GPU", flush=True)
                 continue
             case = {"model": name, "precision": precision, "trained": f"adapters of rank {lora}" if lora else "all"}

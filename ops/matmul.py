@@ -13,6 +13,7 @@ from torch import Tensor
 from ops.common import (
     E4M3,
     SMS,
+    bytes_ahead,
     gelu_times,
     jit,
     launch,
@@ -243,6 +244,7 @@ def _gemv_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -264,6 +266,11 @@ def _gemv_kernel(
     for k in tl.static_range(0, EARLY * BLOCK_K, BLOCK_K):
         mask = k + columns < IN
         early = early + (tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0),)
+    ITEM: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    ahead_ptr, count = weight_ptr + first.to(tl.int64) * IN + EARLY * BLOCK_K, tl.minimum(BLOCK_N, OUT - first)
+    prefetch_l2(ahead_ptr, IN * ITEM, count, AHEAD, PDL)
+    if GEGLU:
+        prefetch_l2(ahead_ptr + OUT * IN, IN * ITEM, count, AHEAD, PDL)
     input_scale = load_scalar(input_scale_ptr)
     weight_scale = load_scalar(weight_scale_ptr)
     next_scale = load_scalar(next_scale_ptr)
@@ -328,6 +335,7 @@ def gemv(
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
         EARLY=config.early,
+        AHEAD=bytes_ahead(k, k * data.itemsize, config.early * config.block_k * data.itemsize),
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,
     )
