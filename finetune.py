@@ -19,6 +19,7 @@ if __name__ == "__main__":
     interrupt.silence()  # while the rest is imported
 
 import argparse
+import gc
 import json
 import math
 import shutil
@@ -309,9 +310,14 @@ class Recording:
         self.batch = replace(empty, documents=documents)
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # of what the same took before, since a graph has memory of its own
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            loss = objective(self.batch)
-            (loss * self.factor).backward()
+        try:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                loss = objective(self.batch)
+                (loss * self.factor).backward()
+        except Exception as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # which a recording that can't end would hide
+                raise error.__context__ from None
+            raise
         self.loss = loss.detach()
 
     def __call__(self, batch: Batch, factor: float) -> Tensor:
@@ -344,12 +350,20 @@ class Trainer:
         groups = [dict(params=matrices, weight_decay=settings["weight_decay"]), dict(params=others, weight_decay=0.0)]
         on_gpu = ranks.device.type == "cuda"
         self.records, self.warm, self.recording = on_gpu and not self.sharded and objective.records, False, None
+        self.may_recompute = False  # where memory doesn't hold activations
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=on_gpu)
         for p in self.parameters.values():  # made now, so that memory runs out before the first step or never
             if self.records:  # what runs before it is recorded has to run as it does then
                 p.grad = torch.zeros_like(p)
             step = torch.zeros((), device=ranks.device if on_gpu else "cpu")
             self.optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    def recompute(self):
+        """Keeps the blocks' inputs alone from now on. The step that has failed may begin again."""
+        self.objective.recompute, self.may_recompute, self.records, self.recording = True, False, False, None
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def places(self, step: int) -> range:
         """Those of the rows of step `step`, in all epochs' rows."""
@@ -671,7 +685,10 @@ def program_parser() -> argparse.ArgumentParser:
     add("--max_length", type=number(int, 8), default=2048, metavar="N", help="tokens of a row (default: %(default)s)")
     add("--rows_at_once", type=count, default=1, metavar="N", help="rows in one forward of a GPU (default: 1)")
     add("--learn_everything", action="store_true", help="prompts and the user's turns are learned, too")
-    add("--keep_activations", action="store_true", help="keep them all for the backward: faster, and takes more memory")
+    keep = (
+        "keep them all for the backward: faster, and takes more memory (default: on one GPU, if its memory holds them)"
+    )
+    add("--keep_activations", action=argparse.BooleanOptionalAction, help=keep)
     every = "write a checkpoint, and measure --eval_data, every N steps (default: %(default)s)"
     add("--save_every", type=count, default=100, metavar="N", help=every)
     add("--resume", action="store_true", help="go on from OUT's newest checkpoint; the other options stay the same")
@@ -696,7 +713,7 @@ def prepare_output(args: argparse.Namespace):
 
 def run(args: argparse.Namespace):
     with workers(args.device) as ranks:
-        advice = "lower --rows_at_once or --max_length, leave out --keep_activations, train adapters (--lora_rank)"
+        advice = "lower --rows_at_once or --max_length, use --no-keep_activations, train adapters (--lora_rank)"
         with told_if_out_of_memory(ranks.device, f"rows of {args.max_length} tokens", f"{advice}, or use more GPUs"):
             train(args, ranks)
 
@@ -717,7 +734,10 @@ def train(args: argparse.Namespace, ranks: Workers):
     tokenizer = open_tokenizer(checkpoint.directory, config)
     data, held_out = read_data(args, tokenizer)
     model = load(args, checkpoint, ranks, dtype)
-    objective = Objective(model, training, dtype, not args.keep_activations)
+    keeps = args.keep_activations
+    if keeps is None:
+        keeps = ranks.count == 1 and ranks.device.type == "cuda"
+    objective = Objective(model, training, dtype, not keeps)
     if not args.lora_rank:
         shard(objective, ranks, dtype)
     rows = min(max(1, args.batch_tokens // size), len(data.rows))
@@ -736,6 +756,7 @@ def train(args: argparse.Namespace, ranks: Workers):
         "seed": args.seed,
     }
     trainer = Trainer(objective, data, ranks, settings, -(-all_rows // rows), args.rows_at_once)
+    trainer.may_recompute = keeps and args.keep_activations is None
     if args.resume:
         trainer.resume(out / "checkpoints")
     load_seconds, first = time.perf_counter() - start, trainer.step
@@ -793,7 +814,16 @@ def loop(trainer: Trainer, held_out: Data | None, log: Log, checkpoints: Path, s
         log.add(step=0, eval_loss=trainer.evaluate(held_out))
     with tqdm(total=steps, initial=trainer.step, unit="step", leave=False, disable=not ranks.first) as bar:
         while trainer.step < steps:
-            figures = trainer.train_step()
+            try:
+                figures = trainer.train_step()
+            except torch.OutOfMemoryError:
+                if not trainer.may_recompute:
+                    raise
+                figures = None
+            if figures is None:  # not above, where what the step has made is still in memory
+                warnings.warn("memory doesn't hold all activations: they are computed again", stacklevel=2)
+                trainer.recompute()
+                continue
             log.add(**figures)
             loss = "none" if figures["loss"] is None else f"{figures['loss']:.3f}"
             bar.set_postfix_str(f"loss {loss}, {speed_in_words([figures], ranks)}", refresh=False)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from array import array
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -656,6 +657,33 @@ def test_what_is_refused(command, small, tmp_path, capsys, monkeypatch):
     assert "is of a run with another learning_rate: 0.001, not 0.0001" in error
     Path(command[3]).write_text('{"text": "another"}\n')
     assert "of a run with another data" in said(run(command, out, "--resume"), capsys)
+
+
+class Short(Trainer):
+    """Memory ends in its second batch, where activations are kept."""
+
+    calls = 0
+
+    def add_gradients(self, batch, factor):
+        self.calls += 1
+        if self.calls == 2 and not self.objective.recompute:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().add_gradients(batch, factor)
+
+
+def test_what_memory_does_not_hold_is_computed_again(small, tmp_path):
+    """The step that fails begins anew, and the run ends as one that computes again from its start."""
+    data, ends = Data(documents(24, 20, 16, 9, vocab=4096), 24), []
+    settings = {"rows": 2, "all_rows": 6, "learning_rate": 1e-3, "weight_decay": 0.0}
+    for keeps in (False, True):
+        trainer = Short(objective_of(small, recompute=not keeps), data, ALONE, settings, 3)
+        trainer.may_recompute = keeps
+        log = finetune.Log(tmp_path / f"{keeps}.jsonl", 0, True)
+        with pytest.warns(UserWarning, match="computed again") if keeps else nullcontext():
+            finetune.loop(trainer, None, log, tmp_path / f"{keeps}", 10)
+        assert trainer.calls == (8 if keeps else 6)
+        ends.append([line["loss"] for line in log.lines] + [p.tolist() for p in trainer.parameters.values()])
+    assert ends[0] == ends[1]
 
 
 def test_a_full_disk_is_one_line(command, tmp_path, capsys):
