@@ -119,6 +119,9 @@ def fp8_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
 # Configurations
 
 
+SMALL = 0  # numbers of a weight in E4M3 that cuBLAS would take longer to be launched for than to multiply by
+
+
 class GemvConfig(NamedTuple):
     """How one row, or two, are multiplied: a program owns block_n outputs and adds up block_k columns at a time.
 
@@ -169,7 +172,7 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
         return GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=4, early=2 if n < 32768 or k <= 2048 else 0)
     if m > 64 or dtype == torch.float32 or k * dtype.itemsize % 16:  # rows of tiles begin at multiples of 16 bytes
         return None
-    if m > 16 and dtype == E4M3 and n <= 16384:
+    if m > 16 and dtype == E4M3 and n <= 16384 and n * k > SMALL:
         return None
     wide = dtype.itemsize == 2 or (dtype == E4M3 and m <= 16)
     block_n = 64 if m <= 16 or dtype.itemsize == 1 else 128

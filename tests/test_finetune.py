@@ -26,6 +26,7 @@ from ops.norm import rms_norm
 from ops.rope import AttentionLayer
 from ops.training import (
     IGNORED,
+    RECIPES,
     Documents,
     TransformerEngine,
     by_torch,
@@ -921,23 +922,27 @@ def test_recomputing_on_a_gpu_changes_no_gradient(fp8):
     assert_similar(found[1][2], found[0][2], 0.9999)
 
 
-RECORDED = [
-    ("gemma", None, 0),
+RECORDED = [  # products by TransformerEngine in BF16 or FP8, or by PyTorch
+    ("gemma", "bf16", 0),
     ("gemma", "current", 0),
-    ("gemma", None, 4),
+    ("gemma", "bf16", 4),
     ("gemma", "current", 4),
-    ("gemma2", None, 0),
+    ("gemma2", "bf16", 0),
     ("gemma3", "block", 0),
+    ("gemma3", "torch", 0),
     ("gemma4", "current", 0),
 ]
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("case", "fp8", "lora"), RECORDED)
-def test_recorded_steps_learn_what_launched_ones_do(case, fp8, lora):
-    """Rows of one to four documents, two at once; the loss of all of them, measured in between, too."""
-    pytest.importorskip("transformer_engine.pytorch")
+@pytest.mark.parametrize(("case", "products", "lora"), RECORDED)
+def test_recorded_steps_learn_what_launched_ones_do(case, products, lora):
+    """Rows of one to three documents, two at once; the loss of all of them, measured in between, too."""
     from ops.training import choose
+
+    if products != "torch":
+        pytest.importorskip("transformer_engine.pytorch")
+    fp8 = products if products in RECIPES else None
 
     device, rows = torch.device("cuda", 0), documents(128, 100, 70, 40, 30, 30, 30, 30, 90, 20, vocab=512)
     found = []
@@ -950,7 +955,10 @@ def test_recorded_steps_learn_what_launched_ones_do(case, fp8, lora):
                 parameter.data = parameter.data.bfloat16()
             add_adapters(model, lora, seed=1)
         config, dtype = model.config, torch.bfloat16
-        objective = Objective(model, choose(device, dtype, config.norm_eps, config.norm_offset, fp8), dtype, False)
+        training = by_torch(device)
+        if products != "torch":
+            training = choose(device, dtype, config.norm_eps, config.norm_offset, fp8)
+        objective = Objective(model, training, dtype, False)
         assert objective.records
         objective.records = records
         data = Data(rows, 128)
