@@ -251,9 +251,7 @@ def speculate(args: argparse.Namespace, context: int = 128, new_tokens: int = 25
                 )
                 for batch in args.batches or (1, 8, 64)
             ]
-            # vLLM refuses drafts by a model that has other numbers of tokens, though those beyond ours be padding
-            size = {"vocab_size": config_of_peer(name)["vocab_size"]}
-            draft = None if by == "prompt lookup" else config_of_peer(by) | size
+            draft = None if by == "prompt lookup" else config_of_peer(by)
             drafts = peers.vllm_drafts(draft, right[:count]) if count else None
             for row in peer_rows(
                 argparse.Namespace(**vars(args) | {"models": [name], "peers": ("vllm",)}), cases, drafts=drafts

@@ -736,7 +736,7 @@ def train(args: argparse.Namespace, ranks: Workers):
     model = load(args, checkpoint, ranks, dtype)
     keeps = args.keep_activations
     if keeps is None:
-        keeps = ranks.count == 1 and ranks.device.type == "cuda"
+        keeps = ranks.device.type == "cuda" and bool(ranks.count == 1 or args.lora_rank)
     objective = Objective(model, training, dtype, not keeps)
     if not args.lora_rank:
         shard(objective, ranks, dtype)

@@ -517,7 +517,7 @@ setting of that name.""",
     "finetune": Section(
         "Fine-tuning",
         """A step on random tokens: forward, backward and AdamW on parameters in float32, or on adapters beside frozen
-weights in BF16; a row at a time, attention over the whole row. MFU is the share of the GPU's dense BF16 peak, for FP8
+weights in BF16; up to 8,192 tokens at a time, attention over a row. Tokens/s are those of all GPUs. MFU is the share of the GPU's dense BF16 peak, for FP8
 too, that 6 FLOP a weight and token take (4 where weights are frozen) and attention's. transformers runs the same recipe
 under autocast.""",
         training,
@@ -588,9 +588,8 @@ def command(name: str, content: dict, picture: bool) -> str:
     if protocol in ("cpu", "startup", "stop-check"):
         ours, found = rows, {"models": "model", "precisions": "precision"} if protocol != "cpu" else {}
     trained = protocol == "speculate" and "text" in rows[0]
-    many = (
-        f"torchrun --standalone --nproc_per_node {max(row['gpus'] for row in rows)}" if protocol == "parallel" else ""
-    )
+    gpus = max(row.get("gpus", 1) for row in rows)
+    many = f"torchrun --standalone --nproc_per_node {gpus}" if gpus > 1 else ""
     out = (
         f"{many or 'python'} benchmark.py {protocol}"
         + " --checkpoint_path DIR DRAFT_DIR --text held_out.jsonl" * trained
@@ -605,7 +604,7 @@ def command(name: str, content: dict, picture: bool) -> str:
         parts = dict.fromkeys(kinds)
         out += f" --parts {' '.join(parts)}" if len(parts) < 3 else ""
     programs = {row.get("name", "").split(",")[0].lower() for row in rows}
-    if protocol in ("latency", "tutorial", "throughput", "samples", "parallel", "cpu") or trained:
+    if protocol in ("latency", "tutorial", "throughput", "samples", "parallel", "cpu", "finetune") or trained:
         names = [peer for peer in ("transformers", "vllm") if peer in programs]
         out += f" --peers {' '.join(names)}" if names else " --no_peers"
     if any("checkpoint" in row for row in rows):

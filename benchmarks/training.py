@@ -59,7 +59,7 @@ def time_training(args, config: ModelConfig, precision: str, lora: int, ranks, l
     data = Data(documents, length)
     settings = {"rows": rows, "all_rows": 10**6 * rows, "learning_rate": 1e-5, "weight_decay": 0.0}
     ways = [(True, 8192), (True, 4096), (False, 4096)] if rows * length > 4096 else [(True, 4096), (False, 4096)]
-    for keeps, tokens in ways if ranks.count == 1 else ways[-1:]:
+    for keeps, tokens in ways if ranks.count == 1 or lora else ways[-1:]:
         release()
         torch.cuda.reset_peak_memory_stats()
         model = trainer = None
@@ -80,7 +80,7 @@ def time_training(args, config: ModelConfig, precision: str, lora: int, ranks, l
             trainer = Trainer(objective, data, ranks, settings, 10**6, at_once=max(1, tokens // length))
             trainer.train_step()  # and the next one, which warms up, too, may record
             runs = time_in_turn({OURS: trainer.train_step}, args.repeats, ranks.device)[OURS]
-            row = {"name": OURS, "ops": operations.name, "activations": "kept" if keeps else "computed again"}
+            row = {"name": OURS, "by": operations.name, "activations": "kept" if keeps else "computed again"}
             row |= {"at_once": trainer.at_once, "recorded": trainer.recording is not None}
             return row | training_figures(seconds_of(runs), runs[0][1]["flop"], ranks, length * rows)
         except torch.OutOfMemoryError:

@@ -43,7 +43,6 @@ E4M3 = torch.float8_e4m3fn
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # a running maximum's start; -inf would make NaN of -inf - -inf
 SMS = 132  # streaming multiprocessors of an H100 or H200: how many programs run side by side
-AHEAD = 0  # bytes of a weight's row that a kernel for one row of x brings to L2 while the kernel before it runs
 USE_PDL = True  # early starts, where the GPU has them; a switch for tests, which changes no result
 
 
@@ -63,12 +62,6 @@ def launch(kernel, grid: tuple[int, ...], *args, early: bool = True, **constants
     pdl = USE_PDL and is_hopper(args[0].device)
     options = {"launch_pdl": True} if pdl and early else {}
     kernel[grid](*args, PDL=pdl, **constants, **options)
-
-
-def bytes_ahead(k: int, row: int, begin: int = 0) -> int:
-    """How many of the `row` bytes of a weight's row of k numbers, from `begin` on, are brought to L2 before the kernel may
-    begin: at most AHEAD, and none of long rows, which are those of a product right behind another."""
-    return max(0, min(AHEAD, row - begin)) // 16 * 16 if k <= 8192 and row % 16 == 0 else 0
 
 
 def power_of_2(n: int) -> int:

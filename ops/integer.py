@@ -111,14 +111,12 @@ from torch import Tensor
 from ops.common import (
     SMS,
     TRITON_VERSION,
-    bytes_ahead,
     gelu_times,
     is_hopper,
     jit,
     launch,
     launch_dependents,
     power_of_2,
-    prefetch_l2,
     tl,
     wait_for_previous,
 )
@@ -496,7 +494,6 @@ def _int_gemv_kernel(
     SLOTS: tl.constexpr,
     WARPS: tl.constexpr,
     AHEAD: tl.constexpr,
-    L2: tl.constexpr,
     BF16X2: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -520,13 +517,6 @@ def _int_gemv_kernel(
     i = tl.arange(0, BLOCK_N)
     if not GROUP:
         scale = tl.load(scale_ptr + _weight_rows(i // 8, i % 8, OUT, GEGLU, BLOCK_N))
-    WORDS: tl.constexpr = IN // (8 if GROUP else 4)  # of a row
-    ROWS: tl.constexpr = BLOCK_N // 2 if GEGLU else BLOCK_N  # that lie one behind another
-    first_row = tl.program_id(0) * ROWS
-    ahead_ptr = weight_ptr + first_row.to(tl.int64) * WORDS + tl.program_id(1) * (WARPS * CHUNKS * 16) * tiles
-    prefetch_l2(ahead_ptr, WORDS * 4, tl.minimum(ROWS, OUT - first_row), L2, PDL)
-    if GEGLU:
-        prefetch_l2(ahead_ptr + OUT * WORDS, WORDS * 4, tl.minimum(ROWS, OUT - first_row), L2, PDL)
     wait_for_previous(PDL)
     xs = _load_x_tile(x_ptr, rows, first, end, IN, GROUP, CHUNKS, SLOTS)
     for count in tl.range(tiles, num_stages=1):
@@ -748,7 +738,7 @@ def int_matmul(
     constants = {"OUT": n, "IN": k, "GROUP": group, "GEGLU": geglu, "BLOCK_N": config.block_n}
     constants |= {"BF16X2": is_hopper(x.device), "num_warps": config.num_warps}
     if few:
-        units, bits = config.block_k // 32, 4 if group else 8
+        units = config.block_k // 32
         launch(
             _int_gemv_kernel,
             (-(-n // (config.block_n // 2 if geglu else config.block_n)), split_k),
@@ -758,7 +748,6 @@ def int_matmul(
             SLOTS=gcd(8 // power_of_2(m), units),
             WARPS=config.num_warps,
             AHEAD=config.ahead,
-            L2=bytes_ahead(k, k * bits // 8, (split_k - 1) * tiles * block_k * bits // 8),
         )
     else:
         launch(

@@ -13,7 +13,6 @@ from torch import Tensor
 from ops.common import (
     E4M3,
     SMS,
-    bytes_ahead,
     gelu_times,
     jit,
     launch,
@@ -119,9 +118,6 @@ def fp8_product(x: Tensor, weight, dtype: torch.dtype) -> Tensor:
 # Configurations
 
 
-SMALL = 0  # numbers of a weight in E4M3 that cuBLAS would take longer to be launched for than to multiply by
-
-
 class GemvConfig(NamedTuple):
     """How one row, or two, are multiplied: a program owns block_n outputs and adds up block_k columns at a time.
 
@@ -172,7 +168,7 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
         return GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=4, early=2 if n < 32768 or k <= 2048 else 0)
     if m > 64 or dtype == torch.float32 or k * dtype.itemsize % 16:  # rows of tiles begin at multiples of 16 bytes
         return None
-    if m > 16 and dtype == E4M3 and n <= 16384 and n * k > SMALL:
+    if m > 16 and dtype == E4M3 and n <= 16384:
         return None
     wide = dtype.itemsize == 2 or (dtype == E4M3 and m <= 16)
     block_n = 64 if m <= 16 or dtype.itemsize == 1 else 128
@@ -247,7 +243,6 @@ def _gemv_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
-    AHEAD: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -269,11 +264,6 @@ def _gemv_kernel(
     for k in tl.static_range(0, EARLY * BLOCK_K, BLOCK_K):
         mask = k + columns < IN
         early = early + (tl.load(rows_ptr[:, None] + (k + columns)[None, :], mask=mask[None, :], other=0.0),)
-    ITEM: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
-    ahead_ptr, count = weight_ptr + first.to(tl.int64) * IN + EARLY * BLOCK_K, tl.minimum(BLOCK_N, OUT - first)
-    prefetch_l2(ahead_ptr, IN * ITEM, count, AHEAD, PDL)
-    if GEGLU:
-        prefetch_l2(ahead_ptr + OUT * IN, IN * ITEM, count, AHEAD, PDL)
     input_scale = load_scalar(input_scale_ptr)
     weight_scale = load_scalar(weight_scale_ptr)
     next_scale = load_scalar(next_scale_ptr)
@@ -338,7 +328,6 @@ def gemv(
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
         EARLY=config.early,
-        AHEAD=bytes_ahead(k, k * data.itemsize, config.early * config.block_k * data.itemsize),
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,
     )

@@ -188,16 +188,16 @@ class LoRA(nn.Module):
 
 
 class _Adapted(torch.autograd.Function):
-    """y + scale * (x A') B', with the products by B added to y where they are made: [M, N] is passed over twice, where
-    PyTorch's operations, one after another, would do so four times."""
+    """y + scale * (x A') B', with the products by B added to y where it lies: nobody else has a use for what a weight makes
+    of x. So [M, N] is passed over once, where PyTorch's operations, one after another, would do so four times."""
 
     @staticmethod
     def forward(ctx, y, x, scale, a, *factors):
-        ctx.scale, inner, y = scale, F.linear(x, a), y.clone()
+        ctx.scale, inner = scale, F.linear(x, a)
         ctx.save_for_backward(x, inner, a, *factors)
-        for part, of_b, b in zip(_columns(y, factors), inner.chunk(len(factors), -1), factors):
+        for part, of_b, b in zip(_columns(y.detach(), factors), inner.chunk(len(factors), -1), factors):
             part.addmm_(of_b, b.T, alpha=scale)
-        return y
+        return y  # as a view of it, not as one that was written to: modules' outputs may not be
 
     @staticmethod
     def backward(ctx, gradient):
