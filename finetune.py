@@ -53,6 +53,7 @@ from checkpoint import (
     sources,
 )
 from cli import PRECISIONS, Parser, add_model_options, number, path, run_program
+from config import ModelConfig
 from device import GIB, now, peak_memory, pick_device, told_if_out_of_memory
 from export import export_checkpoint, open_source
 from files import check_writable, read_json, write_atomically
@@ -61,7 +62,7 @@ from generate import load_model
 from model import Block, Residual, Transformer
 from ops.norm import rms_norm
 from ops.rope import Positions, rope
-from ops.training import RECIPES, Documents, LoRA, Training, choose, cross_entropy
+from ops.training import FUSED_HEAD, RECIPES, Documents, LoRA, Training, choose, cross_entropy
 from parallel import of_environment, own_device
 from text import check_window
 from tokenizer import open_tokenizer
@@ -333,12 +334,30 @@ class Recording:
         return self.loss
 
 
+def rows_at_once(config: ModelConfig, device: torch.device, size: int, sharded: bool) -> int:
+    """How many rows of `size` tokens go through a model together, if memory holds what they leave: one on a CPU, and where
+    attention makes all scores of all rows."""
+    if device.type == "cpu" or max(map(config.head_dim_of, range(config.n_layers))) > FUSED_HEAD:
+        return 1
+    return max(1, (4096 if sharded else 8192) // size)
+
+
 class Trainer:
     """A model in training: its objective, the optimiser, the data, and the step that comes next."""
 
-    def __init__(self, objective: Objective, data: Data, ranks: Workers, settings: dict, steps: int, at_once: int = 1):
+    def __init__(
+        self,
+        objective: Objective,
+        data: Data,
+        ranks: Workers,
+        settings: dict,
+        steps: int,
+        at_once: int = 1,
+        adapts: bool = False,
+    ):
         """`settings` are what a resumed run must agree on: of them learning_rate, weight_decay and rows (of a step) are
-        read here. `at_once` rows of a rank go through the model together."""
+        read here. `at_once` rows of a rank go through the model together. With `adapts` a step for which there is no
+        memory begins again, with fewer."""
         self.objective, self.data, self.ranks, self.settings, self.steps = objective, data, ranks, settings, steps
         self.at_once, self.step = min(at_once, -(-settings["rows"] // ranks.count)), 0
         self.parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -350,20 +369,13 @@ class Trainer:
         groups = [dict(params=matrices, weight_decay=settings["weight_decay"]), dict(params=others, weight_decay=0.0)]
         on_gpu = ranks.device.type == "cuda"
         self.records, self.warm, self.recording = on_gpu and not self.sharded and objective.records, False, None
-        self.may_recompute = False  # where memory doesn't hold activations
+        self.adapts = adapts and not self.sharded  # where the ranks would have to do so together
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=on_gpu)
         for p in self.parameters.values():  # made now, so that memory runs out before the first step or never
             if self.records:  # what runs before it is recorded has to run as it does then
                 p.grad = torch.zeros_like(p)
             step = torch.zeros((), device=ranks.device if on_gpu else "cpu")
             self.optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
-    def recompute(self):
-        """Keeps the blocks' inputs alone from now on. The step that has failed may begin again."""
-        self.objective.recompute, self.may_recompute, self.records, self.recording = True, False, False, None
-        self.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()
 
     def places(self, step: int) -> range:
         """Those of the rows of step `step`, in all epochs' rows."""
@@ -382,18 +394,42 @@ class Trainer:
         (loss * factor).backward()
         return loss.detach()
 
+    def gradients_of(self, places: range, factor: float) -> tuple[Tensor, int, float] | None:
+        """Loss, tokens and FLOP of this rank's part of the rows `places`, whose gradients, times `factor`, are added to the
+        parameters'. None if memory has run out, where less can be taken at once."""
+        loss, tokens, flop, ranks = torch.zeros((), device=self.ranks.device), 0, 0.0, self.ranks
+        try:
+            for batch in self.data.batches(places, ranks.rank, ranks.count, self.at_once, ranks.device):
+                loss += self.add_gradients(batch, factor)
+                tokens, flop = tokens + batch.n_tokens, flop + self.flop(batch)
+        except torch.OutOfMemoryError:
+            if not self.adapts or (self.at_once == 1 and self.objective.recompute):
+                raise
+            return None
+        return loss, tokens, flop
+
+    def take_less(self):
+        """Takes half as many rows at once or, of a single one, keeps each block's input alone; and drops gradients."""
+        if self.at_once > 1:
+            self.at_once //= 2
+        else:
+            self.objective.recompute, self.records = True, False
+        self.warm, self.recording = False, None
+        self.optimizer.zero_grad(set_to_none=not self.records)
+        gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def train_step(self) -> dict:
         """One step; returns its figures. One whose gradients are not finite, or without targets, changes nothing."""
         start, places, ranks = now(self.ranks.device), self.places(self.step), self.ranks
-        targets, loss = self.data.targets_in(places), torch.zeros((), device=ranks.device)
+        targets = self.data.targets_in(places)
         rate = learning_rate(self.step, self.steps, self.settings["learning_rate"])
-        tokens = flop = 0
-        if targets:
-            for batch in self.data.batches(places, ranks.rank, ranks.count, self.at_once, ranks.device):
-                # Gradients are averaged over the ranks: by FSDP, or below
-                loss += self.add_gradients(batch, ranks.count / targets)
-                tokens, flop = tokens + batch.n_tokens, flop + self.flop(batch)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        # Gradients are averaged over the ranks: by FSDP, or below
+        while (made := self.gradients_of(places if targets else range(0), ranks.count / max(1, targets))) is None:
+            self.take_less()
+        loss, tokens, flop = made
+        gradients = [p.grad for p in self.parameters.values() if targets and p.grad is not None]
         if ranks.count > 1 and not self.sharded:
             for gradient in gradients:
                 ranks.sum(gradient).div_(ranks.count)
@@ -631,6 +667,8 @@ def print_figures(trainer: Trainer, args: argparse.Namespace, lines: list[dict],
         told += [
             f"{steps} steps, {tokens:,} tokens, {targets:,} targets in {seconds:.1f} s, {first}; then "
             + speed_in_words(after, ranks),
+            f"{trainer.at_once} row{'s' * (trainer.at_once > 1)} at once, activations "
+            + ("computed again" if trainer.objective.recompute else "kept"),
             f"loss {run[0]['loss']:.4f} in the first step, {run[-1]['loss']:.4f} in the last"
             + (f"; held-out {held[0]:.4f} at first, {held[-1]:.4f} at the end" if held else "")
             + (f"; {skipped} steps skipped, whose gradients were not finite" if skipped else ""),
@@ -683,7 +721,8 @@ def program_parser() -> argparse.ArgumentParser:
     add("--weight_decay", type=number(float, 0, 1), default=0.0, metavar="F", help="of matrices (default: 0)")
     add("--batch_tokens", type=count, default=32768, metavar="N", help="of a step, on all GPUs (default: %(default)s)")
     add("--max_length", type=number(int, 8), default=2048, metavar="N", help="tokens of a row (default: %(default)s)")
-    add("--rows_at_once", type=count, default=1, metavar="N", help="rows in one forward of a GPU (default: 1)")
+    at_once = "rows in one forward of a GPU (default: 8,192 tokens, of sharded weights 4,096, or what memory holds)"
+    add("--rows_at_once", type=count, metavar="N", help=at_once)
     add("--learn_everything", action="store_true", help="prompts and the user's turns are learned, too")
     keep = (
         "keep them all for the backward: faster, and takes more memory (default: on a GPU whose memory holds them, "
@@ -735,9 +774,10 @@ def train(args: argparse.Namespace, ranks: Workers):
     tokenizer = open_tokenizer(checkpoint.directory, config)
     data, held_out = read_data(args, tokenizer)
     model = load(args, checkpoint, ranks, dtype)
-    keeps = args.keep_activations
-    if keeps is None:
-        keeps = ranks.device.type == "cuda" and bool(ranks.count == 1 or args.lora_rank)
+    sharded, keeps, at_once = ranks.count > 1 and not args.lora_rank, args.keep_activations, args.rows_at_once
+    adapts = keeps is at_once is None
+    keeps = ranks.device.type == "cuda" and not sharded if keeps is None else keeps
+    at_once = at_once or rows_at_once(config, ranks.device, size, sharded)
     objective = Objective(model, training, dtype, not keeps)
     if not args.lora_rank:
         shard(objective, ranks, dtype)
@@ -756,8 +796,7 @@ def train(args: argparse.Namespace, ranks: Workers):
         "weight_decay": args.weight_decay,
         "seed": args.seed,
     }
-    trainer = Trainer(objective, data, ranks, settings, -(-all_rows // rows), args.rows_at_once)
-    trainer.may_recompute = keeps and args.keep_activations is None
+    trainer = Trainer(objective, data, ranks, settings, -(-all_rows // rows), at_once, adapts)
     if args.resume:
         trainer.resume(out / "checkpoints")
     load_seconds, first = time.perf_counter() - start, trainer.step
@@ -815,16 +854,7 @@ def loop(trainer: Trainer, held_out: Data | None, log: Log, checkpoints: Path, s
         log.add(step=0, eval_loss=trainer.evaluate(held_out))
     with tqdm(total=steps, initial=trainer.step, unit="step", leave=False, disable=not ranks.first) as bar:
         while trainer.step < steps:
-            try:
-                figures = trainer.train_step()
-            except torch.OutOfMemoryError:
-                if not trainer.may_recompute:
-                    raise
-                figures = None
-            if figures is None:  # not above, where what the step has made is still in memory
-                warnings.warn("memory doesn't hold all activations: they are computed again", stacklevel=2)
-                trainer.recompute()
-                continue
+            figures = trainer.train_step()
             log.add(**figures)
             loss = "none" if figures["loss"] is None else f"{figures['loss']:.3f}"
             bar.set_postfix_str(f"loss {loss}, {speed_in_words([figures], ranks)}", refresh=False)

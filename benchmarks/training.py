@@ -14,7 +14,7 @@ from benchmarks.measuring import random_prompts, rounded, seconds_of, time_in_tu
 from benchmarks.report import OURS
 from config import ModelConfig
 from device import peak_memory
-from finetune import PEAKS, Objective, Trainer, add_adapters, shard, unfrozen, workers
+from finetune import PEAKS, Objective, Trainer, add_adapters, rows_at_once, shard, unfrozen, workers
 from model import Transformer
 from ops.training import choose
 from training_data import Data, Document
@@ -53,42 +53,33 @@ def training(
 
 
 def time_training(args, config: ModelConfig, precision: str, lora: int, ranks, length: int, rows: int) -> dict:
-    """Figures of our steps, 8,192 tokens at a time or, where their activations don't fit, 4,096; else these are computed
-    again."""
+    """Figures of our steps, as finetune.py makes them."""
     documents = [Document(array("i", each), b"\1" * length) for each in random_prompts(rows, length, config.vocab_size)]
-    data = Data(documents, length)
     settings = {"rows": rows, "all_rows": 10**6 * rows, "learning_rate": 1e-5, "weight_decay": 0.0}
-    ways = [(True, 8192), (True, 4096), (False, 4096)] if rows * length > 4096 else [(True, 4096), (False, 4096)]
-    for keeps, tokens in ways if ranks.count == 1 or lora else ways[-1:]:
-        release()
-        torch.cuda.reset_peak_memory_stats()
-        model = trainer = None
-        try:
-            dtype = torch.bfloat16 if lora else torch.float32
-            model = Transformer.random(config, ranks.device, dtype=dtype)
-            if lora:
-                add_adapters(model, lora, 0)
-            else:
-                for layer in model.layers:
-                    shard(layer, ranks, torch.bfloat16)
-                unfrozen(model)
-            options = (config.norm_eps, config.norm_offset, "current" if precision == "fp8" else None)
-            operations = choose(ranks.device, torch.bfloat16, *options)
-            objective = Objective(model, operations, torch.bfloat16, not keeps)
-            if not lora:
-                shard(objective, ranks, torch.bfloat16)
-            trainer = Trainer(objective, data, ranks, settings, 10**6, at_once=max(1, tokens // length))
-            trainer.train_step()  # and the next one, which warms up, too, may record
-            runs = time_in_turn({OURS: trainer.train_step}, args.repeats, ranks.device)[OURS]
-            row = {"name": OURS, "by": operations.name, "activations": "kept" if keeps else "computed again"}
-            row |= {"at_once": trainer.at_once, "recorded": trainer.recording is not None}
-            return row | training_figures(seconds_of(runs), runs[0][1]["flop"], ranks, length * rows)
-        except torch.OutOfMemoryError:
-            if (keeps, tokens) == ways[-1]:
-                raise ValueError(f"out of GPU memory with rows of {length} tokens") from None
-        finally:
-            del model, trainer
-    raise AssertionError
+    release()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        model = Transformer.random(config, ranks.device, dtype=torch.bfloat16 if lora else torch.float32)
+        if lora:
+            add_adapters(model, lora, 0)
+        else:
+            for layer in model.layers:
+                shard(layer, ranks, torch.bfloat16)
+            unfrozen(model)
+        options = (config.norm_eps, config.norm_offset, "current" if precision == "fp8" else None)
+        operations, sharded = choose(ranks.device, torch.bfloat16, *options), ranks.count > 1 and not lora
+        objective = Objective(model, operations, torch.bfloat16, sharded)
+        if not lora:
+            shard(objective, ranks, torch.bfloat16)
+        at_once = rows_at_once(config, ranks.device, length, sharded)
+        trainer = Trainer(objective, Data(documents, length), ranks, settings, 10**6, at_once, adapts=True)
+        trainer.train_step()  # and the next one, which warms up, too, may record
+        runs = time_in_turn({OURS: trainer.train_step}, args.repeats, ranks.device)[OURS]
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of GPU memory with rows of {length} tokens") from None
+    row = {"name": OURS, "by": operations.name, "activations": "computed again" if objective.recompute else "kept"}
+    row |= {"at_once": trainer.at_once, "recorded": trainer.recording is not None}
+    return row | training_figures(seconds_of(runs), runs[0][1]["flop"], ranks, length * rows)
 
 
 def training_figures(seconds: dict, flop: float, ranks, tokens: int) -> dict:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import warnings
 from array import array
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -661,30 +660,33 @@ def test_what_is_refused(command, small, tmp_path, capsys, monkeypatch):
 
 
 class Short(Trainer):
-    """Memory ends in its second batch, where activations are kept."""
+    """Memory ends in each second batch, of more than one row, or where activations are kept."""
 
     calls = 0
 
     def add_gradients(self, batch, factor):
         self.calls += 1
-        if self.calls == 2 and not self.objective.recompute:
+        if self.calls % 2 == 0 and (self.at_once > 1 or not self.objective.recompute):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().add_gradients(batch, factor)
 
 
-def test_what_memory_does_not_hold_is_computed_again(small, tmp_path):
-    """The step that fails begins anew, and the run ends as one that computes again from its start."""
+def test_what_memory_does_not_hold_is_taken_in_parts(small):
+    """The step that fails begins anew, with a row at once, then with activations that are computed again; and it ends as
+    one that began so."""
     data, ends = Data(documents(24, 20, 16, 9, vocab=4096), 24), []
-    settings = {"rows": 2, "all_rows": 6, "learning_rate": 1e-3, "weight_decay": 0.0}
-    for keeps in (False, True):
-        trainer = Short(objective_of(small, recompute=not keeps), data, ALONE, settings, 3)
-        trainer.may_recompute = keeps
-        log = finetune.Log(tmp_path / f"{keeps}.jsonl", 0, True)
-        with pytest.warns(UserWarning, match="computed again") if keeps else nullcontext():
-            finetune.loop(trainer, None, log, tmp_path / f"{keeps}", 10)
-        assert trainer.calls == (8 if keeps else 6)
-        ends.append([line["loss"] for line in log.lines] + [p.tolist() for p in trainer.parameters.values()])
+    settings = {"rows": 4, "all_rows": 12, "learning_rate": 1e-3, "weight_decay": 0.0}
+    for adapts in (False, True):
+        objective = objective_of(small, recompute=not adapts)
+        trainer = Short(objective, data, ALONE, settings, 3, at_once=1 + adapts, adapts=adapts)
+        losses = [trainer.train_step()["loss"] for _ in range(3)]
+        assert trainer.calls == (2 + 2 + 12 if adapts else 12)
+        assert (trainer.at_once, objective.recompute) == (1, True)
+        ends.append(losses + [p.tolist() for p in trainer.parameters.values()])
     assert ends[0] == ends[1]
+    trainer = Short(objective_of(small, recompute=False), data, ALONE, settings, 3)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train_step()
 
 
 def test_a_full_disk_is_one_line(command, tmp_path, capsys):
