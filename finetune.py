@@ -356,10 +356,11 @@ class Trainer:
         adapts: bool = False,
     ):
         """`settings` are what a resumed run must agree on: of them learning_rate, weight_decay and rows (of a step) are
-        read here. `at_once` rows of a rank go through the model together. With `adapts` a step for which there is no
+        read here. At most `at_once` rows of a rank go through the model together. With `adapts` a step for which there is no
         memory begins again, with fewer."""
         self.objective, self.data, self.ranks, self.settings, self.steps = objective, data, ranks, settings, steps
-        self.at_once, self.step = min(at_once, -(-settings["rows"] // ranks.count)), 0
+        mine = -(-settings["rows"] // ranks.count)
+        self.at_once, self.step = -(-mine // -(-mine // at_once)), 0  # of batches as alike as can be
         self.parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         frozen = not any(p is objective.model.norm.weight for p in self.parameters.values())
         self.flop_a_token = (4 if frozen else 6) * multiplied(objective.model)
