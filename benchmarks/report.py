@@ -517,9 +517,9 @@ setting of that name.""",
     "finetune": Section(
         "Fine-tuning",
         """A step on random tokens: forward, backward and AdamW on parameters in float32, or on adapters beside frozen
-weights in BF16; up to 8,192 tokens at a time, attention over a row. Tokens/s are those of all GPUs. MFU is the share of the GPU's dense BF16 peak, for FP8
-too, that 6 FLOP a weight and token take (4 where weights are frozen) and attention's. transformers runs the same recipe
-under autocast.""",
+weights in BF16; up to 8,192 tokens at a time, attention over a row. Tokens/s are those of all GPUs. MFU is the share of
+the GPU's dense BF16 peak, for FP8 too, that 6 FLOP a weight and token take (4 where weights are frozen) and
+attention's. transformers runs the same recipe under autocast.""",
         training,
     ),
     "cpu": Section("CPU", "tiny-gemma, the checkpoint of this repository, in turn with transformers' `generate`.", cpu),
