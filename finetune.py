@@ -60,6 +60,7 @@ from files import check_writable, read_json, write_atomically
 from formats import LINEAR, Weight
 from generate import load_model
 from model import Block, Residual, Transformer
+from ops.common import power_of_2
 from ops.norm import rms_norm
 from ops.rope import Positions, rope
 from ops.training import FUSED_HEAD, RECIPES, Documents, LoRA, Training, choose, cross_entropy
@@ -145,10 +146,13 @@ class Objective(nn.Module):
     def __init__(self, model: Transformer, training: Training, dtype: torch.dtype, recompute: bool):
         super().__init__()
         self.model, self.training_ops, self.dtype, self.recompute = model, training, dtype, recompute
-        # Whether a CUDA graph can hold it: experts' rows are counted on the host
-        self.records = training.records and not recompute and not model.config.n_experts
         for layer in model.layers:
             layer.forward = partial(self.run_block, layer.forward, layer)
+
+    @property
+    def records(self) -> bool:
+        """Whether a CUDA graph can hold it: experts' rows are counted on the host."""
+        return self.training_ops.records and not self.recompute and not self.model.config.n_experts
 
     def run_block(self, forward: Callable, layer: Block, *args) -> Residual:
         def run() -> Residual:
@@ -306,8 +310,8 @@ class Recording:
         first time has to have run before."""
         empty, self.factor = data.batch([[]] * rows, device), torch.zeros((), device=device)
         most = rows * (1 + max(map(len, data.rows)))  # documents, and padding behind each row's
-        ends = torch.zeros(1 + (1 << (most - 1).bit_length()), dtype=torch.int32, device=device)
-        documents = Documents(ends, empty.documents.index, 1 << (data.size - 1).bit_length())
+        ends = torch.zeros(1 + power_of_2(most), dtype=torch.int32, device=device)
+        documents = Documents(ends, empty.documents.index, empty.documents.longest)  # of a whole row
         self.batch = replace(empty, documents=documents)
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # of what the same took before, since a graph has memory of its own
@@ -323,12 +327,12 @@ class Recording:
 
     def __call__(self, batch: Batch, factor: float) -> Tensor:
         """The loss, which the next call overwrites."""
-        ours, its = self.batch, batch.documents.ends
-        for to, x in ((ours.tokens, batch.tokens), (ours.targets, batch.targets), (ours.position, batch.position)):
+        ours, ends = self.batch, batch.documents.ends
+        of_tokens = ([each.tokens, each.targets, each.position, each.documents.index] for each in (ours, batch))
+        for to, x in zip(*of_tokens):
             to.copy_(x)
-        ours.documents.index.copy_(batch.documents.index)
-        ours.documents.ends[: len(its)].copy_(its)
-        ours.documents.ends[len(its) :].fill_(len(batch.tokens))  # of none
+        ours.documents.ends[: len(ends)].copy_(ends)
+        ours.documents.ends[len(ends) :].fill_(len(batch.tokens))  # of none
         self.factor.fill_(factor)
         self.graph.replay()
         return self.loss
@@ -369,7 +373,7 @@ class Trainer:
         others = [p for p in self.parameters.values() if p.dim() < 2]
         groups = [dict(params=matrices, weight_decay=settings["weight_decay"]), dict(params=others, weight_decay=0.0)]
         on_gpu = ranks.device.type == "cuda"
-        self.records, self.warm, self.recording = on_gpu and not self.sharded and objective.records, False, None
+        self.warm, self.recording = False, None  # whether a batch that may be recorded has run
         self.adapts = adapts and not self.sharded  # where the ranks would have to do so together
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=on_gpu)
         for p in self.parameters.values():  # made now, so that memory runs out before the first step or never
@@ -382,6 +386,11 @@ class Trainer:
         """Those of the rows of step `step`, in all epochs' rows."""
         rows = self.settings["rows"]
         return range(step * rows, min((step + 1) * rows, self.settings["all_rows"]))
+
+    @property
+    def records(self) -> bool:
+        """Whether batches are recorded. They add to the same gradients each time then, which are never None."""
+        return not self.sharded and self.objective.records
 
     def add_gradients(self, batch: Batch, factor: float) -> Tensor:
         """The loss of a batch, whose gradients, times `factor`, are added to the parameters'."""
@@ -414,12 +423,11 @@ class Trainer:
         if self.at_once > 1:
             self.at_once //= 2
         else:
-            self.objective.recompute, self.records = True, False
+            self.objective.recompute = True
         self.warm, self.recording = False, None
         self.optimizer.zero_grad(set_to_none=not self.records)
         gc.collect()
-        if self.ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def train_step(self) -> dict:
         """One step; returns its figures. One whose gradients are not finite, or without targets, changes nothing."""
@@ -434,7 +442,7 @@ class Trainer:
         if ranks.count > 1 and not self.sharded:
             for gradient in gradients:
                 ranks.sum(gradient).div_(ranks.count)
-        squares = sum(map(squares_of, gradients), loss.double() * 0)
+        squares = sum(map(squares_of, gradients), torch.zeros_like(loss, dtype=torch.float64))
         if not self.sharded and not ranks.first:
             squares = torch.zeros_like(squares)  # the first rank's are those of all
         counts = torch.tensor([tokens, flop], dtype=torch.float64, device=ranks.device)

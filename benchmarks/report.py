@@ -589,11 +589,8 @@ def command(name: str, content: dict, picture: bool) -> str:
         ours, found = rows, {"models": "model", "precisions": "precision"} if protocol != "cpu" else {}
     trained = protocol == "speculate" and "text" in rows[0]
     gpus = max(row.get("gpus", 1) for row in rows)
-    many = f"torchrun --standalone --nproc_per_node {gpus}" if gpus > 1 else ""
-    out = (
-        f"{many or 'python'} benchmark.py {protocol}"
-        + " --checkpoint_path DIR DRAFT_DIR --text held_out.jsonl" * trained
-    )
+    out = f"torchrun --standalone --nproc_per_node {gpus}" if gpus > 1 else "python"
+    out += f" benchmark.py {protocol}" + " --checkpoint_path DIR DRAFT_DIR --text held_out.jsonl" * trained
     if trained:
         del found["models"]
     for option, key in found.items():

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ops import TORCH, Ops
 from ops.attention import additive_mask, softmax_attention, split_heads
+from ops.common import power_of_2
 from ops.norm import add_norm, embed, geglu, rms_norm
 from ops.rope import AttentionLayer, Positions
 from ops.te import import_te
@@ -57,7 +58,7 @@ class Documents:
     def of(cls, lengths: list[int], device: torch.device) -> "Documents":
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        longest = 1 << (max(lengths) - 1).bit_length()  # few values: cuDNN plans for each
+        longest = power_of_2(max(lengths))  # few values: cuDNN plans for each
         return cls(ends.to(device, non_blocking=True), index.to(device, non_blocking=True), longest)
 
     def sees(self, window: int | None) -> Callable:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from array import array
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -960,9 +961,8 @@ def test_recorded_steps_learn_what_launched_ones_do(case, products, lora):
         training = by_torch(device)
         if products != "torch":
             training = choose(device, dtype, config.norm_eps, config.norm_offset, fp8)
-        objective = Objective(model, training, dtype, False)
-        assert objective.records
-        objective.records = records
+        assert training.records
+        objective = Objective(model, replace(training, records=records), dtype, False)
         data = Data(rows, 128)
         settings = {"rows": 4, "all_rows": 40, "learning_rate": 3e-3 if lora else 3e-4, "weight_decay": 0.0}
         trainer = Trainer(objective, data, ALONE._replace(device=device), settings, 10, at_once=2)
