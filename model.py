@@ -27,7 +27,8 @@ def shared_product(ops: Ops, x: Tensor, weight: Weight, dtype: torch.dtype) -> T
     columns each, these are the parts of all of them."""
     if ops.sums is None:
         return ops.matmul(x, weight, dtype, partials=True)
-    return ops.parts(ops.matmul(x, weight, torch.float32, partials=True))
+    mail = ops.mail(len(x), weight.shape[0])
+    return ops.parts(ops.matmul(x, weight, torch.float32, partials=True, mail=mail))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,14 +47,11 @@ class Residual(NamedTuple):
     post_weight: Tensor | None = None
     factor: Tensor | None = None
 
-    def at(self, index: Tensor) -> "Residual":
+    def at(self, index: Tensor, ops: Ops, config: ModelConfig) -> "Residual":
         """That of the tokens at `index`."""
-        y = self.y
-        if isinstance(y, Parts):
-            y = y._replace(y=y.y[:, index])
-        elif y is not None:
-            y = y[..., index, :]
-        return self._replace(x=self.x[index], y=y)
+        if isinstance(self.y, Parts):  # of all tokens, which may be sent already
+            return Residual(self.added(ops, config, None)[0][index])
+        return self._replace(x=self.x[index], y=None if self.y is None else self.y[..., index, :])
 
     def added(self, ops: Ops, config: ModelConfig, norm: "RMSNorm | None", input_scale: Tensor | None = None):
         """The sum x + y, and the norm of it, in E4M3 if input_scale is given."""
@@ -412,17 +410,17 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             if last is not None and cache is not None and config.is_shared(index):
                 # From here on nothing is written to the cache: only the tokens that logits are wanted of go on
-                residual, inputs = residual.at(last), None if inputs is None else inputs[last]
+                residual, inputs = residual.at(last, ops, config), None if inputs is None else inputs[last]
                 newest = torch.zeros_like(last) + count - 1 + (0 if position is None else position)
                 kinds, last = self.positions(newest[:, None], cache, newest), None
             layer_cache = None if cache is None else cache.layers[index]
             own = None if inputs is None else inputs[:, index]
             residual = layer(ops, residual, kinds[config.is_local(index)], layer_cache, own)
         if last is not None:
-            residual = residual.at(last)
-        _, h = residual.added(ops, config, self.norm, embedding.input_scale)
+            residual = residual.at(last, ops, config)
+        x, h = residual.added(ops, config, self.norm, embedding.input_scale)
         if states is not None:
-            states.copy_(h if h.dtype == dtype else residual.added(ops, config, self.norm)[1])
+            states.copy_(h if h.dtype == dtype else Residual(x).added(ops, config, self.norm)[1])
         logits = ops.matmul(h, embedding, dtype)
         if (softcap := config.logit_softcap) is not None:
             logits = softcap * torch.tanh(logits.float() / softcap)

@@ -37,6 +37,7 @@ from device import pick_device
 
 VOCABULARY_STEPS = 64, 16, 1  # rows of which a rank has a multiple: the first that leaves every rank some
 MAIL_ROWS, MAIL_BYTES = 4096, 8 << 20  # rows of a sum by kernels, and bytes that a rank sends for it, at most
+SHARED_ROWS = 16  # of a sum over more than two ranks, from which on each adds up some of them for all
 GATHERED_BYTES = 64 << 20  # of a rank, that kernels send
 # Memory that multicast maps outlives a process that dies. For the environment, before CUDA starts
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
@@ -148,9 +149,9 @@ class Sums:
         """[W, ...]: the x [...] of all ranks, whose shapes are the same, in their order."""
         raise NotImplementedError
 
-    def parts(self, y: Tensor, by_kernels: bool = False):
+    def parts(self, y: Tensor) -> Tensor:
         """Float32 [W, M, N], or as many as it takes, which add up to a product, of this rank's part of it: [M, N], or
-        partial sums [P, M, N]. With `by_kernels` they may be `ops.peers.Parts`, which the next kernel sends."""
+        partial sums [P, M, N]."""
         return self.gathered(y.sum(0) if y.dim() == 3 else y)
 
     def mail(self, rows: int, width: int):
@@ -222,7 +223,10 @@ class PeerSums(ProcessSums):
 
     def mail(self, rows: int, width: int):
         most, mail, _ = self._mail(width)
-        return mail if rows <= most else None
+        if rows > most:
+            return None
+        shared = rows >= SHARED_ROWS and self.shard.count > 2
+        return mail._replace(SHARED=type(mail.SHARED)(True)) if shared else mail
 
     def _mail(self, width: int) -> tuple:
         # A width's first call has all ranks wait for one another, so that it must not be recorded
@@ -245,13 +249,8 @@ class PeerSums(ProcessSums):
         self.least(0)  # nobody sends before all have their zeros
         return rows, mail_of(boxes, self.shard.rank, shape[2], width, self.device, self.missing), (own, handle)
 
-    def parts(self, y: Tensor, by_kernels: bool = False):
-        from ops.peers import Parts
-
-        y = y if y.dim() == 3 else y[None]
-        if by_kernels and (mail := self.mail(*y.shape[1:])) is not None:
-            return Parts(y, mail)
-        return self.total(y.sum(0) if len(y) > 1 else y[0])[None]
+    def parts(self, y: Tensor) -> Tensor:
+        return self.total(y.sum(0) if y.dim() == 3 else y)[None]
 
     def total(self, x: Tensor) -> Tensor:
         self.calls += 1

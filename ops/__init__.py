@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from ops import attention, common, experts, lookup, matmul, next_token, norm, rope, router
+from ops.peers import Parts
 from parallel import Sums
 
 NAMES = ("auto", "kernels", "te", "torch")
@@ -56,9 +57,16 @@ class Ops:
     lookup: Callable
     sums: Sums | None = None  # what joins the ranks of a model that several share
 
+    def mail(self, rows: int, width: int):
+        """By what kernels send parts of so many rows of `width` numbers to the other ranks: as `Sums.mail`."""
+        return self.sums.mail(rows, width) if self.name == "kernels" else None
+
     def parts(self, y):
-        """What all ranks have of a product, of this one's part: as `Sums.parts`, in the form that `add_norm` takes."""
-        return self.sums.parts(y, self.name == "kernels")
+        """What all ranks have of a product, of this one's part, in the form that `add_norm` takes."""
+        if isinstance(y, Parts):
+            return y
+        mail = self.mail(*y.shape[-2:])
+        return self.sums.parts(y) if mail is None else Parts(y if y.dim() == 3 else y[None], mail)
 
 
 TORCH = Ops(

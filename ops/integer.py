@@ -122,6 +122,7 @@ from ops.common import (
 )
 from ops.matmul import GemmConfig, linear, linear_config, pick_split_k, split_k_output, store_partial, with_config
 from ops.norm import geglu_triton
+from ops.peers import Mail, Parts, out_and_mail
 
 # Versions of Triton differ in two things. With LANES_LAST it spreads the threads of a load over the last dimensions
 # first, not over the first ones. With PAIRS_APART it gives thread t columns 2t, 2t + 1, 2t + 8, 2t + 9 of int4's
@@ -483,6 +484,7 @@ def _int_gemv_kernel(
     weight_ptr,
     scale_ptr,
     out_ptr,
+    mail,
     rows,
     tiles,
     OUT: tl.constexpr,
@@ -558,7 +560,7 @@ def _int_gemv_kernel(
         acc = tl.reshape(gelu_times(gate, up, tl.bfloat16), [BLOCK_N // 2, 8 // SLOTS])
     n = tl.program_id(0) * i.shape[0] + i
     m = tl.arange(0, 8 // SLOTS)
-    store_partial(out_ptr, acc, None, n, m, rows, OUT)
+    store_partial(out_ptr, mail, acc, None, n, m, rows, OUT)
 
 
 @jit
@@ -567,6 +569,7 @@ def _int4_gemm_kernel(
     weight_ptr,
     scale_ptr,
     out_ptr,
+    mail,
     rows,
     tiles,
     OUT: tl.constexpr,
@@ -607,7 +610,7 @@ def _int4_gemm_kernel(
                 up = tl.dot(int4_numbers(up_words, pair, unit, dtype, BF16X2), x, up)
     if GEGLU:
         acc = gelu_times(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
-    store_partial(out_ptr, acc, None, n, m, rows, OUT)
+    store_partial(out_ptr, mail, acc, None, n, m, rows, OUT)
 
 
 @jit
@@ -697,8 +700,14 @@ def int4_row(x: Tensor, weight, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def int_triton(
-    x: Tensor, weight, dtype: torch.dtype, partials: bool = False, geglu: bool = False, next_scale: Tensor | None = None
-) -> Tensor:
+    x: Tensor,
+    weight,
+    dtype: torch.dtype,
+    partials: bool = False,
+    geglu: bool = False,
+    next_scale: Tensor | None = None,
+    mail: Mail | None = None,
+) -> Tensor | Parts:
     """Multiplies x [M, K] by a weight in int8 or int4: `matmul_triton` or, with `geglu`, `matmul_geglu_triton`."""
     config = int_config(len(x), *weight.shape, weight.group)
     if config is None and len(x) == 1 and weight.group and weight.shape[1] <= LONGEST_ROW and not geglu:
@@ -708,12 +717,12 @@ def int_triton(
         y = linear(x.to(wide), dequantize_triton(weight, wide), dtype)
         return geglu_triton(y, dtype, next_scale) if geglu else y
     if not weight.group and isinstance(config, GemmConfig):
-        return with_config(x, weight, dtype, config, partials, geglu, next_scale)
+        return with_config(x, weight, dtype, config, partials, geglu, next_scale, mail)
     if not (partials or geglu):
         config = config._replace(split_k=1)
     elif geglu and isinstance(config, GemmConfig):
         config = config._replace(block_n=64)
-    return int_matmul(x, weight, geglu, config, dtype)
+    return int_matmul(x, weight, geglu, config, dtype, mail)
 
 
 def int_matmul(
@@ -722,18 +731,20 @@ def int_matmul(
     geglu: bool = False,
     config: GemmConfig | IntGemvConfig | None = None,
     dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
+    mail: Mail | None = None,
+) -> Tensor | Parts:
     """Multiplies x [M, K] in bf16 as `config` says: `matmul` or, with `geglu`, `matmul_geglu`.
 
     int8 takes up to 8 rows, and K a multiple of 64; int4 takes up to 64 rows, and K a multiple of 128. The result is
-    [M, N] in `dtype` or, if config.split_k > 1 and without `geglu`, float32 partial sums [split_k, M, N].
+    [M, N] in `dtype` or, if config.split_k > 1 and without `geglu`, float32 partial sums [split_k, M, N]; with `mail`
+    they may be sent.
     """
     (n, k), m, group = weight.shape, len(x), weight.group
     config = config or int_config(m, n, k, group)
     n = n // 2 if geglu else n
     few = isinstance(config, IntGemvConfig)
     block_k = config.block_k * (config.num_warps if few else 1)
-    tiles, split_k, out = split_k_output(x, n, block_k, 1 if geglu else config.split_k, dtype)
+    tiles, split_k, out = split_k_output(x, n, block_k, 1 if geglu else config.split_k, dtype, mail)
     operands = weight.data.view(torch.int32), weight.scale.view(torch.int32) if group else weight.scale
     constants = {"OUT": n, "IN": k, "GROUP": group, "GEGLU": geglu, "BLOCK_N": config.block_n}
     constants |= {"BF16X2": is_hopper(x.device), "num_warps": config.num_warps}
@@ -742,7 +753,7 @@ def int_matmul(
         launch(
             _int_gemv_kernel,
             (-(-n // (config.block_n // 2 if geglu else config.block_n)), split_k),
-            *(x.view(torch.int32), *operands, out, m, tiles),
+            *(x.view(torch.int32), *operands, *out_and_mail(out), m, tiles),
             **constants,
             CHUNKS=units // (4 if group else 2),
             SLOTS=gcd(8 // power_of_2(m), units),
@@ -753,7 +764,7 @@ def int_matmul(
         launch(
             _int4_gemm_kernel,
             (-(-n // config.block_n), split_k),
-            *(x, *operands, out, m, tiles),
+            *(x, *operands, *out_and_mail(out), m, tiles),
             **constants,
             BLOCK_M=config.block_m,
             STAGES=config.num_stages,

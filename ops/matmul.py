@@ -27,24 +27,28 @@ from ops.common import (
     wait_for_previous,
 )
 from ops.norm import geglu, geglu_triton, gelu_product, gelu_product_triton
+from ops.peers import Mail, Parts, fills, mailboxes, out_and_mail, send, sent_parts
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def matmul(x: Tensor, weight, dtype: torch.dtype, partials: bool = False) -> Tensor:
+def matmul(x: Tensor, weight, dtype: torch.dtype, partials: bool = False, mail: Mail | None = None) -> Tensor:
     """x @ weight.T [M, N] in `dtype`, of x [M, K] in `dtype`, or in E4M3 for a weight in E4M3.
 
     With `partials` the result may instead be float32 partial sums [split_k, M, N], if that is faster: `add_norm`,
     `geglu` and `attend` add them up as they read them. This definition leaves none. `dtype` may be float32 for any x:
-    then the result is not rounded, since it is a part of a sum.
+    then the result is not rounded, since it is a part of a sum: of one over the ranks that `mail` reaches, which kernels
+    may send at once. Then the result is `ops.peers.Parts`.
     """
     return weight.format.product(x, weight, dtype)
 
 
-def matmul_triton(x: Tensor, weight, dtype: torch.dtype, partials: bool = False) -> Tensor:
+def matmul_triton(
+    x: Tensor, weight, dtype: torch.dtype, partials: bool = False, mail: Mail | None = None
+) -> Tensor | Parts:
     """Does what `matmul` does, by what is fastest for the shape: the kernel of the weight's format, or cuBLAS."""
-    return weight.format.kernel(x, weight, dtype, partials)
+    return weight.format.kernel(x, weight, dtype, partials, mail=mail)
 
 
 def matmul_geglu(x: Tensor, weight, dtype: torch.dtype, next_scale: Tensor | None = None) -> Tensor:
@@ -188,11 +192,17 @@ def pick_split_k(n: int, k: int, block_n: int, wanted: float, least: int) -> int
 
 
 def dense_triton(
-    x: Tensor, weight, dtype: torch.dtype, partials: bool = False, geglu: bool = False, next_scale: Tensor | None = None
-) -> Tensor:
+    x: Tensor,
+    weight,
+    dtype: torch.dtype,
+    partials: bool = False,
+    geglu: bool = False,
+    next_scale: Tensor | None = None,
+    mail: Mail | None = None,
+) -> Tensor | Parts:
     """`matmul_triton` or, with `geglu`, `matmul_geglu_triton` for weights in bf16, float32 and E4M3."""
     config = linear_config(len(x), *weight.shape, weight.data.dtype)
-    return with_config(x, weight, dtype, config, partials, geglu, next_scale)
+    return with_config(x, weight, dtype, config, partials, geglu, next_scale, mail)
 
 
 def with_config(
@@ -203,7 +213,8 @@ def with_config(
     partials: bool = False,
     geglu: bool = False,
     next_scale: Tensor | None = None,
-) -> Tensor:
+    mail: Mail | None = None,
+) -> Tensor | Parts:
     """`dense_triton` as `config` says; None is cuBLAS."""
     if config is None:
         y = weight.format.product(x, weight, dtype)
@@ -211,14 +222,14 @@ def with_config(
     if isinstance(config, GemvConfig):
         if geglu:  # half as many outputs a program, as each has two rows
             config = config._replace(block_n=max(1, config.block_n // 2))
-        return gemv(x, weight, dtype, geglu, next_scale, config)
+        return gemv(x, weight, dtype, geglu, next_scale, config, mail=mail)
     if geglu:
         few_deep = len(x) <= 16 and weight.shape[1] > 2048
         int8 = weight.data.dtype == torch.int8
         config = config._replace(block_n=64, num_stages=4 if few_deep and int8 else 3)
     elif not partials:
         config = config._replace(split_k=1)
-    return gemm(x, weight, dtype, geglu, next_scale, config)
+    return gemm(x, weight, dtype, geglu, next_scale, config, mail=mail)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,6 +246,7 @@ def _gemv_kernel(
     other_ptr,
     other_stride,
     out_ptr,
+    mail,
     ROWS: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
@@ -248,7 +260,8 @@ def _gemv_kernel(
 ):
     """Multiplies each of ROWS rows of x by BLOCK_N rows of the weight or, with GEGLU, by as many of gate and of up.
 
-    With other_ptr the result is a gate, too, whose other factor is there, in rows other_stride apart.
+    With other_ptr the result is a gate, too, whose other factor is there, in rows other_stride apart. With `mail` it is
+    sent.
     """
     launch_dependents(PDL)
     first = tl.program_id(0) * BLOCK_N
@@ -267,7 +280,10 @@ def _gemv_kernel(
     input_scale = load_scalar(input_scale_ptr)
     weight_scale = load_scalar(weight_scale_ptr)
     next_scale = load_scalar(next_scale_ptr)
+    boxes = mailboxes(mail)
     wait_for_previous(PDL)
+    if mail is not None:
+        counts = fills(mail, 0, 1, ROWS)
     for tile in tl.static_range(EARLY):
         k = tile * BLOCK_K
         acc = _add_products(acc, early[tile], x_ptr + k + columns, k + columns < IN, ROWS, IN)
@@ -287,7 +303,10 @@ def _gemv_kernel(
         if other_ptr is not None:
             other = tl.load(other_ptr + m * other_stride + n, mask=n < OUT, other=0.0)
             y = gelu_times(y, other.to(tl.float32), dtype)
-        store_rounded(out_ptr + m * OUT + n, y, next_scale, n < OUT, dtype)
+        if mail is not None:
+            send(y.to(tl.int32, bitcast=True), mail, boxes, m, counts[m], n, n < OUT)
+        else:
+            store_rounded(out_ptr + m * OUT + n, y, next_scale, n < OUT, dtype)
 
 
 @jit
@@ -308,18 +327,20 @@ def gemv(
     next_scale: Tensor | None = None,
     config: GemvConfig | None = None,
     other: Tensor | None = None,
-) -> Tensor:
+    mail: Mail | None = None,
+) -> Tensor | Parts:
     """`matmul`, with `geglu` `matmul_geglu`, or with `other` `gelu_gate`, of few rows x [M, K] by a weight in bf16,
     float32 or E4M3."""
     (m, k), data = x.shape, weight.data
     n = data.shape[0] // 2 if geglu else data.shape[0]
     config = config or linear_config(m, data.shape[0], k, data.dtype)
-    out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
+    sent = sent_parts(mail, m, 1)
+    out = None if sent else torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
     launch(
         _gemv_kernel,
         (-(-n // config.block_n),),
         *(x, data, weight.input_scale, weight.scale, next_scale),
-        *(other, None if other is None else other.stride(0), out),
+        *(other, None if other is None else other.stride(0), out, mail if sent else None),
         ROWS=m,
         OUT=n,
         IN=k,
@@ -331,20 +352,25 @@ def gemv(
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,
     )
-    return out
+    return Parts(None, mail, sent) if sent else out
 
 
 @jit
-def store_partial(out_ptr, y, scale, n, m, rows, OUT: tl.constexpr):
-    """Stores y [outputs n, rows m], which program (block of outputs, split) made of its part of the columns."""
-    offsets = (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * OUT + n[:, None]
-    store_rounded(out_ptr + offsets, y, scale, (n < OUT)[:, None] & (m < rows)[None, :], out_ptr.dtype.element_ty)
+def store_partial(out_ptr, mail, y, scale, n, m, rows, OUT: tl.constexpr):
+    """Stores y [outputs n, rows m], which program (block of outputs, split) made of its part of the columns, or sends it."""
+    row, mask = (tl.program_id(1) * rows + m)[None, :], (n < OUT)[:, None] & (m < rows)[None, :]
+    if mail is not None:
+        count = tl.load(mail.filled + row, mask=(m < rows)[None, :], other=0) + 1
+        send(y.to(tl.int32, bitcast=True), mail, mailboxes(mail), row, count, n[:, None], mask)
+    else:
+        store_rounded(out_ptr + row.to(tl.int64) * OUT + n[:, None], y, scale, mask, out_ptr.dtype.element_ty)
 
 
 @jit
 def _gemm_kernel(
-    out_ptr,
     weight_ptr,
+    out_ptr,
+    mail,
     weight_tiles,
     x_tiles,
     input_scale_ptr,
@@ -418,18 +444,22 @@ def _gemm_kernel(
         mask = (n < OUT)[:, None] & (m < rows)[None, :]
         other = tl.load(other_ptr + m.to(tl.int64)[None, :] * other_stride + n[:, None], mask=mask, other=0.0)
         acc = gelu_times(acc.to(dtype).to(tl.float32), other.to(tl.float32), dtype)
-    store_partial(out_ptr, acc, next_scale, n, m, rows, OUT)
+    store_partial(out_ptr, mail, acc, next_scale, n, m, rows, OUT)
 
 
-def split_k_output(x: Tensor, n: int, block_k: int, split_k: int, dtype: torch.dtype) -> tuple[int, int, Tensor]:
+def split_k_output(
+    x: Tensor, n: int, block_k: int, split_k: int, dtype: torch.dtype, mail: Mail | None = None
+) -> tuple[int, int, Tensor | Parts]:
     """Shares the columns of x [M, K] among split_k programs that take block_k at a time, and allocates the product.
 
     Returns the tiles of each program, the number of programs (fewer than split_k, if some would have no tile), and an
-    empty result: [M, N] in `dtype`, or float32 partial sums [programs, M, N].
+    empty result: [M, N] in `dtype`, float32 partial sums [programs, M, N], or Parts where these are to be sent.
     """
     m, k = x.shape
     tiles = -(-k // (block_k * split_k))
     split_k = -(-k // (block_k * tiles))
+    if sent := sent_parts(mail, m, split_k):
+        return tiles, split_k, Parts(None, mail, sent)
     if split_k == 1:
         return tiles, 1, torch.empty(m, n, dtype=dtype, device=x.device)
     return tiles, split_k, torch.empty(split_k, m, n, dtype=torch.float32, device=x.device)
@@ -443,7 +473,8 @@ def gemm(
     next_scale: Tensor | None = None,
     config: GemmConfig | None = None,
     other: Tensor | None = None,
-) -> Tensor:
+    mail: Mail | None = None,
+) -> Tensor | Parts:
     """`matmul`, with `geglu` `matmul_geglu`, or with `other` `gelu_gate`, of up to 64 rows, by a weight in int8, too.
 
     With config.split_k > 1, and without `geglu` or `other`, the result is float32 partial sums [split_k, M, N].
@@ -452,11 +483,11 @@ def gemm(
     n = data.shape[0] // (2 if geglu else 1)
     config = config or linear_config(m, data.shape[0], k, data.dtype)
     split_k = 1 if geglu or other is not None else config.split_k
-    tiles, split_k, out = split_k_output(x, n, config.block_k, split_k, dtype if next_scale is None else E4M3)
+    tiles, split_k, out = split_k_output(x, n, config.block_k, split_k, dtype if next_scale is None else E4M3, mail)
     launch(
         _gemm_kernel,
         (-(-n // config.block_n), split_k),
-        *(out, data),
+        *(data, *out_and_mail(out)),
         TensorDescriptor.from_tensor(data, [config.block_n, config.block_k]),
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         *(weight.input_scale, weight.scale, next_scale, other, None if other is None else other.stride(0), m, tiles),

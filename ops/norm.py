@@ -24,7 +24,7 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.peers import Parts, mailboxes, received_sum, send
+from ops.peers import Parts, fills, mailboxes, received_sum, send_row
 from parallel import Sums
 
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
@@ -84,6 +84,8 @@ def _embed_kernel(
     mask = columns < N
     boxes = mailboxes(mail)
     wait_for_previous(PDL)
+    if mail is not None:
+        counts = fills(mail, row, 0, 1)
     token = tl.load(tokens_ptr + row) - first
     known = (token >= 0) & (token < rows)
     here = columns < tl.where(known, N, 0)
@@ -93,7 +95,8 @@ def _embed_kernel(
             scale_ptr += tl.where(known, token, 0)
         x = (x * tl.load(scale_ptr).to(tl.float32)).to(dtype).to(tl.float32)
     if mail is not None:
-        x = received_sum(mail, row, send(x.to(tl.int32, bitcast=True), mail, boxes, row, columns, mask), columns, mask)
+        send_row(x, mail, boxes, row, counts[0], columns, mask)
+        x = received_sum(mail, boxes, row, 0, counts, x, columns, mask)
     tl.store(x_ptr + row * N + columns, (x * factor).to(dtype), mask=mask)
 
 
@@ -166,6 +169,20 @@ def add_norm(
 
 
 @jit
+def sum_over_ranks(y_ptr, mail, boxes, row, rows, columns, mask, N, SPLIT_K: tl.constexpr, dtype: tl.constexpr):
+    """Adds up a row over the ranks, of SPLIT_K partial sums of each, which are sent now or, without y_ptr, were."""
+    if y_ptr is None:
+        counts = fills(mail, row, rows, SPLIT_K)
+        y = received_sum(mail, boxes, row, rows, counts, None, columns, mask, SPLIT_K)
+    else:
+        counts = fills(mail, row, rows, 1)
+        y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
+        send_row(y, mail, boxes, row, counts[0], columns, mask)
+        y = received_sum(mail, boxes, row, rows, counts, y, columns, mask)
+    return y.to(dtype).to(tl.float32)
+
+
+@jit
 def _add_norm_kernel(
     x_ptr,
     y_ptr,
@@ -198,13 +215,11 @@ def _add_norm_kernel(
     boxes = mailboxes(mail)
     wait_for_previous(PDL)
     x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
-    if y_ptr is not None:
-        if mail is None:
-            y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
-        else:
-            y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
-            count = send(y.to(tl.int32, bitcast=True), mail, boxes, row, columns, mask)
-            y = received_sum(mail, row, count, columns, mask).to(dtype).to(tl.float32)
+    if mail is not None:
+        y = sum_over_ranks(y_ptr, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
+    elif y_ptr is not None:
+        y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
+    if mail is not None or y_ptr is not None:
         if post_ptr is not None:
             y = normed(y, inverse_rms_of(y, N, eps), post, dtype, OFFSET)
         x = (x + y).to(dtype).to(tl.float32)
@@ -228,17 +243,17 @@ def add_norm_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Does what `add_norm` does, with one kernel; of parts of a sum over the ranks, too."""
     m, n = x.shape
-    y, mail = y if isinstance(y, Parts) else (y, None)
-    x_new = x if y is None else torch.empty_like(x)
+    y, mail, sent = y if isinstance(y, Parts) else (y, None, 0)
+    x_new = x if y is mail is None else torch.empty_like(x)
     h = None if weight is None else torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
     launch(
         _add_norm_kernel,
         (m,),
-        *(x, y, mail, post_weight, weight, input_scale, factor, None if y is None else x_new, h, eps, m),
+        *(x, y, mail, post_weight, weight, input_scale, factor, None if x_new is x else x_new, h, eps, m),
         N=n,
         OFFSET=offset,
         BLOCK=power_of_2(n),
-        SPLIT_K=split_k_of(y),
+        SPLIT_K=sent or split_k_of(y),
         num_warps=row_warps(n),
     )
     return x_new, h
@@ -263,8 +278,8 @@ def normed_sum(
 
 @jit
 def _normed_sum_kernel(
-    y_ptr,
     weight_ptr,
+    y_ptr,
     z_ptr,
     other_ptr,
     mail,
@@ -291,12 +306,17 @@ def _normed_sum_kernel(
         y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
         z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, dtype)
     else:
-        y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
+        Y_PARTS: tl.constexpr = SPLIT_K if y_ptr is None else 1
+        z_slot = Y_PARTS * rows + row
+        counts, z_counts = fills(mail, row, rows, Y_PARTS), fills(mail, z_slot, rows, 1)
         z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, tl.float32)
-        count = send(y.to(tl.int32, bitcast=True), mail, boxes, row, columns, mask)
-        other_count = send(z.to(tl.int32, bitcast=True), mail, boxes, rows + row, columns, mask)
-        y = received_sum(mail, row, count, columns, mask).to(dtype).to(tl.float32)
-        z = received_sum(mail, rows + row, other_count, columns, mask).to(dtype).to(tl.float32)
+        send_row(z, mail, boxes, z_slot, z_counts[0], columns, mask)
+        y = None
+        if y_ptr is not None:
+            y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
+            send_row(y, mail, boxes, row, counts[0], columns, mask)
+        y = received_sum(mail, boxes, row, rows, counts, y, columns, mask, Y_PARTS).to(dtype).to(tl.float32)
+        z = received_sum(mail, boxes, z_slot, rows, z_counts, z, columns, mask).to(dtype).to(tl.float32)
     y = normed(y, inverse_rms_of(y, N, eps), weight, dtype, OFFSET)
     z = normed(z, inverse_rms_of(z, N, eps), other, dtype, OFFSET)
     tl.store(out_ptr + row * N + columns, (y + z).to(dtype), mask=mask)
@@ -311,18 +331,18 @@ def normed_sum_triton(
     offset: float = 1.0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Does what `normed_sum` does, with one kernel; of parts of sums over the ranks, too."""
-    (y, mail), (z, _) = (each if isinstance(each, Parts) else (each, None) for each in (y, z))
-    m, n = y.shape[-2:]
-    out = torch.empty(m, n, dtype=dtype, device=y.device)
+    """Does what `normed_sum` does, with one kernel; of parts of sums over the ranks, too, of which z's are not sent."""
+    (y, mail, sent), (z, _, _) = (each if isinstance(each, Parts) else (each, None, 0) for each in (y, z))
+    m, n = z.shape[-2:]
+    out = torch.empty(m, n, dtype=dtype, device=z.device)
     launch(
         _normed_sum_kernel,
         (m,),
-        *(y, weight, z, other_weight, mail, out, eps, m),
+        *(weight, y, z, other_weight, mail, out, eps, m),
         N=n,
         OFFSET=offset,
         BLOCK=power_of_2(n),
-        SPLIT_K=split_k_of(y),
+        SPLIT_K=sent or split_k_of(y),
         OTHER_SPLIT_K=split_k_of(z),
         num_warps=row_warps(n),
     )

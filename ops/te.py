@@ -70,10 +70,10 @@ class Modules:
     def takes(self, weight, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 and weight.data.dtype in (torch.bfloat16, E4M3)
 
-    def matmul(self, kernels, x: Tensor, weight, dtype: torch.dtype, partials: bool = False) -> Tensor:
+    def matmul(self, kernels, x: Tensor, weight, dtype: torch.dtype, partials: bool = False, mail=None) -> Tensor:
         """`ops.matmul.matmul`; x is in bf16 for a weight in E4M3, too."""
         if not self.takes(weight, dtype):
-            return kernels.matmul(x, weight, dtype, partials)
+            return kernels.matmul(x, weight, dtype, partials, mail)
         linear = self.linears.get(weight)
         if linear is None or linear.source != weight.data.data_ptr():
             linear = self.linears[weight] = Linear(self.te, weight)

@@ -3,10 +3,12 @@ the first time they fill the boxes of those that come before them."""
 
 import pytest
 import torch
-from test_ops import decode_states
+from test_ops import decode_states, dense_inputs, int_weight
 
-from ops import next_token, norm
+from ops import matmul, next_token, norm
 from ops.common import E4M3
+from ops.integer import IntGemvConfig, int_matmul
+from ops.matmul import GemmConfig, GemvConfig
 from ops.peers import Parts, gather, mail_of
 from parallel import Shard
 
@@ -19,17 +21,18 @@ class VirtualSums:
     def __init__(self, shard: Shard, mail):
         self.shard, self.sent = shard, mail
 
-    def mail(self, rows: int, width: int):
-        return self.sent
+    def mail(self, rows: int, width: int, shared: bool = False):
+        return self.sent._replace(SHARED=type(self.sent.SHARED)(shared))
 
 
-def on_ranks(count: int, width: int, run, slots: int = 8, fills: int = 3) -> list:
-    """What run(rank, sums) returns on each rank, three times one after the other with the same boxes."""
+def on_ranks(count: int, width: int, run, slots: int = 8, fills: int = 3, turns: int = 2) -> list:
+    """What run(rank, sums) returns on each rank, three times one after the other with the same boxes. It takes two turns
+    until all have what each sends, and four until they have sums that each makes of it."""
     boxes = [torch.zeros(2, count, slots, width, dtype=torch.int64) for _ in range(count)]
     mails = [mail_of(boxes, rank, slots, width, CPU) for rank in range(count)]
     for _ in range(3):
         filled = [mail.filled.clone() for mail in mails]
-        for again in range(2):
+        for again in range(turns):
             for mail, before in zip(mails, filled):
                 mail.filled.copy_(before)
             results = [run(rank, VirtualSums(Shard(rank, count), mails[rank])) for rank in range(count)]
@@ -47,21 +50,80 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count,shared", [(2, False), (3, False), (3, True)])
 @pytest.mark.parametrize("post,fp8", [(False, True), (True, False)])
-def test_add_norm_adds_up_the_ranks(count, post, fp8):
+def test_add_norm_adds_up_the_ranks(count, shared, post, fp8):
     x, parts = torch.randn(3, 100), torch.randn(count, 2, 3, 100)
     weight, scale = torch.randn(100), torch.tensor(0.02) if fp8 else None
     post_weight = torch.randn(100) if post else None
 
     def run(rank, sums):
-        y = Parts(parts[rank], sums.mail(3, 100))
+        y = Parts(parts[rank], sums.mail(3, 100, shared))
         return norm.add_norm_triton(x, y, post_weight, weight, EPS, scale)
 
-    results = on_ranks(count, 100, run)
+    results = on_ranks(count, 100, run, turns=4 if shared else 2)
     check_alike(results)
     expected = norm.add_norm_triton(x, parts.sum(1), post_weight, weight, EPS, scale)
     assert all(map(torch.equal, results[0], expected))
+
+
+PRODUCTS = {  # rows, the weight's dtype or int4's group, and how they are multiplied
+    "bf16": (1, torch.bfloat16, GemvConfig(8, 32, 4, 2, early=1)),
+    "bf16, two rows": (2, torch.bfloat16, GemvConfig(8, 32, 4, 2)),
+    "fp8": (1, E4M3, GemvConfig(4, 64, 4, 2)),
+    "bf16, split": (3, torch.bfloat16, GemmConfig(16, 32, 32, 4, 4, 2)),
+    "fp8, split": (3, E4M3, GemmConfig(16, 32, 32, 2, 4, 2)),
+    "int8": (2, 0, IntGemvConfig(16, 64, 1)),
+    "int4": (1, 32, IntGemvConfig(16, 128, 1, split_k=2)),
+    "int4, more rows": (4, 32, GemmConfig(16, 16, 128, 2, 4, 2)),
+    "too many": (9, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_products_send_what_they_make(kind):
+    """The norm adds up the same numbers in the same order as when it sends them itself."""
+    rows, dtype, config = PRODUCTS[kind]
+    residual, norm_weight = torch.randn(rows, 20).bfloat16(), torch.randn(20)
+    if isinstance(dtype, int):
+        inputs = [(torch.randn(rows, 256).bfloat16(), int_weight(20, 256, dtype)) for _ in range(2)]
+    else:
+        inputs = [dense_inputs(rows, 20, 256, dtype)[:2] for _ in range(2)]
+
+    def product(rank, mail=None):
+        x, weight = inputs[rank]
+        if isinstance(dtype, int):
+            return int_matmul(x, weight, False, config, torch.float32, mail)
+        return matmul.with_config(x, weight, torch.float32, config, True, mail=mail)
+
+    def run(rank, sums):
+        mail = sums.mail(rows, 20)
+        y = product(rank, mail)
+        assert isinstance(y, Parts) == (kind != "too many")
+        return norm.add_norm_triton(residual, y if isinstance(y, Parts) else Parts(y, mail), None, norm_weight, EPS)
+
+    results = on_ranks(2, 20, run, slots=32)
+    check_alike(results)
+    products = [y if y.dim() == 3 else y[None] for y in map(product, range(2))]
+    expected = norm.add_norm_triton(residual, torch.stack([sum(y) for y in products]), None, norm_weight, EPS)
+    assert all(map(torch.equal, results[0], expected))
+
+
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_normed_sum_adds_up_what_was_sent_and_what_was_not(split_k):
+    x, z, weights = torch.randn(2, 3, 256).bfloat16(), torch.randn(2, 2, 3, 40), torch.randn(2, 40)
+    products = [dense_inputs(3, 40, 256, torch.bfloat16)[1] for _ in range(2)]
+    config = GemmConfig(16, 16, 32, split_k, 4, 2)
+
+    def run(rank, sums, sends=True):
+        mail = sums.mail(3, 40)
+        y = matmul.with_config(x[rank], products[rank], torch.float32, config, True, mail=mail if sends else None)
+        y = y if sends else Parts(y if y.dim() == 3 else y[None], mail)
+        return [norm.normed_sum_triton(y, weights[0], Parts(z[rank], mail), weights[1], EPS)]
+
+    results = on_ranks(2, 40, run, slots=16)
+    check_alike(results)
+    assert torch.equal(results[0][0], on_ranks(2, 40, lambda *rank: run(*rank, False), slots=16)[0][0])
 
 
 def test_normed_sum_adds_up_both():
