@@ -154,9 +154,9 @@ class Sums:
         partial sums [P, M, N]."""
         return self.gathered(y.sum(0) if y.dim() == 3 else y)
 
-    def mail(self, rows: int, width: int):
-        """The `ops.peers.Mail` by which kernels send so many rows of `width` float32 numbers; None if they can't, or
-        are slower."""
+    def mail(self, rows: int, width: int, words: bool = False):
+        """The `ops.peers.Mail` by which kernels send so many rows of `width` numbers of 4 bytes, in words or each with a
+        flag; None if they can't, or are slower."""
 
     def lost(self) -> int | None:
         """The rank whose part of a sum a kernel has waited for in vain, if there is one."""
@@ -210,7 +210,8 @@ class PeerSums(ProcessSums):
 
     def __init__(self, shard: Shard, device: torch.device):
         super().__init__(shard, device)
-        self.mails: dict[int, tuple] = {}  # by width: how many rows, the mail, and what has to stay alive
+        # By width, and whether they are for words: how many rows, the mail, and what has to stay alive
+        self.mails: dict[tuple[int, bool], tuple] = {}
         self.missing = torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
     def gathered(self, x: Tensor) -> Tensor:
@@ -218,21 +219,21 @@ class PeerSums(ProcessSums):
             return super().gathered(x)
         from ops.peers import GATHERED, gather
 
-        most, mail, _ = self._mail(GATHERED)
+        most, mail, _ = self._mail(GATHERED, True)
         return gather(x, mail, most)
 
-    def mail(self, rows: int, width: int):
-        most, mail, _ = self._mail(width)
+    def mail(self, rows: int, width: int, words: bool = False):
+        most, mail, _ = self._mail(width, words)
         if rows > most:
             return None
-        shared = rows >= SHARED_ROWS and self.shard.count > 2
+        shared = rows >= SHARED_ROWS and self.shard.count > 2 and not words
         return mail._replace(SHARED=type(mail.SHARED)(True)) if shared else mail
 
-    def _mail(self, width: int) -> tuple:
-        # A width's first call has all ranks wait for one another, so that it must not be recorded
-        if width not in self.mails:
-            self.mails[width] = self._new_mail(width)
-        return self.mails[width]
+    def _mail(self, width: int, words: bool) -> tuple:
+        # The first call for a width has all ranks wait for one another, so that it must not be recorded
+        if (width, words) not in self.mails:
+            self.mails[width, words] = self._new_mail(width)
+        return self.mails[width, words]
 
     def _new_mail(self, width: int) -> tuple:
         from torch.distributed import _symmetric_memory as memory

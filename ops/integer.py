@@ -165,7 +165,7 @@ def int_config(m: int, n: int, k: int, group: int) -> GemmConfig | IntGemvConfig
     if n > 16384:
         if m > 1:
             return IntGemvConfig(block_n=32, block_k=256, num_warps=1 if group >= 128 or n > 100_000 else 2)
-        if group >= 128:
+        if group >= 128 and n > 32768:
             return IntGemvConfig(block_n=32, block_k=256, num_warps=1, ahead=True)
         return IntGemvConfig(block_n=16, block_k=512, num_warps=1 if group else 2, ahead=group > 0)
     if k > 8192 and m == 1:
@@ -176,7 +176,7 @@ def int_config(m: int, n: int, k: int, group: int) -> GemmConfig | IntGemvConfig
         if m == 1 and group >= 128:
             return IntGemvConfig(block_n=16, block_k=512, num_warps=2, ahead=True)
         return IntGemvConfig(block_n=32 if group or m > 1 else 16, block_k=256, num_warps=4, ahead=m == 1 and group > 0)
-    if m == 1 and not group:
+    if m == 1 and (not group or group >= 128):
         return IntGemvConfig(block_n=16, block_k=512, num_warps=4, ahead=True)
     return IntGemvConfig(block_n=16, block_k=256, num_warps=4, split_k=2, ahead=m == 1)
 

@@ -160,6 +160,8 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
         in_8 = dtype.itemsize == 1
         if k > 8192 and n <= 2560 and not in_8:
             return GemvConfig(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
+        if k > 8192 and n > 2560 and k <= 16384:
+            return GemvConfig(2, 2048 if in_8 else 1024, num_warps=4, num_stages=4, early=2 if in_8 else 4)
         if k > 8192:
             return GemvConfig(
                 block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=3 if in_8 else 1
@@ -169,7 +171,10 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
             return GemvConfig(block_n=2 if n == 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=early)
         if k <= 2048 and n < 200_000:
             return GemvConfig(block_n=4, block_k=2048 if in_8 else 1024, num_warps=4, num_stages=4, early=1)
-        return GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=4, early=2 if n < 32768 or k <= 2048 else 0)
+        if n <= 8192 and not in_8:
+            return GemvConfig(block_n=4, block_k=1024, num_warps=4, num_stages=4, early=2)
+        early = 0 if n >= 32768 and k > 2048 else 3 if n > 16384 else 2
+        return GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=4, early=early)
     if m > 64 or dtype == torch.float32 or k * dtype.itemsize % 16:  # rows of tiles begin at multiples of 16 bytes
         return None
     if m > 16 and dtype == E4M3 and n <= 16384:

@@ -199,7 +199,7 @@ def greedy_next_token_triton(
     logits: Tensor, state, drafts: Tensor | None = None, sums: Sums | None = None, vocab_size: int | None = None
 ):
     """Does what `greedy_next_token` does, with two kernels, or three of ranks, for logits in bf16 or float32."""
-    mail = None if sums is None else sums.mail(len(logits), 2)
+    mail = None if sums is None else sums.mail(len(logits), 2, True)
     if sums is not None and mail is None:
         return greedy_next_token_triton(sums.joined(logits, vocab_size), state, drafts)
     (m, v), rows = logits.shape, len(state.token)

@@ -24,7 +24,7 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.peers import Parts, fills, mailboxes, received_sum, send_row
+from ops.peers import Parts, fills, mailboxes, received_row, received_sum, send_row
 from parallel import Sums
 
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
@@ -85,7 +85,7 @@ def _embed_kernel(
     boxes = mailboxes(mail)
     wait_for_previous(PDL)
     if mail is not None:
-        counts = fills(mail, row, 0, 1)
+        count = fills(mail, row, 0, 1)[0]
     token = tl.load(tokens_ptr + row) - first
     known = (token >= 0) & (token < rows)
     here = columns < tl.where(known, N, 0)
@@ -95,8 +95,8 @@ def _embed_kernel(
             scale_ptr += tl.where(known, token, 0)
         x = (x * tl.load(scale_ptr).to(tl.float32)).to(dtype).to(tl.float32)
     if mail is not None:
-        send_row(x, mail, boxes, row, counts[0], columns, mask)
-        x = received_sum(mail, boxes, row, 0, counts, x, columns, mask)
+        send_row(x, mail, boxes, count, row, columns, mask)
+        x = received_row(x, mail, boxes, count, row, columns, mask)
     tl.store(x_ptr + row * N + columns, (x * factor).to(dtype), mask=mask)
 
 
@@ -172,13 +172,12 @@ def add_norm(
 def sum_over_ranks(y_ptr, mail, boxes, row, rows, columns, mask, N, SPLIT_K: tl.constexpr, dtype: tl.constexpr):
     """Adds up a row over the ranks, of SPLIT_K partial sums of each, which are sent now or, without y_ptr, were."""
     if y_ptr is None:
-        counts = fills(mail, row, rows, SPLIT_K)
-        y = received_sum(mail, boxes, row, rows, counts, None, columns, mask, SPLIT_K)
+        y = received_sum(mail, row, rows, columns, mask, SPLIT_K)
     else:
-        counts = fills(mail, row, rows, 1)
+        count = fills(mail, row, 0, 1)[0]
         y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
-        send_row(y, mail, boxes, row, counts[0], columns, mask)
-        y = received_sum(mail, boxes, row, rows, counts, y, columns, mask)
+        send_row(y, mail, boxes, count, row, columns, mask)
+        y = received_row(y, mail, boxes, count, row, columns, mask)
     return y.to(dtype).to(tl.float32)
 
 
@@ -282,6 +281,7 @@ def _normed_sum_kernel(
     y_ptr,
     z_ptr,
     other_ptr,
+    sent_mail,
     mail,
     out_ptr,
     eps,
@@ -306,17 +306,14 @@ def _normed_sum_kernel(
         y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
         z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, dtype)
     else:
-        Y_PARTS: tl.constexpr = SPLIT_K if y_ptr is None else 1
-        z_slot = Y_PARTS * rows + row
-        counts, z_counts = fills(mail, row, rows, Y_PARTS), fills(mail, z_slot, rows, 1)
+        z_count = fills(mail, rows + row, 0, 1)[0]
         z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, tl.float32)
-        send_row(z, mail, boxes, z_slot, z_counts[0], columns, mask)
-        y = None
-        if y_ptr is not None:
-            y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
-            send_row(y, mail, boxes, row, counts[0], columns, mask)
-        y = received_sum(mail, boxes, row, rows, counts, y, columns, mask, Y_PARTS).to(dtype).to(tl.float32)
-        z = received_sum(mail, boxes, z_slot, rows, z_counts, z, columns, mask).to(dtype).to(tl.float32)
+        send_row(z, mail, boxes, z_count, rows + row, columns, mask)
+        if y_ptr is None:
+            y = sum_over_ranks(y_ptr, sent_mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
+        else:
+            y = sum_over_ranks(y_ptr, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
+        z = received_row(z, mail, boxes, z_count, rows + row, columns, mask).to(dtype).to(tl.float32)
     y = normed(y, inverse_rms_of(y, N, eps), weight, dtype, OFFSET)
     z = normed(z, inverse_rms_of(z, N, eps), other, dtype, OFFSET)
     tl.store(out_ptr + row * N + columns, (y + z).to(dtype), mask=mask)
@@ -332,13 +329,13 @@ def normed_sum_triton(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Does what `normed_sum` does, with one kernel; of parts of sums over the ranks, too, of which z's are not sent."""
-    (y, mail, sent), (z, _, _) = (each if isinstance(each, Parts) else (each, None, 0) for each in (y, z))
+    (y, y_mail, sent), (z, mail, _) = (each if isinstance(each, Parts) else (each, None, 0) for each in (y, z))
     m, n = z.shape[-2:]
     out = torch.empty(m, n, dtype=dtype, device=z.device)
     launch(
         _normed_sum_kernel,
         (m,),
-        *(weight, y, z, other_weight, mail, out, eps, m),
+        *(weight, y, z, other_weight, y_mail if sent else None, mail, out, eps, m),
         N=n,
         OFFSET=offset,
         BLOCK=power_of_2(n),

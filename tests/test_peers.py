@@ -18,25 +18,35 @@ CPU, EPS = torch.device("cpu"), 1e-6
 class VirtualSums:
     """What `parallel.PeerSums` is to kernels."""
 
-    def __init__(self, shard: Shard, mail):
-        self.shard, self.sent = shard, mail
+    def __init__(self, shard: Shard, mails: dict, shared: bool):
+        self.shard, self.mails, self.shared = shard, mails, shared
 
-    def mail(self, rows: int, width: int, shared: bool = False):
-        return self.sent._replace(SHARED=type(self.sent.SHARED)(shared))
+    def mail(self, rows: int, width: int, words: bool = False):
+        mail = self.mails[words]
+        return mail._replace(SHARED=type(mail.SHARED)(self.shared))
 
 
-def on_ranks(count: int, width: int, run, slots: int = 8, fills: int = 3, turns: int = 2) -> list:
+def on_ranks(count: int, width: int, run, slots: int = 8, fills: int = 3, shared: bool = False) -> list:
     """What run(rank, sums) returns on each rank, three times one after the other with the same boxes. It takes two turns
-    until all have what each sends, and four until they have sums that each makes of it."""
-    boxes = [torch.zeros(2, count, slots, width, dtype=torch.int64) for _ in range(count)]
-    mails = [mail_of(boxes, rank, slots, width, CPU) for rank in range(count)]
+    until all have what each sends, and four until they have `shared` sums that each makes of it."""
+    kinds = {}
+    for words in (False, True):
+        boxes = [torch.zeros(2, count, slots, width, dtype=torch.int64) for _ in range(count)]
+        kinds[words] = [mail_of(boxes, rank, slots, width, CPU) for rank in range(count)]
+    mails = kinds[False] + kinds[True]
     for _ in range(3):
         filled = [mail.filled.clone() for mail in mails]
-        for again in range(turns):
+        for again in range(4 if shared else 2):
             for mail, before in zip(mails, filled):
                 mail.filled.copy_(before)
-            results = [run(rank, VirtualSums(Shard(rank, count), mails[rank])) for rank in range(count)]
-    assert all(mail.filled.max() == fills and not mail.missing for mail in mails)
+            ranks = [
+                VirtualSums(Shard(rank, count), {words: kinds[words][rank] for words in kinds}, shared)
+                for rank in range(count)
+            ]
+            results = [run(rank, sums) for rank, sums in enumerate(ranks)]
+    for of_kind in kinds.values():
+        assert {int(mail.filled.max()) for mail in of_kind} in ({0}, {fills}) and not any(x.missing for x in of_kind)
+    assert any(mail.filled.max() for mail in mails)
     return results
 
 
@@ -58,10 +68,10 @@ def test_add_norm_adds_up_the_ranks(count, shared, post, fp8):
     post_weight = torch.randn(100) if post else None
 
     def run(rank, sums):
-        y = Parts(parts[rank], sums.mail(3, 100, shared))
+        y = Parts(parts[rank], sums.mail(3, 100))
         return norm.add_norm_triton(x, y, post_weight, weight, EPS, scale)
 
-    results = on_ranks(count, 100, run, turns=4 if shared else 2)
+    results = on_ranks(count, 100, run, shared=shared)
     check_alike(results)
     expected = norm.add_norm_triton(x, parts.sum(1), post_weight, weight, EPS, scale)
     assert all(map(torch.equal, results[0], expected))
@@ -97,10 +107,10 @@ def test_products_send_what_they_make(kind):
         return matmul.with_config(x, weight, torch.float32, config, True, mail=mail)
 
     def run(rank, sums):
-        mail = sums.mail(rows, 20)
-        y = product(rank, mail)
+        y = product(rank, sums.mail(rows, 20, True))
         assert isinstance(y, Parts) == (kind != "too many")
-        return norm.add_norm_triton(residual, y if isinstance(y, Parts) else Parts(y, mail), None, norm_weight, EPS)
+        y = y if isinstance(y, Parts) else Parts(y, sums.mail(rows, 20))
+        return norm.add_norm_triton(residual, y, None, norm_weight, EPS)
 
     results = on_ranks(2, 20, run, slots=32)
     check_alike(results)
@@ -116,10 +126,10 @@ def test_normed_sum_adds_up_what_was_sent_and_what_was_not(split_k):
     config = GemmConfig(16, 16, 32, split_k, 4, 2)
 
     def run(rank, sums, sends=True):
-        mail = sums.mail(3, 40)
-        y = matmul.with_config(x[rank], products[rank], torch.float32, config, True, mail=mail if sends else None)
-        y = y if sends else Parts(y if y.dim() == 3 else y[None], mail)
-        return [norm.normed_sum_triton(y, weights[0], Parts(z[rank], mail), weights[1], EPS)]
+        mail = sums.mail(3, 40, True) if sends else None
+        y = matmul.with_config(x[rank], products[rank], torch.float32, config, True, mail=mail)
+        y = y if sends else Parts(y if y.dim() == 3 else y[None], sums.mail(3, 40))
+        return [norm.normed_sum_triton(y, weights[0], Parts(z[rank], sums.mail(3, 40)), weights[1], EPS)]
 
     results = on_ranks(2, 40, run, slots=16)
     check_alike(results)
@@ -192,6 +202,8 @@ def test_the_best_of_all_ranks_is_everyones(count, bad):
 @pytest.mark.parametrize("x", [torch.arange(2500), torch.randn(3, 7, 2).bfloat16()], ids=["int64", "bf16"])
 def test_all_ranks_have_what_each_has(x):
     """Of the larger one in two launches."""
-    results = on_ranks(3, 1024, lambda rank, sums: [gather(x + rank, sums.sent, 3)], fills=3 * (1 + (x.nbytes > 12288)))
+    results = on_ranks(
+        3, 1024, lambda rank, sums: [gather(x + rank, sums.mail(3, 1024, True), 3)], fills=3 * (1 + (x.nbytes > 12288))
+    )
     check_alike(results)
     assert torch.equal(results[0][0], torch.stack([x, x + 1, x + 2]))
