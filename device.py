@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 GIB = 2**30
+SHARE = 0.92  # of a GPU's memory that tensors may take: some is lost between them
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -62,6 +63,20 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def allocated_memory(device: torch.device) -> int:
+    """Bytes that PyTorch has allocated on a GPU now; 0 on a CPU, where nobody counts them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def spare_memory(device: torch.device) -> int:
+    """Bytes that a GPU still had when PyTorch had allocated the most so far, of the SHARE that tensors may take; 0 on a
+    CPU, where nobody counts them."""
+    if device.type != "cuda":
+        return 0
+    total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return int(SHARE * total) - torch.cuda.max_memory_allocated(device)
 
 
 def now(device: torch.device) -> float:

@@ -54,7 +54,7 @@ from checkpoint import (
 )
 from cli import PRECISIONS, Parser, add_model_options, number, path, run_program
 from config import ModelConfig
-from device import GIB, now, peak_memory, pick_device, told_if_out_of_memory
+from device import GIB, allocated_memory, now, peak_memory, pick_device, spare_memory, told_if_out_of_memory
 from export import export_checkpoint, open_source
 from files import check_writable, read_json, write_atomically
 from formats import LINEAR, Weight
@@ -141,11 +141,13 @@ def rounded(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 class Objective(nn.Module):
     """The loss of a model, whose blocks run by `training`'s operations in `dtype`. With `recompute` each block keeps
-    its input alone for the backward, which runs it again."""
+    its input alone for the backward, which runs it again. `block_bytes`, where it isn't None, becomes the most that one
+    left in memory when it ran: when it ran again, what it would keep otherwise."""
 
     def __init__(self, model: Transformer, training: Training, dtype: torch.dtype, recompute: bool):
         super().__init__()
         self.model, self.training_ops, self.dtype, self.recompute = model, training, dtype, recompute
+        self.block_bytes: int | None = None
         for layer in model.layers:
             layer.forward = partial(self.run_block, layer.forward, layer)
 
@@ -156,12 +158,24 @@ class Objective(nn.Module):
 
     def run_block(self, forward: Callable, layer: Block, *args) -> Residual:
         def run() -> Residual:
-            with rounded(layer, self.dtype):
+            with rounded(layer, self.dtype), self.measured():
                 residual = forward(*args)
                 # Added here, since the weight of the norm behind a layer is gone when a sharded layer is done
                 return Residual(residual.added(self.training_ops.ops, self.model.config, None)[0])
 
         return self.training_ops.checkpoint(run) if self.recompute and torch.is_grad_enabled() else run()
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measures what a block that runs in the context leaves in memory, if that is asked for."""
+        if self.block_bytes is None:
+            yield
+            return
+        before = allocated_memory(self.model.device)
+        try:
+            yield
+        finally:  # a block that runs again is left by an exception as soon as the backward has all that it needs
+            self.block_bytes = max(self.block_bytes, allocated_memory(self.model.device) - before)
 
     def forward(self, batch: Batch) -> Tensor:
         """The sum of the cross-entropies of a batch's targets, in nats."""
@@ -207,6 +221,13 @@ class Workers(NamedTuple):
         if self.count > 1:
             dist.all_reduce(x)
         return x
+
+    def least(self, value: int) -> int:
+        """The least value that one of them has."""
+        x = torch.tensor(value, device=self.device)
+        if self.count > 1:
+            dist.all_reduce(x, dist.ReduceOp.MIN)
+        return int(x)
 
     def wait(self):
         if self.count > 1:
@@ -360,8 +381,10 @@ class Trainer:
         adapts: bool = False,
     ):
         """`settings` are what a resumed run must agree on: of them learning_rate, weight_decay and rows (of a step) are
-        read here. At most `at_once` rows of a rank go through the model together. With `adapts` a step for which there is no
-        memory begins again, with fewer."""
+        read here. At most `at_once` rows of a rank go through the model together. With `adapts` it adapts to the memory: a
+        rank that has all weights takes less where a step runs out of it, and begins the step again. Ranks that share them
+        can't, since the others would wait: they begin with activations that are computed again, and keep them after the
+        first step if all of them have the memory."""
         self.objective, self.data, self.ranks, self.settings, self.steps = objective, data, ranks, settings, steps
         mine = -(-settings["rows"] // ranks.count)
         self.at_once, self.step = -(-mine // -(-mine // at_once)), 0  # of batches as alike as can be
@@ -374,7 +397,8 @@ class Trainer:
         groups = [dict(params=matrices, weight_decay=settings["weight_decay"]), dict(params=others, weight_decay=0.0)]
         on_gpu = ranks.device.type == "cuda"
         self.warm, self.recording = False, None  # whether a batch that may be recorded has run
-        self.adapts = adapts and not self.sharded  # where the ranks would have to do so together
+        self.retries = adapts and not self.sharded
+        objective.block_bytes = 0 if adapts and self.sharded else None
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=on_gpu)
         for p in self.parameters.values():  # made now, so that memory runs out before the first step or never
             if self.records:  # what runs before it is recorded has to run as it does then
@@ -413,7 +437,7 @@ class Trainer:
                 loss += self.add_gradients(batch, factor)
                 tokens, flop = tokens + batch.n_tokens, flop + self.flop(batch)
         except torch.OutOfMemoryError:
-            if not self.adapts or (self.at_once == 1 and self.objective.recompute):
+            if not self.retries or (self.at_once == 1 and self.objective.recompute):
                 raise
             return None
         return loss, tokens, flop
@@ -428,6 +452,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=not self.records)
         gc.collect()
         torch.cuda.empty_cache()
+
+    def take_more(self):
+        """Keeps activations from now on, if on every rank those of all blocks fit in beside the most that a step took
+        without them."""
+        needed = self.objective.model.config.n_layers * self.objective.block_bytes
+        if self.ranks.least(spare_memory(self.ranks.device) - needed) > 0:
+            self.objective.recompute = False
+        self.objective.block_bytes = None
 
     def train_step(self) -> dict:
         """One step; returns its figures. One whose gradients are not finite, or without targets, changes nothing."""
@@ -465,6 +497,8 @@ class Trainer:
                 group["lr"] = rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.records)  # what was recorded adds to these
+        if self.objective.block_bytes is not None and targets:  # a step without targets has run nothing
+            self.take_more()
         self.step += 1
         return figures | {"seconds": now(ranks.device) - start}
 
@@ -734,8 +768,8 @@ def program_parser() -> argparse.ArgumentParser:
     add("--rows_at_once", type=count, metavar="N", help=at_once)
     add("--learn_everything", action="store_true", help="prompts and the user's turns are learned, too")
     keep = (
-        "keep them all for the backward: faster, and takes more memory (default: on a GPU whose memory holds them, "
-        "but not where weights are sharded)"
+        "keep them all for the backward: faster, and takes more memory (default: on GPUs whose memory holds them; of "
+        "sharded weights, from the second step on)"
     )
     add("--keep_activations", action=argparse.BooleanOptionalAction, help=keep)
     every = "write a checkpoint, and measure --eval_data, every N steps (default: %(default)s)"
@@ -784,7 +818,7 @@ def train(args: argparse.Namespace, ranks: Workers):
     data, held_out = read_data(args, tokenizer)
     model = load(args, checkpoint, ranks, dtype)
     sharded, keeps, at_once = ranks.count > 1 and not args.lora_rank, args.keep_activations, args.rows_at_once
-    adapts = keeps is at_once is None
+    adapts = keeps is None and (sharded or at_once is None)  # sharded, it leaves the rows alone
     keeps = ranks.device.type == "cuda" and not sharded if keeps is None else keeps
     at_once = at_once or rows_at_once(config, ranks.device, size, sharded)
     objective = Objective(model, training, dtype, not keeps)

@@ -73,7 +73,7 @@ def time_training(args, config: ModelConfig, precision: str, lora: int, ranks, l
             shard(objective, ranks, torch.bfloat16)
         at_once = rows_at_once(config, ranks.device, length, sharded)
         trainer = Trainer(objective, Data(documents, length), ranks, settings, 10**6, at_once, adapts=True)
-        trainer.train_step()  # and the next one, which warms up, too, may record
+        trainer.train_step()  # and the next one, which warms up, too, may keep activations or record
         runs = time_in_turn({OURS: trainer.train_step}, args.repeats, ranks.device)[OURS]
     except torch.OutOfMemoryError:
         raise ValueError(f"out of GPU memory with rows of {length} tokens") from None

@@ -501,7 +501,7 @@ def ran(small, json_tokenizer, tmp_path_factory) -> dict[str, tuple[list[str], P
         "two": plain,
         "four": plain,
         "lora": [*plain, *lora, *short],
-        "gemma4": [*command_of(shared, directory), *short],
+        "gemma4": [*command_of(shared, directory), *short, "--rows_at_once", "1"],
         "killed": often,
     }
     outs = {name: (options, directory / f"{name}-out") for name, options in runs.items()}
@@ -512,7 +512,13 @@ def ran(small, json_tokenizer, tmp_path_factory) -> dict[str, tuple[list[str], P
 
     delays = random.Random(0)
     goes_on = [str(outs[name][1]) for name in ("four", "two")]
-    jobs = [job("two", 2), job("four", 4, "--resume", goes_on=goes_on), job("lora", 2), job("gemma4", 2)]
+    enough, too_little = dict(spare=[100, 100], keeps=True), dict(spare=[100, 100, 1, 100], keeps=False)
+    jobs = [
+        job("two", 2, **enough),
+        job("four", 4, "--resume", goes_on=goes_on, **too_little),
+        job("lora", 2),
+        job("gemma4", 2, **enough),
+    ]
     # Steps and saves take some 30 ms each
     for step in (2, 6):
         jobs.append(job("killed", 1, "--resume", kill=(str(outs["killed"][1]), step, delays.uniform(0, 0.06))))
@@ -537,7 +543,8 @@ def one_thread():
 
 @pytest.mark.parametrize("name", ["two", "four", "lora", "gemma4"])
 def test_ranks_train_what_one_process_does(name, ran, one_thread, tmp_path):
-    """Two; four, behind two's first steps; two with adapters; two with layers that share keys."""
+    """Two, which keep activations after the first step; four, behind two's first steps, one of which has no memory for it;
+    two with adapters; two with layers that share keys, which keep activations, too."""
     (options, out), one = ran[name], tmp_path / "one"
     assert run(options, one) == 0
     lines = list(zip(log_of(out), log_of(one), strict=True))
@@ -688,6 +695,21 @@ def test_what_memory_does_not_hold_is_taken_in_parts(small):
     trainer = Short(objective_of(small, recompute=False), data, ALONE, settings, 3)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train_step()
+
+
+@pytest.mark.parametrize(("spare", "keeps"), [(11, True), (10, False)])
+def test_activations_are_kept_if_those_of_all_blocks_fit_in(spare, keeps, small, monkeypatch):
+    """Of two blocks, one of which leaves 5 bytes when it runs again."""
+    numbers = iter([0, 1, 1, 2, 2, 7, 7, 10])  # both run, the second again, the first again
+    monkeypatch.setattr(finetune, "allocated_memory", lambda device: next(numbers))
+    monkeypatch.setattr(finetune, "spare_memory", lambda device: spare)
+    objective = objective_of(small)
+    trainer = trainer_of(objective, Data(documents(24, vocab=4096), 24), steps=2, learning_rate=1e-3)
+    objective.block_bytes = 0  # as where weights are shared
+    trainer.train_step()
+    assert objective.recompute != keeps
+    trainer.train_step()
+    assert objective.recompute != keeps and next(numbers, None) is None
 
 
 def test_a_full_disk_is_one_line(command, tmp_path, capsys):
@@ -923,6 +945,32 @@ def test_recomputing_on_a_gpu_changes_no_gradient(fp8):
     found = [gradients_on("cuda", model, torch.bfloat16, fp8, rows, recompute=each) for each in (False, True)]
     assert found[0][1] == found[1][1]
     assert_similar(found[1][2], found[0][2], 0.9999)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("fp8", [None, "current"])
+def test_what_blocks_would_keep_is_known_before(fp8):
+    """A block that runs again leaves as much as one that runs once. Parameters are in BF16, as gathered ones are."""
+    from ops.training import choose
+
+    pytest.importorskip("transformer_engine.pytorch")
+    device, rows = torch.device("cuda", 0), [documents(100, 28, vocab=512)] * 16
+    model = gpu_model("gemma3").to(device)
+    for name, buffer in model.named_buffers():
+        setattr(model, name, buffer.to(device))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    config = model.config
+    training = choose(device, torch.bfloat16, config.norm_eps, config.norm_offset, fp8)
+    objective, batch = Objective(model, training, torch.bfloat16, True), Data(rows[0], 128).batch(rows, device)
+    found = []
+    for recompute in (True, False):
+        objective.recompute = recompute
+        backward(objective, batch)  # what the first run makes, and stays
+        objective.block_bytes = 0
+        backward(objective, batch)
+        found.append(objective.block_bytes)
+    assert found[0] == pytest.approx(found[1], rel=0.1) and found[1] > 2 * batch.tokens.numel() * config.hidden_size
 
 
 RECORDED = [  # products by TransformerEngine in BF16 or FP8, or by PyTorch
