@@ -61,7 +61,7 @@ from device import copy_bandwidth, now, pick_device
 from files import check_writable, write_atomically
 from formats import Weight
 from generate import drafts_per_step, generate, load_model
-from model import Transformer
+from model import Transformer, shared_product
 from ops import Ops, choose
 from parallel import Sums, of_environment
 from runner import Runner, lease
@@ -766,14 +766,21 @@ def time_prefill(
 
 @torch.inference_mode()
 def time_sums(sums: Sums, rows: int, size: int) -> dict[str, float]:
-    """Seconds that it takes to sum up the [rows, size] of all ranks, in different ways, all of which have them all."""
+    """Seconds that it takes to sum up the [rows, size] of all ranks, in different ways, all of which have them all; also
+    those that a product of few rows sends, by a weight [size, 2048]."""
     from torch import distributed
 
     device, group = sums.device, distributed.group.WORLD.group_name
     ops = replace(choose("auto", device), sums=sums)
     x, part = torch.zeros(rows, size, dtype=torch.bfloat16, device=device), torch.zeros(rows, size, device=device)
     weight = torch.zeros(size, dtype=torch.bfloat16, device=device)
+    factor = Weight.of("bf16", torch.zeros(size, 2048, dtype=torch.bfloat16, device=device))
+    h = torch.zeros(rows, 2048, dtype=torch.bfloat16, device=device)
     ways = {
+        f"{OURS}, product, sum and norm": lambda: ops.add_norm(
+            x, shared_product(ops, h, factor, h.dtype), None, weight, 1e-6
+        ),
+        f"{OURS}, product and norm": lambda: ops.add_norm(x, ops.matmul(h, factor, h.dtype, True), None, weight, 1e-6),
         f"{OURS}, sum and norm": lambda: ops.add_norm(x, ops.parts(part), None, weight, 1e-6),
         f"{OURS}, norm": lambda: ops.add_norm(x, part[None], None, weight, 1e-6),
         "all_reduce": partial(distributed.all_reduce, x),

@@ -177,7 +177,7 @@ def int_config(m: int, n: int, k: int, group: int) -> GemmConfig | IntGemvConfig
             return IntGemvConfig(block_n=16, block_k=512, num_warps=2, ahead=True)
         return IntGemvConfig(block_n=32 if group or m > 1 else 16, block_k=256, num_warps=4, ahead=m == 1 and group > 0)
     if m == 1 and (not group or group >= 128):
-        return IntGemvConfig(block_n=16, block_k=512, num_warps=4, ahead=True)
+        return IntGemvConfig(block_n=16, block_k=512, num_warps=4, split_k=2 if group and k > 4096 else 1, ahead=True)
     return IntGemvConfig(block_n=16, block_k=256, num_warps=4, split_k=2, ahead=m == 1)
 
 

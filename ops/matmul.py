@@ -154,30 +154,39 @@ class GemmConfig(NamedTuple):
 def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) -> GemvConfig | GemmConfig | None:
     """Picks how m rows are multiplied by a weight [n, k] of `dtype`; None means cuBLAS.
 
-    What was fastest in whole steps of gemma-7b and gemma-2b on an H200 and, beyond one row, on an H100.
+    What was fastest in whole steps on an H200 and, beyond one row, on an H100: of gemma-2b, 2-2b, 3-4b, 7b and 2-9b and,
+    of one row, of a half and a quarter of gemma-7b, which are what ranks have.
     """
     if (m == 1 and dtype != torch.int8) or (m == 2 and dtype.itemsize == 2 and n >= 32768 and k > 2048):
         in_8 = dtype.itemsize == 1
-        if k > 8192 and n <= 2560 and not in_8:
-            return GemvConfig(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
-        if k > 8192 and n > 2560 and k <= 16384:
-            return GemvConfig(2, 2048 if in_8 else 1024, num_warps=4, num_stages=4, early=2 if in_8 else 4)
-        if k > 8192:
+        if k > 8192 and in_8:
+            narrow = n <= 2048
             return GemvConfig(
-                block_n=2 if n > 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=3 if in_8 else 1
+                4 if narrow else 2, 2048, num_warps=4, num_stages=4, early=3 if narrow or k > 16384 else 2
             )
+        if k > 8192:
+            if n <= 2048:
+                return GemvConfig(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
+            return GemvConfig(
+                *((2, 1024) if n > 2560 else (4, 1024)), num_warps=4, num_stages=4, early=4 if n > 2560 else 3
+            )
+        if n < 4096 and (k > 4096 or k > 2048 and not in_8 or k <= 1024):
+            early = 1 if k <= 1024 else 3 if in_8 else 2
+            return GemvConfig(block_n=4, block_k=1024, num_warps=4, num_stages=4, early=early)
         if n < 4096:  # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
             early = min(2, -(-k // 2048))
             return GemvConfig(block_n=2 if n == 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=early)
         if k <= 2048 and n < 200_000:
             return GemvConfig(block_n=4, block_k=2048 if in_8 else 1024, num_warps=4, num_stages=4, early=1)
-        if n <= 8192 and not in_8:
+        if n <= 12288 and not in_8:
             return GemvConfig(block_n=4, block_k=1024, num_warps=4, num_stages=4, early=2)
-        early = 0 if n >= 32768 and k > 2048 else 3 if n > 16384 else 2
+        early = 2 if k <= 2048 or n <= 20480 else 3 if n <= 24576 else 1 if n < 32768 else 0
         return GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=4, early=early)
     if m > 64 or dtype == torch.float32 or k * dtype.itemsize % 16:  # rows of tiles begin at multiples of 16 bytes
         return None
     if m > 16 and dtype == E4M3 and n <= 16384:
+        if 4096 < n <= 6144 and k <= 4096:
+            return GemmConfig(power_of_2(m), block_n=64, block_k=128, split_k=2, num_warps=4, num_stages=4)
         return None
     wide = dtype.itemsize == 2 or (dtype == E4M3 and m <= 16)
     block_n = 64 if m <= 16 or dtype.itemsize == 1 else 128

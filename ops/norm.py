@@ -28,6 +28,7 @@ from ops.peers import Parts, fills, mailboxes, received_row, received_sum, send_
 from parallel import Sums
 
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
+SENT_WARPS = 8
 LAYERS_BLOCK = 4  # layers whose inputs a program makes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def add_norm_triton(
         OFFSET=offset,
         BLOCK=power_of_2(n),
         SPLIT_K=sent or split_k_of(y),
-        num_warps=row_warps(n),
+        num_warps=SENT_WARPS if sent else row_warps(n),
     )
     return x_new, h
 

@@ -28,7 +28,7 @@ from ops.common import jit, launch, launch_dependents, power_of_2, tl, wait_for_
 
 LIMIT = tl.constexpr(60_000_000_000)  # nanoseconds: longer than a rank compiles what others have compiled
 SENT_ROWS = 16  # of partial sums that a product sends itself, at most
-SENT_PARTS = 8  # of all ranks together: a program that adds them up holds a row of each
+SENT_PARTS = 4  # of all ranks together: a program that adds them up holds a row of each
 GATHERED = 1024  # words of 4 bytes that a program gathers
 
 
@@ -47,6 +47,7 @@ class Mail(NamedTuple):
     WIDTH: tl.constexpr
     WAITS: tl.constexpr  # not in Triton's interpreter, where ranks come one after the other
     SHARED: tl.constexpr  # rows are added up by one rank each
+    POLL: tl.constexpr = tl.constexpr(0)
 
 
 class Parts(NamedTuple):
@@ -130,9 +131,28 @@ def _read_sum(mail, slot, step, counts, columns, mask, PARTS: tl.constexpr):
 
 
 @jit
+def _await_sample(mail, slot, step, counts, PARTS: tl.constexpr):
+    PAIRS: tl.constexpr = mail.WORLD * PARTS
+    i = tl.arange(0, 256)
+    peer, part = i % PAIRS // PARTS, i % PARTS
+    column = tl.minimum(i // PAIRS * mail.WIDTH // (256 // PAIRS), mail.WIDTH - 1)
+    count = i * 0 + counts[0]
+    for p in tl.static_range(1, PARTS):
+        count = tl.where(part == p, counts[p], count)
+    box = mail.own + _box(mail, count, peer, slot + part * step) + column
+    late = tl.max(i, axis=0)
+    end = tl.extra.cuda.globaltimer() + tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
+    while (late > 0) & (tl.extra.cuda.globaltimer() < end):
+        word = tl.load(box, volatile=True)
+        late = tl.max(tl.where((word >> 32).to(tl.int32) != count, 1, 0), axis=0)
+
+
+@jit
 def received_sum(mail, slot, step, columns, mask, PARTS: tl.constexpr):
     """Adds up what all ranks have sent in words of a row: PARTS partial sums each, in slots that are `step` apart."""
     counts = fills(mail, slot, step, PARTS)
+    if mail.WAITS and mail.POLL:
+        _await_sample(mail, slot, step, counts, PARTS)
     total, late = _read_sum(mail, slot, step, counts, columns, mask, PARTS)
     if mail.WAITS:
         end = tl.extra.cuda.globaltimer() + tl.where(tl.load(mail.failed) == 0, LIMIT, 0)

@@ -81,7 +81,7 @@ PRODUCTS = {  # rows, the weight's dtype or int4's group, and how they are multi
     "bf16": (1, torch.bfloat16, GemvConfig(8, 32, 4, 2, early=1)),
     "bf16, two rows": (2, torch.bfloat16, GemvConfig(8, 32, 4, 2)),
     "fp8": (1, E4M3, GemvConfig(4, 64, 4, 2)),
-    "bf16, split": (3, torch.bfloat16, GemmConfig(16, 32, 32, 4, 4, 2)),
+    "bf16, split": (5, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
     "fp8, split": (3, E4M3, GemmConfig(16, 32, 32, 2, 4, 2)),
     "int8": (2, 0, IntGemvConfig(16, 64, 1)),
     "int4": (1, 32, IntGemvConfig(16, 128, 1, split_k=2)),
@@ -96,7 +96,8 @@ def test_products_send_what_they_make(kind):
     rows, dtype, config = PRODUCTS[kind]
     residual, norm_weight = torch.randn(rows, 20).bfloat16(), torch.randn(20)
     if isinstance(dtype, int):
-        inputs = [(torch.randn(rows, 256).bfloat16(), int_weight(20, 256, dtype)) for _ in range(2)]
+        k = 256 if dtype else 64
+        inputs = [(torch.randn(rows, k).bfloat16(), int_weight(20, k, dtype)) for _ in range(2)]
     else:
         inputs = [dense_inputs(rows, 20, 256, dtype)[:2] for _ in range(2)]
 
