@@ -27,7 +27,7 @@ def training(
     16 bytes a parameter fit, and adapters of rank 16; FP8 by current scaling. Started by torchrun, on all of its GPUs.
     Activations are kept if memory holds them. tflops and mfu are a GPU's. Peer: transformers, the same recipe."""
     with workers("cuda") as ranks:
-        for name, precision, lora in product(args.models, args.precisions, (0, rank)):
+        for name, lora, precision in product(args.models, (0, rank), args.precisions):
             config, total = ModelConfig.from_name(name), torch.cuda.get_device_properties(ranks.device).total_memory
             with torch.device("meta"):
                 count = sum(p.numel() for p in Transformer(config).parameters())

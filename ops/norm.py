@@ -254,7 +254,7 @@ def add_norm_triton(
         OFFSET=offset,
         BLOCK=power_of_2(n),
         SPLIT_K=sent or split_k_of(y),
-        num_warps=SENT_WARPS if sent else row_warps(n),
+        num_warps=SENT_WARPS if sent and n <= 4096 else row_warps(n),
     )
     return x_new, h
 
