@@ -158,30 +158,7 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
     of one row, of a half and a quarter of gemma-7b, which are what ranks have.
     """
     if (m == 1 and dtype != torch.int8) or (m == 2 and dtype.itemsize == 2 and n >= 32768 and k > 2048):
-        in_8 = dtype.itemsize == 1
-        if k > 8192 and in_8:
-            narrow = n <= 2048
-            return GemvConfig(
-                4 if narrow else 2, 2048, num_warps=4, num_stages=4, early=3 if narrow or k > 16384 else 2
-            )
-        if k > 8192:
-            if n <= 2048:
-                return GemvConfig(block_n=8, block_k=1024, num_warps=8, num_stages=3, early=2)
-            return GemvConfig(
-                *((2, 1024) if n > 2560 else (4, 1024)), num_warps=4, num_stages=4, early=4 if n > 2560 else 3
-            )
-        if n < 4096 and (k > 4096 or k > 2048 and not in_8 or k <= 1024):
-            early = 1 if k <= 1024 else 3 if in_8 else 2
-            return GemvConfig(block_n=4, block_k=1024, num_warps=4, num_stages=4, early=early)
-        if n < 4096:  # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
-            early = min(2, -(-k // 2048))
-            return GemvConfig(block_n=2 if n == 2560 else 4, block_k=2048, num_warps=4, num_stages=4, early=early)
-        if k <= 2048 and n < 200_000:
-            return GemvConfig(block_n=4, block_k=2048 if in_8 else 1024, num_warps=4, num_stages=4, early=1)
-        if n <= 12288 and not in_8:
-            return GemvConfig(block_n=4, block_k=1024, num_warps=4, num_stages=4, early=2)
-        early = 2 if k <= 2048 or n <= 20480 else 3 if n <= 24576 else 1 if n < 32768 else 0
-        return GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=4, early=early)
+        return row_config(n, k, dtype.itemsize == 1)
     if m > 64 or dtype == torch.float32 or k * dtype.itemsize % 16:  # rows of tiles begin at multiples of 16 bytes
         return None
     if m > 16 and dtype == E4M3 and n <= 16384:
@@ -195,6 +172,31 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
     split_k = pick_split_k(n, k, block_n, wanted * SMS, 4 * block_k)
     num_stages = 6 if not wide else 4 if m <= 16 else 3
     return GemmConfig(max(16, power_of_2(m)), block_n, block_k, split_k, 4, num_stages, early=int(wide))
+
+
+def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
+    """`linear_config` of one row, or two, by a weight in 8 bits or in more."""
+
+    def config(block_n: int, block_k: int, early: int) -> GemvConfig:
+        return GemvConfig(block_n, block_k, num_warps=4, num_stages=4, early=early)
+
+    if k > 8192 and n <= 2048:
+        return config(4, 2048, 3) if in_8 else GemvConfig(8, 1024, num_warps=8, num_stages=3, early=2)
+    if k > 8192 and in_8:
+        return config(2, 2048, 3 if k > 16384 else 2)
+    if k > 8192:
+        return config(2, 1024, 4) if n > 2560 else config(4, 1024, 3)
+    if n < 4096 and k <= 1024:
+        return config(4, 1024, 1)
+    if n < 4096 and k > (4096 if in_8 else 2048):
+        return config(4, 1024, 3 if in_8 else 2)
+    if n < 4096:  # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
+        return config(2 if n == 2560 else 4, 2048, -(-k // 2048))
+    if k <= 2048 and n < 200_000:
+        return config(4, 2048 if in_8 else 1024, 1)
+    if n <= 12288 and not in_8:
+        return config(4, 1024, 2)
+    return config(8, 512, 2 if k <= 2048 or n <= 20480 else 3 if n <= 24576 else 1 if n < 32768 else 0)
 
 
 def pick_split_k(n: int, k: int, block_n: int, wanted: float, least: int) -> int:

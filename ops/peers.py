@@ -13,7 +13,7 @@ reset. How often a row was filled is counted, and there are two ways to say that
   a step; 2.53 if the norm sends.) Partial sums have boxes of their own, as so many more rows.
 - *Flags.* Numbers alone, and the count behind them as soon as all are there: half as many bytes, and one word to look
   at, for a second trip. A norm sends so what other products have made, a row a program. (FP8, 64 rows: 2.96 ms instead
-  of 3.13.) Many rows over more than two ranks are added up by one rank each, which sends the others the sum.
+  of 3.10.) Many rows over more than two ranks are added up by one rank each, which sends the others the sum.
 
 A rank that doesn't come is waited for no longer than LIMIT; then `missing` names it, and nobody waits any more. What is
 computed from there on is worthless, and the host, which looks at `missing` now and then, ends the run.
@@ -47,7 +47,6 @@ class Mail(NamedTuple):
     WIDTH: tl.constexpr
     WAITS: tl.constexpr  # not in Triton's interpreter, where ranks come one after the other
     SHARED: tl.constexpr  # rows are added up by one rank each
-    POLL: tl.constexpr = tl.constexpr(0)
 
 
 class Parts(NamedTuple):
@@ -131,28 +130,9 @@ def _read_sum(mail, slot, step, counts, columns, mask, PARTS: tl.constexpr):
 
 
 @jit
-def _await_sample(mail, slot, step, counts, PARTS: tl.constexpr):
-    PAIRS: tl.constexpr = mail.WORLD * PARTS
-    i = tl.arange(0, 256)
-    peer, part = i % PAIRS // PARTS, i % PARTS
-    column = tl.minimum(i // PAIRS * mail.WIDTH // (256 // PAIRS), mail.WIDTH - 1)
-    count = i * 0 + counts[0]
-    for p in tl.static_range(1, PARTS):
-        count = tl.where(part == p, counts[p], count)
-    box = mail.own + _box(mail, count, peer, slot + part * step) + column
-    late = tl.max(i, axis=0)
-    end = tl.extra.cuda.globaltimer() + tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
-    while (late > 0) & (tl.extra.cuda.globaltimer() < end):
-        word = tl.load(box, volatile=True)
-        late = tl.max(tl.where((word >> 32).to(tl.int32) != count, 1, 0), axis=0)
-
-
-@jit
 def received_sum(mail, slot, step, columns, mask, PARTS: tl.constexpr):
     """Adds up what all ranks have sent in words of a row: PARTS partial sums each, in slots that are `step` apart."""
     counts = fills(mail, slot, step, PARTS)
-    if mail.WAITS and mail.POLL:
-        _await_sample(mail, slot, step, counts, PARTS)
     total, late = _read_sum(mail, slot, step, counts, columns, mask, PARTS)
     if mail.WAITS:
         end = tl.extra.cuda.globaltimer() + tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
