@@ -82,10 +82,8 @@ PRODUCTS = {  # rows, the weight's dtype or int4's group, and how they are multi
     "bf16, two rows": (2, torch.bfloat16, GemvConfig(8, 32, 4, 2)),
     "fp8": (1, E4M3, GemvConfig(4, 64, 4, 2)),
     "bf16, split": (5, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
-    "fp8, split": (3, E4M3, GemmConfig(16, 32, 32, 2, 4, 2)),
     "int8": (2, 0, IntGemvConfig(16, 64, 1)),
     "int4": (1, 32, IntGemvConfig(16, 128, 1, split_k=2)),
-    "int4, more rows": (4, 32, GemmConfig(16, 16, 128, 2, 4, 2)),
     "too many": (9, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
 }
 
@@ -120,11 +118,10 @@ def test_products_send_what_they_make(kind):
     assert all(map(torch.equal, results[0], expected))
 
 
-@pytest.mark.parametrize("split_k", [1, 2])
-def test_normed_sum_adds_up_what_was_sent_and_what_was_not(split_k):
-    x, z, weights = torch.randn(2, 3, 256).bfloat16(), torch.randn(2, 2, 3, 40), torch.randn(2, 40)
-    products = [dense_inputs(3, 40, 256, torch.bfloat16)[1] for _ in range(2)]
-    config = GemmConfig(16, 16, 32, split_k, 4, 2)
+def test_normed_sum_adds_up_what_was_sent_and_what_was_not():
+    x, z, weights = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 2, 3, 40), torch.randn(2, 40)
+    products = [dense_inputs(3, 40, 64, torch.bfloat16)[1] for _ in range(2)]
+    config = GemmConfig(16, 64, 32, 2, 4, 2)
 
     def run(rank, sums, sends=True):
         mail = sums.mail(3, 40, True) if sends else None
