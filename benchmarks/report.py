@@ -5,6 +5,7 @@ Nothing here needs a GPU, PyTorch or another file of the project: results go in,
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
@@ -657,11 +658,33 @@ def headline(results: dict[str, list[tuple[str, dict]]], model: str = "gemma-7b"
     device = max(devices, key=decides)
     lines = [line for protocol, (_, rows) in devices[device].items() for line in headline_lines(protocol, model, rows)]
     dates = joined(dict.fromkeys(date for (_, _, date), _ in devices[device].values()))
-    return markdown(lines) + (
-        f"\nMeasured on one {device}, {dates}. Times are those of whole calls, prefill included. FP8 is that of the\n"
-        "linear layers with a KV cache in FP8 (E4M3). An empty cell was not measured. Every figure and its command:\n"
-        "[benchmarks/README.md](benchmarks/README.md).\n"
+    text = (
+        f"Measured on one {device}, {dates}; whole calls, prefill included. FP8: linear layers, with a KV cache in E4M3. "
+        f"Empty cells were not measured.{gains(results.get('parallel', []), model)} All figures and commands: "
+        "[benchmarks/README.md](benchmarks/README.md)."
     )
+    return f"{markdown(lines)}\n{textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)}\n"
+
+
+def gains(files: list[tuple[str, dict]], model: str) -> str:
+    """Returns a sentence on how much faster several GPUs decode one text than one does, if that was measured: by the
+    newest file of each number of GPUs, of the kind with the most of them."""
+    found = {}  # device: (precision, GPUs): gain
+    for _, content in sorted(files, key=lambda file: file[1]["date"]):
+        for row in content["results"]:
+            case = row.get("model"), row["name"], row.get("batch"), row.get("copies")
+            if case == (model, OURS, 1, 1) and row["gpus"] > 1 and "gain" in row:
+                found.setdefault(content["device"], {})[row["precision"], row["gpus"]] = row["gain"]
+    if not found:
+        return ""
+    device, rows = max(found.items(), key=lambda item: len(item[1]))
+    counts = sorted({gpus for _, gpus in rows})
+    kinds = []
+    for kind, precision in (("BF16", "bf16"), ("FP8", "fp8-all")):
+        if all((precision, gpus) in rows for gpus in counts):
+            times = joined(f"{rows[precision, gpus]:.2f}" for gpus in counts) + " ×"
+            kinds.append(f"{times} in {kind}" if kinds else f"{times} as fast as one in {kind}")
+    return f" {joined(map(str, counts))} {device}s decode one text {', '.join(kinds)}." if kinds else ""
 
 
 def headline_lines(protocol: str, model: str, rows: list[dict]) -> list[dict[str, str]]:

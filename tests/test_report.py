@@ -290,7 +290,25 @@ def test_another_gpu_and_vllm(root):
     assert headline[3].endswith("| FP8 | tokens/s | 12,345 | 12,345 |  |")
     assert headline[4].endswith("| BF16 | seconds | 3.46 | 0.50 | 5.95 |")
     assert headline[5].endswith("| FP8 | seconds | 2.10 | 0.50 |  |")
-    assert "Measured on one NVIDIA H100, 2026-11-21." in headline[7]
+    assert "Measured on one NVIDIA H100, 2026-11-21;" in headline[7]
+
+
+def test_the_headline_says_what_several_gpus_gain():
+    row = {"model": "gemma-7b", "name": report.OURS, "batch": 1, "copies": 1}
+    files = []
+    for date, device, gpus, found in (
+        ("2026-11-02", "GPU A", 2, {"bf16": 1.5, "fp8-all": 1.25}),
+        ("2026-11-01", "GPU A", 2, {"bf16": 1.1, "fp8-all": 1.1}),
+        ("2026-11-01", "GPU A", 4, {"bf16": 2.5, "fp8-all": 2.0}),
+        ("2026-11-03", "GPU B", 2, {"bf16": 1.9}),
+    ):
+        results = [row | {"gpus": 1, "precision": name, "gain": 1.0} for name in found]
+        results += [row | {"gpus": gpus, "precision": name, "gain": gain} for name, gain in found.items()]
+        files.append(("x", {"date": date, "device": device, "results": results}))
+    expected = "2 and 4 GPU As decode one text 1.50 and 2.50 × as fast as one in BF16, 1.25 and 2.00 × in FP8."
+    assert report.gains(files, "gemma-7b") == f" {expected}"
+    assert report.gains(files[-1:], "gemma-7b") == " 2 GPU Bs decode one text 1.90 × as fast as one in BF16."
+    assert report.gains(files, "gemma-2b") == report.gains([], "gemma-7b") == ""
 
 
 def test_rows_that_a_protocol_gains_are_shown(root):
