@@ -138,7 +138,8 @@ class Experts(nn.Module):
         _, h = Residual(x).added(ops, config, self.norm, self.w13.input_scale)
         if ops.sums is None:
             return ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype)
-        return ops.parts(ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype, partials=True))
+        mail = ops.mail(*h.shape)
+        return ops.parts(ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype, partials=True, mail=mail))
 
 
 class Router(nn.Module):

@@ -37,6 +37,7 @@ from ops.common import (
 from ops.integer import dequantize_triton, int4_numbers, words_per_chunk
 from ops.matmul import GemvConfig
 from ops.norm import geglu
+from ops.peers import Mail, Parts, fills, mailboxes, send, sent_parts
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -60,14 +61,24 @@ class Part(NamedTuple):
     experts: int = 0
 
 
-def experts(h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dtype, partials: bool = False) -> Tensor:
+def experts(
+    h: Tensor,
+    w13,
+    w2,
+    chosen: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    partials: bool = False,
+    mail: Mail | None = None,
+) -> Tensor:
     """The weighted sum [M, N] of what its experts make of each row of h [M, N], in `dtype`.
 
     Expert e makes gelu(h @ gate[e].T) * (h @ up[e].T) @ w2[e].T, rounded to `dtype`; weights [M, top_k] multiply the
     results of experts chosen [M, top_k] in float32, and their sum is rounded once. w13 and w2 are `formats.Weight`s of E
     matrices [2 * F, N], gate over up, and [N, F]. For weights in E4M3 h is in E4M3, too, and GeGLU's result is rounded
     with the input_scale of w2's expert. With `partials` the result is in float32, and no result of an expert is
-    rounded, since all are parts of sums.
+    rounded, since all are parts of sums: of one over the ranks that `mail` reaches, which kernels may send at once, into
+    boxes of a second sum at a time. Then the result is `ops.peers.Parts`.
     """
     out_dtype = torch.float32 if partials else dtype
     m, top_k = chosen.shape
@@ -311,6 +322,7 @@ def _expert_sum_kernel(
     input_scale_ptr,
     weight_scale_ptr,
     out_ptr,
+    mail,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -321,7 +333,8 @@ def _expert_sum_kernel(
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiplies each row of x [TOP_K, IN] by BLOCK_N rows of its expert, and adds up the weighted results.
+    """Multiplies each row of x [TOP_K, IN] by BLOCK_N rows of its expert, and adds up the weighted results, which are
+    stored or, with `mail`, sent.
 
     SLOTS is the power of 2 from TOP_K on.
     """
@@ -329,7 +342,10 @@ def _expert_sum_kernel(
     i, columns = tl.arange(0, SLOTS * BLOCK_N), tl.arange(0, BLOCK_K)
     pair = i // BLOCK_N
     n = tl.program_id(0) * BLOCK_N + i % BLOCK_N
+    boxes = mailboxes(mail)
     wait_for_previous(PDL)
+    if mail is not None:
+        count = fills(mail, mail.SLOTS // 2, 0, 1)[0]
     e = tl.load(experts_ptr + pair, mask=pair < TOP_K, other=0)
     row = e * OUT + tl.minimum(n, OUT - 1)
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
@@ -347,7 +363,10 @@ def _expert_sum_kernel(
     y = y.to(dtype).to(tl.float32) * tl.load(weights_ptr + pair, mask=pair < TOP_K, other=0.0)
     y = tl.sum(tl.reshape(y, [SLOTS, BLOCK_N]), axis=0)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tl.store(out_ptr + n, y.to(dtype), mask=n < OUT)
+    if mail is not None:
+        send(y.to(tl.int32, bitcast=True), mail, boxes, mail.SLOTS // 2, count, n, n < OUT)
+    else:
+        tl.store(out_ptr + n, y.to(dtype), mask=n < OUT)
 
 
 @jit
@@ -483,15 +502,22 @@ def _combine_kernel(
 
 
 def experts_triton(
-    h: Tensor, w13, w2, chosen: Tensor, weights: Tensor, dtype: torch.dtype, partials: bool = False
-) -> Tensor:
+    h: Tensor,
+    w13,
+    w2,
+    chosen: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    partials: bool = False,
+    mail: Mail | None = None,
+) -> Tensor | Parts:
     """Does what `experts` does, by kernels."""
     if any(weight.data[0, 0].nbytes % 16 for weight in (w13, w2)):  # rows of tiles begin at multiples of 16 bytes
         return experts(h, w13, w2, chosen, weights, dtype, partials)
     w13, w2 = (_multiplied(weight, dtype) for weight in (w13, w2))
     stored = torch.int32 if w13.group or w2.group else w13.data.dtype
     configs = experts_config(*chosen.shape, w13.experts, stored)
-    return with_configs(h, w13, w2, chosen, weights, dtype, configs, torch.float32 if partials else dtype)
+    return with_configs(h, w13, w2, chosen, weights, dtype, configs, torch.float32 if partials else dtype, mail)
 
 
 def _multiplied(weight, dtype: torch.dtype):
@@ -510,12 +536,13 @@ def with_configs(
     dtype: torch.dtype,
     configs: Configs,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
+    mail: Mail | None = None,
+) -> Tensor | Parts:
     """`experts_triton` as `configs` say; the result is in out_dtype (None: `dtype`)."""
     (m, top_k), (n, f), device = chosen.shape, w2.shape, h.device
     out_dtype = out_dtype or dtype
     if isinstance(configs[0], GemvConfig):
-        return _of_one_row(h, w13, w2, chosen, weights, dtype, configs, out_dtype)
+        return _of_one_row(h, w13, w2, chosen, weights, dtype, configs, out_dtype, mail)
     pairs = sort_pairs(chosen, w13.experts, configs[0].block_m)
     g = torch.empty(m * top_k, f, dtype=dtype if w2.input_scale is None else E4M3, device=device)
     _gemm(g, h, w13, chosen, pairs, configs[0], dtype, geglu=True, next_scale=w2.input_scale)
@@ -544,7 +571,8 @@ def _of_one_row(
     dtype: torch.dtype,
     configs: tuple[GemvConfig, GemvConfig],
     out_dtype: torch.dtype,
-) -> Tensor:
+    mail: Mail | None,
+) -> Tensor | Parts:
     """`with_configs` of one row h [1, N], by two kernels."""
     (n, f), top_k, device = w2.shape, chosen.shape[1], h.device
     g = torch.empty(top_k, f, dtype=dtype if w2.input_scale is None else E4M3, device=device)
@@ -560,11 +588,12 @@ def _of_one_row(
         dtype=triton_dtype(dtype),
         num_warps=configs[0].num_warps,
     )
-    out = torch.empty(1, n, dtype=out_dtype, device=device)
+    sent = sent_parts(mail, 1, 1)
+    out = None if sent else torch.empty(1, n, dtype=out_dtype, device=device)
     launch(
         _expert_sum_kernel,
         (-(-n // configs[1].block_n),),
-        *(g, w2.data, chosen, weights, w2.input_scale, _scales(w2), out),
+        *(g, w2.data, chosen, weights, w2.input_scale, _scales(w2), out, mail if sent else None),
         OUT=n,
         IN=f,
         TOP_K=top_k,
@@ -575,7 +604,7 @@ def _of_one_row(
         dtype=triton_dtype(out_dtype),
         num_warps=configs[1].num_warps,
     )
-    return out
+    return Parts(None, mail, sent) if sent else out
 
 
 def _scales(weight) -> Tensor | None:

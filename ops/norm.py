@@ -308,18 +308,23 @@ def _normed_sum_kernel(
     other = tl.load(other_ptr + columns, mask=mask, other=0.0)
     boxes = mailboxes(mail)
     wait_for_previous(PDL)
-    if mail is None:
+    if mail is None and sent_mail is None:
         y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
         z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, dtype)
     else:
-        z_count = fills(mail, rows + row, 0, 1)[0]
-        z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, tl.float32)
-        send_row(z, mail, boxes, z_count, rows + row, columns, mask)
+        if z_ptr is not None:
+            z_count = fills(mail, rows + row, 0, 1)[0]
+            z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, tl.float32)
+            send_row(z, mail, boxes, z_count, rows + row, columns, mask)
         if y_ptr is None:
             y = sum_over_ranks(y_ptr, sent_mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
         else:
             y = sum_over_ranks(y_ptr, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
-        z = received_row(z, mail, boxes, z_count, rows + row, columns, mask).to(dtype).to(tl.float32)
+        if z_ptr is not None:
+            z = received_row(z, mail, boxes, z_count, rows + row, columns, mask)
+        else:
+            z = received_sum(sent_mail, sent_mail.SLOTS // 2 + row, 0, columns, mask, 1)
+        z = z.to(dtype).to(tl.float32)
     y = normed(y, inverse_rms_of(y, N, eps), weight, dtype, OFFSET)
     z = normed(z, inverse_rms_of(z, N, eps), other, dtype, OFFSET)
     tl.store(out_ptr + row * N + columns, (y + z).to(dtype), mask=mask)
@@ -334,20 +339,23 @@ def normed_sum_triton(
     offset: float = 1.0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Does what `normed_sum` does, with one kernel; of parts of sums over the ranks, too, of which z's are not sent."""
-    (y, y_mail, sent), (z, mail, _) = (each if isinstance(each, Parts) else (each, None, 0) for each in (y, z))
-    m, n = z.shape[-2:]
-    out = torch.empty(m, n, dtype=dtype, device=z.device)
+    """Does what `normed_sum` does, with one kernel; of parts of sums over the ranks, too."""
+    parts = [each if isinstance(each, Parts) else Parts(each, None) for each in (y, z)]
+    (y, _, sent), (z, _, z_sent) = parts
+    sent_mail = next((each.mail for each in parts if each.sent), None)
+    mail = next((each.mail for each in parts if not each.sent), None)
+    m, n = 1 if z is None else z.shape[-2], len(weight)  # of one row it may be sent
+    out = torch.empty(m, n, dtype=dtype, device=weight.device)
     launch(
         _normed_sum_kernel,
         (m,),
-        *(weight, y, z, other_weight, y_mail if sent else None, mail, out, eps, m),
+        *(weight, y, z, other_weight, sent_mail, mail, out, eps, m),
         N=n,
         OFFSET=offset,
         BLOCK=power_of_2(n),
         SPLIT_K=sent or split_k_of(y),
         OTHER_SPLIT_K=split_k_of(z),
-        num_warps=received_warps(n, sent, mail) if sent else row_warps(n),
+        num_warps=row_warps(n) if sent_mail is None else received_warps(n, max(sent, z_sent), sent_mail),
     )
     return out
 

@@ -1,12 +1,16 @@
 """Sums over ranks inside of kernels, against the same sums by PyTorch. Without GPUs ranks are virtual, and come twice:
 the first time they fill the boxes of those that come before them."""
 
+from functools import partial
+
 import pytest
 import torch
+from test_experts import experts_in
 from test_ops import decode_states, dense_inputs, int_weight
 
 from ops import matmul, next_token, norm
 from ops.common import E4M3
+from ops.experts import experts_triton
 from ops.integer import IntGemvConfig, int_matmul
 from ops.matmul import GemmConfig, GemvConfig
 from ops.peers import Parts, gather, mail_of
@@ -132,6 +136,30 @@ def test_normed_sum_adds_up_what_was_sent_and_what_was_not():
     results = on_ranks(2, 40, run, slots=16)
     check_alike(results)
     assert torch.equal(results[0][0], on_ranks(2, 40, lambda *rank: run(*rank, False), slots=16)[0][0])
+
+
+def test_experts_of_one_row_send_what_they_make():
+    """Into boxes of their own, beside what a product sends or what is sent by the norm."""
+    h, chosen, weights = torch.randn(1, 16).bfloat16(), torch.tensor([[2, 0]], dtype=torch.int32), torch.rand(1, 2)
+    x, norms = torch.randn(2, 1, 16).bfloat16(), torch.randn(2, 16)
+    dense = [dense_inputs(1, 16, 16, torch.bfloat16)[1] for _ in range(2)]
+    stacks = [
+        [experts_in("bf16", torch.randn(3, *shape).bfloat16() / 8) for shape in ((16, 16), (16, 8))] for _ in range(2)
+    ]
+
+    def run(rank, sums, y_sends=True, z_sends=True):
+        mails = [sums.mail(1, 16, True) if sends else None for sends in (y_sends, z_sends)]
+        y = matmul.matmul_triton(x[rank], dense[rank], torch.float32, True, mails[0])
+        z = experts_triton(h, *stacks[rank], chosen, weights, torch.bfloat16, True, mails[1])
+        parts = [each if isinstance(each, Parts) else Parts(each[None], sums.mail(1, 16)) for each in (y, z)]
+        assert [bool(each.sent) for each in parts] == [y_sends, z_sends]
+        return [norm.normed_sum_triton(parts[0], norms[0], parts[1], norms[1], EPS)]
+
+    expected = on_ranks(2, 16, lambda rank, sums: run(rank, sums, False, False))
+    for run_so in (run, partial(run, y_sends=False), partial(run, z_sends=False)):
+        results = on_ranks(2, 16, run_so)
+        check_alike(results)
+        assert torch.equal(results[0][0], expected[0][0])
 
 
 def test_normed_sum_adds_up_both():
