@@ -505,7 +505,8 @@ without the hardware's fast accumulation.""",
         "Several GPUs",
         """A model that all GPUs share is for latency, and for models that one GPU has no room for; for throughput each GPU
 has a copy. "gain" is the speed over that of one GPU, of decoding where steps are alike. First, what a sum of all ranks'
-parts takes, in CUDA graphs: ours is one with the norm behind it.""",
+parts takes, in CUDA graphs: ours is one with the norm behind it, which sends the parts; those of a few rows are sent by
+the product before it. What the same takes without a sum is below each.""",
         parallel,
     ),
     "memory": Section(
