@@ -24,10 +24,11 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.peers import Mail, Parts, fills, mailboxes, received_row, received_sum, send_row
+from ops.peers import Parts, fills, mailboxes, received_row, received_sum, send_row
 from parallel import Sums
 
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
+SENT_WARPS = 16  # of a program that receives rows in words (four H200s, gemma-7b in FP8: 1.11 ms a step; with 8 1.21)
 LAYERS_BLOCK = 4  # layers whose inputs a program makes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,12 +169,6 @@ def add_norm(
     return x, h if input_scale is None else round_fp8(h, input_scale)
 
 
-def received_warps(n: int, parts: int, mail: Mail) -> int:
-    """Warps of a program that adds up rows of n words, `parts` of each rank: as many as have registers for them. On four
-    H200s gemma-7b in FP8 takes 1.11 ms a step with 16, and 1.21 with 8."""
-    return 16 if power_of_2(n) * parts * mail.WORLD.value <= 16384 else 8
-
-
 @jit
 def sum_over_ranks(y_ptr, mail, boxes, row, rows, columns, mask, N, SPLIT_K: tl.constexpr, dtype: tl.constexpr):
     """Adds up a row over the ranks, of SPLIT_K partial sums of each, which are sent now or, without y_ptr, were."""
@@ -259,7 +254,7 @@ def add_norm_triton(
         OFFSET=offset,
         BLOCK=power_of_2(n),
         SPLIT_K=sent or split_k_of(y),
-        num_warps=received_warps(n, sent, mail) if sent else row_warps(n),
+        num_warps=SENT_WARPS if sent else row_warps(n),
     )
     return x_new, h
 
@@ -341,7 +336,7 @@ def normed_sum_triton(
 ) -> Tensor:
     """Does what `normed_sum` does, with one kernel; of parts of sums over the ranks, too."""
     parts = [each if isinstance(each, Parts) else Parts(each, None) for each in (y, z)]
-    (y, _, sent), (z, _, z_sent) = parts
+    (y, _, sent), (z, _, _) = parts
     sent_mail = next((each.mail for each in parts if each.sent), None)
     mail = next((each.mail for each in parts if not each.sent), None)
     m, n = 1 if z is None else z.shape[-2], len(weight)  # of one row it may be sent
@@ -355,7 +350,7 @@ def normed_sum_triton(
         BLOCK=power_of_2(n),
         SPLIT_K=sent or split_k_of(y),
         OTHER_SPLIT_K=split_k_of(z),
-        num_warps=row_warps(n) if sent_mail is None else received_warps(n, max(sent, z_sent), sent_mail),
+        num_warps=row_warps(n) if sent_mail is None else SENT_WARPS,
     )
     return out
 

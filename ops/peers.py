@@ -28,7 +28,8 @@ from ops.common import jit, launch, launch_dependents, power_of_2, tl, wait_for_
 
 LIMIT = tl.constexpr(60_000_000_000)  # nanoseconds: longer than a rank compiles what others have compiled
 SENT_ROWS = 16  # of partial sums that a product sends itself, at most
-SENT_PARTS = 4  # of all ranks together: a program that adds them up holds a row of each
+SENT_PARTS = 8  # of all ranks together: a program that adds them up holds some rows of them
+WORDS = tl.constexpr(16384)  # that it holds at a time
 GATHERED = 1024  # words of 4 bytes that a program gathers
 
 
@@ -116,16 +117,22 @@ def _tell(mail, late):
 
 @jit
 def _read_sum(mail, slot, step, counts, columns, mask, PARTS: tl.constexpr):
-    """Adds up what is there, in the order of the ranks; and the last one, counted from 1, of whom something is missing."""
+    """Adds up what is there, in the order of the ranks; and the last one, counted from 1, of whom something is missing.
+
+    A program has registers for WORDS of them at a time."""
+    TOGETHER: tl.constexpr = max(1, min(mail.WORLD, WORDS // (PARTS * mask.shape[0])))  # ranks
     total, late = tl.zeros(mask.shape, tl.float32), tl.zeros(mask.shape, tl.int32)
-    for peer in tl.static_range(mail.WORLD):
-        of_rank = tl.zeros(mask.shape, tl.float32)
-        for part in tl.static_range(PARTS):
-            box = mail.own + _box(mail, counts[part], peer, slot + part * step)
-            word = tl.load(box + columns, mask=mask, other=0, volatile=True)
-            of_rank += word.to(tl.int32).to(tl.float32, bitcast=True)
-            late = tl.where(mask & ((word >> 32).to(tl.int32) != counts[part]), peer + 1, late)
-        total += of_rank
+    for first in tl.range(0, mail.WORLD, TOGETHER, num_stages=1):
+        for peer in tl.static_range(TOGETHER):
+            rank = first + peer
+            wanted = mask & (columns * 0 + rank < mail.WORLD)
+            of_rank = tl.zeros(mask.shape, tl.float32)
+            for part in tl.static_range(PARTS):
+                box = mail.own + _box(mail, counts[part], rank, slot + part * step)
+                word = tl.load(box + columns, mask=wanted, other=0, volatile=True)
+                of_rank += word.to(tl.int32).to(tl.float32, bitcast=True)
+                late = tl.where(wanted & ((word >> 32).to(tl.int32) != counts[part]), rank + 1, late)
+            total += of_rank
     return total, tl.max(late, axis=0)
 
 

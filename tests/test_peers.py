@@ -92,6 +92,23 @@ PRODUCTS = {  # rows, the weight's dtype or int4's group, and how they are multi
 }
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_long_rows_are_added_up_some_ranks_at_a_time(count):
+    x = [torch.randn(1, 16).bfloat16() for _ in range(count)]
+    weights = [dense_inputs(1, 4500, 16, torch.bfloat16)[1] for _ in range(count)]
+    residual, norm_weight, config = torch.randn(1, 4500).bfloat16(), torch.randn(4500), GemvConfig(2048, 16, 4, 2)
+
+    def run(rank, sums):
+        y = matmul.with_config(x[rank], weights[rank], torch.float32, config, True, mail=sums.mail(1, 4500, True))
+        return norm.add_norm_triton(residual, y, None, norm_weight, EPS)
+
+    results = on_ranks(count, 4500, run)
+    check_alike(results)
+    products = [matmul.with_config(*each, torch.float32, config, True) for each in zip(x, weights)]
+    expected = norm.add_norm_triton(residual, torch.stack(products), None, norm_weight, EPS)
+    assert all(map(torch.equal, results[0], expected))
+
+
 @pytest.mark.parametrize("kind", PRODUCTS)
 def test_products_send_what_they_make(kind):
     """The norm adds up the same numbers in the same order as when it sends them itself."""
