@@ -1016,7 +1016,7 @@ def test_decode_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch):
         cache, model.ops = new_cache(model, rows, cache_dtype), ops.TORCH
         model.logits(prompts, cache, None, position)
         steps, model.ops = [], operations
-        for i in range(min(2, rows) if DEVICE.type == "cpu" else 20):
+        for i in range(2 if DEVICE.type == "cpu" else 20):
             strided = torch.stack((position + i, position), 1)[:, 0]
             steps.append(model.logits(tokens[:, i : i + 1], cache, strided).float())
         logits.append(torch.stack(steps))
