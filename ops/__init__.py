@@ -57,15 +57,15 @@ class Ops:
     lookup: Callable
     sums: Sums | None = None  # what joins the ranks of a model that several share
 
-    def mail(self, rows: int, width: int):
-        """By what a product's kernel sends so many rows of `width` numbers to the other ranks itself, if it can."""
-        return self.sums.mail(rows, width, True) if self.name == "kernels" else None
+    def mail(self, rows: int, width: int, words: bool = True):
+        """By what kernels send so many rows of `width` numbers to the other ranks, if they can: products in words."""
+        return self.sums.mail(rows, width, words) if self.name == "kernels" else None
 
     def parts(self, y):
         """What all ranks have of a product, of this one's part, in the form that `add_norm` takes."""
         if isinstance(y, Parts):
             return y
-        mail = self.sums.mail(*y.shape[-2:]) if self.name == "kernels" else None
+        mail = self.mail(*y.shape[-2:], words=False)
         return self.sums.parts(y) if mail is None else Parts(y if y.dim() == 3 else y[None], mail)
 
 

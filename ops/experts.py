@@ -37,7 +37,7 @@ from ops.common import (
 from ops.integer import dequantize_triton, int4_numbers, words_per_chunk
 from ops.matmul import GemvConfig
 from ops.norm import geglu
-from ops.peers import Mail, Parts, fills, mailboxes, send, sent_parts
+from ops.peers import Mail, Parts, mailboxes, next_fill, out_and_mail, send, sent_parts
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -345,7 +345,7 @@ def _expert_sum_kernel(
     boxes = mailboxes(mail)
     wait_for_previous(PDL)
     if mail is not None:
-        count = fills(mail, mail.SLOTS // 2, 0, 1)[0]
+        count = next_fill(mail, mail.SLOTS // 2)
     e = tl.load(experts_ptr + pair, mask=pair < TOP_K, other=0)
     row = e * OUT + tl.minimum(n, OUT - 1)
     rows_ptr = weight_ptr + row.to(tl.int64) * IN
@@ -588,12 +588,13 @@ def _of_one_row(
         dtype=triton_dtype(dtype),
         num_warps=configs[0].num_warps,
     )
-    sent = sent_parts(mail, 1, 1)
-    out = None if sent else torch.empty(1, n, dtype=out_dtype, device=device)
+    out = sent_parts(mail, 1, 1)
+    if out is None:
+        out = torch.empty(1, n, dtype=out_dtype, device=device)
     launch(
         _expert_sum_kernel,
         (-(-n // configs[1].block_n),),
-        *(g, w2.data, chosen, weights, w2.input_scale, _scales(w2), out, mail if sent else None),
+        *(g, w2.data, chosen, weights, w2.input_scale, _scales(w2), *out_and_mail(out)),
         OUT=n,
         IN=f,
         TOP_K=top_k,
@@ -604,7 +605,7 @@ def _of_one_row(
         dtype=triton_dtype(out_dtype),
         num_warps=configs[1].num_warps,
     )
-    return Parts(None, mail, sent) if sent else out
+    return out
 
 
 def _scales(weight) -> Tensor | None:

@@ -27,7 +27,7 @@ from ops.common import (
     wait_for_previous,
 )
 from ops.norm import geglu, geglu_triton, gelu_product, gelu_product_triton
-from ops.peers import Mail, Parts, fills, mailboxes, out_and_mail, send, sent_parts
+from ops.peers import Mail, Parts, mailboxes, next_fill, next_fills, out_and_mail, send, sent_parts
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -299,7 +299,7 @@ def _gemv_kernel(
     boxes = mailboxes(mail)
     wait_for_previous(PDL)
     if mail is not None:
-        counts = fills(mail, 0, 1, ROWS)
+        counts = next_fills(mail, 0, 1, ROWS)
     for tile in tl.static_range(EARLY):
         k = tile * BLOCK_K
         acc = _add_products(acc, early[tile], x_ptr + k + columns, k + columns < IN, ROWS, IN)
@@ -350,13 +350,14 @@ def gemv(
     (m, k), data = x.shape, weight.data
     n = data.shape[0] // 2 if geglu else data.shape[0]
     config = config or linear_config(m, data.shape[0], k, data.dtype)
-    sent = sent_parts(mail, m, 1)
-    out = None if sent else torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
+    out = sent_parts(mail, m, 1)
+    if out is None:
+        out = torch.empty(m, n, dtype=dtype if next_scale is None else E4M3, device=x.device)
     launch(
         _gemv_kernel,
         (-(-n // config.block_n),),
         *(x, data, weight.input_scale, weight.scale, next_scale),
-        *(other, None if other is None else other.stride(0), out, mail if sent else None),
+        *(other, None if other is None else other.stride(0), *out_and_mail(out)),
         ROWS=m,
         OUT=n,
         IN=k,
@@ -368,7 +369,7 @@ def gemv(
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,
     )
-    return Parts(None, mail, sent) if sent else out
+    return out
 
 
 @jit
@@ -376,7 +377,7 @@ def store_partial(out_ptr, mail, y, scale, n, m, rows, OUT: tl.constexpr):
     """Stores y [outputs n, rows m], which program (block of outputs, split) made of its part of the columns, or sends it."""
     row, mask = (tl.program_id(1) * rows + m)[None, :], (n < OUT)[:, None] & (m < rows)[None, :]
     if mail is not None:
-        count = tl.load(mail.filled + row, mask=(m < rows)[None, :], other=0) + 1
+        count = next_fill(mail, row, (m < rows)[None, :])
         send(y.to(tl.int32, bitcast=True), mail, mailboxes(mail), row, count, n[:, None], mask)
     else:
         store_rounded(out_ptr + row.to(tl.int64) * OUT + n[:, None], y, scale, mask, out_ptr.dtype.element_ty)
@@ -474,8 +475,8 @@ def split_k_output(
     m, k = x.shape
     tiles = -(-k // (block_k * split_k))
     split_k = -(-k // (block_k * tiles))
-    if sent := sent_parts(mail, m, split_k):
-        return tiles, split_k, Parts(None, mail, sent)
+    if (sent := sent_parts(mail, m, split_k)) is not None:
+        return tiles, split_k, sent
     if split_k == 1:
         return tiles, 1, torch.empty(m, n, dtype=dtype, device=x.device)
     return tiles, split_k, torch.empty(split_k, m, n, dtype=torch.float32, device=x.device)

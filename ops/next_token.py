@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ops.common import SMS, jit, launch, launch_dependents, power_of_2, tl, wait_for_previous
-from ops.peers import fills, mailboxes, received, send
+from ops.peers import mailboxes, next_fill, received, send
 from parallel import Sums
 
 ARGMAX_BLOCK, ARGMAX_WARPS = 2048, 4
@@ -110,7 +110,7 @@ def _best_of_ranks_kernel(
     chunk, ranks, columns = tl.arange(0, CHUNKS), tl.arange(0, RANKS), tl.arange(0, 2)
     boxes = mailboxes(mail)
     wait_for_previous(PDL)
-    count = fills(mail, row, 0, 1)[0]
+    count = next_fill(mail, row)
     best = tl.load(best_ptr + row * CHUNKS + chunk)
     index = tl.load(index_ptr + row * CHUNKS + chunk)
     largest = tl.max(best, axis=0)
@@ -199,7 +199,7 @@ def greedy_next_token_triton(
     logits: Tensor, state, drafts: Tensor | None = None, sums: Sums | None = None, vocab_size: int | None = None
 ):
     """Does what `greedy_next_token` does, with two kernels, or three of ranks, for logits in bf16 or float32."""
-    mail = None if sums is None else sums.mail(len(logits), 2, True)
+    mail = None if sums is None else sums.mail(len(logits), 2, words=True)
     if sums is not None and mail is None:
         return greedy_next_token_triton(sums.joined(logits, vocab_size), state, drafts)
     (m, v), rows = logits.shape, len(state.token)

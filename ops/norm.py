@@ -24,7 +24,7 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.peers import Parts, fills, mailboxes, received_row, received_sum, send_row
+from ops.peers import Parts, mailboxes, next_fill, received_row, received_sum, send_row
 from parallel import Sums
 
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
@@ -86,7 +86,7 @@ def _embed_kernel(
     boxes = mailboxes(mail)
     wait_for_previous(PDL)
     if mail is not None:
-        count = fills(mail, row, 0, 1)[0]
+        count = next_fill(mail, row)
     token = tl.load(tokens_ptr + row) - first
     known = (token >= 0) & (token < rows)
     here = columns < tl.where(known, N, 0)
@@ -170,12 +170,15 @@ def add_norm(
 
 
 @jit
-def sum_over_ranks(y_ptr, mail, boxes, row, rows, columns, mask, N, SPLIT_K: tl.constexpr, dtype: tl.constexpr):
-    """Adds up a row over the ranks, of SPLIT_K partial sums of each, which are sent now or, without y_ptr, were."""
+def sum_over_ranks(
+    y_ptr, sent_mail, mail, boxes, row, rows, columns, mask, N, SPLIT_K: tl.constexpr, dtype: tl.constexpr
+):
+    """Adds up a row over the ranks, of SPLIT_K partial sums of each: they are sent by `mail` now or, without y_ptr, were by
+    sent_mail."""
     if y_ptr is None:
-        y = received_sum(mail, row, rows, columns, mask, SPLIT_K)
+        y = received_sum(sent_mail, row, rows, columns, mask, SPLIT_K)
     else:
-        count = fills(mail, row, 0, 1)[0]
+        count = next_fill(mail, row)
         y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, tl.float32)
         send_row(y, mail, boxes, count, row, columns, mask)
         y = received_row(y, mail, boxes, count, row, columns, mask)
@@ -216,7 +219,7 @@ def _add_norm_kernel(
     wait_for_previous(PDL)
     x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
     if mail is not None:
-        y = sum_over_ranks(y_ptr, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
+        y = sum_over_ranks(y_ptr, mail, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
     elif y_ptr is not None:
         y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
     if mail is not None or y_ptr is not None:
@@ -308,13 +311,10 @@ def _normed_sum_kernel(
         z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, dtype)
     else:
         if z_ptr is not None:
-            z_count = fills(mail, rows + row, 0, 1)[0]
+            z_count = next_fill(mail, rows + row)
             z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, tl.float32)
             send_row(z, mail, boxes, z_count, rows + row, columns, mask)
-        if y_ptr is None:
-            y = sum_over_ranks(y_ptr, sent_mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
-        else:
-            y = sum_over_ranks(y_ptr, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
+        y = sum_over_ranks(y_ptr, sent_mail, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
         if z_ptr is not None:
             z = received_row(z, mail, boxes, z_count, rows + row, columns, mask)
         else:

@@ -59,9 +59,12 @@ class Parts(NamedTuple):
     sent: int = 0
 
 
-def sent_parts(mail: Mail | None, rows: int, parts: int) -> int:
-    """How many partial sums of so many rows a product's kernel sends itself; 0 if the norm behind it is to send them."""
-    return 0 if mail is None or rows * parts > SENT_ROWS or parts * mail.WORLD.value > SENT_PARTS else parts
+def sent_parts(mail: Mail | None, rows: int, parts: int) -> Parts | None:
+    """The Parts that a product returns whose kernel sends so many partial sums of so many rows itself; None if there is
+    nobody to send them to, or the norm behind it is to do so."""
+    if mail is None or rows * parts > SENT_ROWS or parts * mail.WORLD.value > SENT_PARTS:
+        return None
+    return Parts(None, mail, parts)
 
 
 def out_and_mail(out: Tensor | Parts) -> tuple[Tensor | None, Mail | None]:
@@ -81,12 +84,32 @@ def mailboxes(mail):
 
 
 @jit
-def fills(mail, slot, step, PARTS: tl.constexpr):
-    """How often the boxes of PARTS rows, the first of them `slot`, `step` apart, are filled by what is sent now."""
+def next_fill(mail, slot, mask=None):
+    """How often a row's boxes are filled by what is sent now."""
+    return tl.load(mail.filled + slot, mask=mask) + 1
+
+
+@jit
+def next_fills(mail, slot, step, PARTS: tl.constexpr):
+    """`next_fill` of PARTS rows, the first of them `slot`, `step` apart."""
     counts = ()
     for part in tl.static_range(PARTS):
-        counts = counts + (tl.load(mail.filled + slot + part * step) + 1,)
+        counts = counts + (next_fill(mail, slot + part * step),)
     return counts
+
+
+@jit
+def _note_fills(mail, slot, step, counts, PARTS: tl.constexpr):
+    """Notes what `next_fills` was, once the boxes are read."""
+    tl.debug_barrier()  # all threads have the counts
+    for part in tl.static_range(PARTS):
+        tl.store(mail.filled + slot + part * step, counts[part])
+
+
+@jit
+def _patience(mail):
+    """Nanoseconds that a rank is waited for: none, once one was missing."""
+    return tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
 
 
 @jit
@@ -139,16 +162,14 @@ def _read_sum(mail, slot, step, counts, columns, mask, PARTS: tl.constexpr):
 @jit
 def received_sum(mail, slot, step, columns, mask, PARTS: tl.constexpr):
     """Adds up what all ranks have sent in words of a row: PARTS partial sums each, in slots that are `step` apart."""
-    counts = fills(mail, slot, step, PARTS)
+    counts = next_fills(mail, slot, step, PARTS)
     total, late = _read_sum(mail, slot, step, counts, columns, mask, PARTS)
     if mail.WAITS:
-        end = tl.extra.cuda.globaltimer() + tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
+        end = tl.extra.cuda.globaltimer() + _patience(mail)
         while (late > 0) & (tl.extra.cuda.globaltimer() < end):
             total, late = _read_sum(mail, slot, step, counts, columns, mask, PARTS)
         _tell(mail, late)
-    tl.debug_barrier()  # all threads have the counts
-    for part in tl.static_range(PARTS):
-        tl.store(mail.filled + slot + part * step, counts[part])
+    _note_fills(mail, slot, step, counts, PARTS)
     return total
 
 
@@ -167,6 +188,7 @@ def _raise_flag(mail, box, count, slot):
 
 @jit
 def _send_to_all(y, mail, boxes, count, slot, columns, mask):
+    """Sends a row to all ranks, this one included."""
     for peer in tl.static_range(mail.WORLD):
         _store_row(y, mail, boxes[peer], count, slot, columns, mask)
     tl.debug_barrier()
@@ -225,8 +247,7 @@ def _is_raised(flag, count, limit, WAITS: tl.constexpr):
 def _row_of(mail, peer, count, slot, columns, mask):
     """What a rank has sent of a row, which is waited for."""
     box = mail.own.to(tl.pointer_type(tl.int32)) + 2 * _box(mail, count, peer, slot)
-    limit = tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
-    late = _is_raised(box + (2 * mail.WIDTH - 1), count, limit, mail.WAITS) == 0
+    late = _is_raised(box + (2 * mail.WIDTH - 1), count, _patience(mail), mail.WAITS) == 0
     _tell(mail, tl.where(late, peer + 1, 0))
     return tl.load(box + columns, mask=mask, other=0, cache_modifier=".cg").to(tl.float32, bitcast=True)
 
@@ -250,8 +271,7 @@ def received_row(y, mail, boxes, count, slot, columns, mask):
         total = tl.zeros(mask.shape, tl.float32)
         for peer in tl.static_range(mail.WORLD):
             total += _row_of(mail, peer, count, slot, columns, mask)
-    tl.debug_barrier()  # all threads have the count
-    tl.store(mail.filled + slot, count)
+    _note_fills(mail, slot, 0, (count,), 1)
     return total
 
 
@@ -268,12 +288,11 @@ def received(mail, slot, count, ranks, columns, mask):
     box = mail.own + _box(mail, count, ranks, slot)[:, None] + columns[None, :]
     bits, late = _read(mail, box, count, mask, ranks[:, None])
     if mail.WAITS:
-        end = tl.extra.cuda.globaltimer() + tl.where(tl.load(mail.failed) == 0, LIMIT, 0)
+        end = tl.extra.cuda.globaltimer() + _patience(mail)
         while (late > 0) & (tl.extra.cuda.globaltimer() < end):
             bits, late = _read(mail, box, count, mask, ranks[:, None])
         _tell(mail, late)
-    tl.debug_barrier()  # all threads have the count
-    tl.store(mail.filled + slot, count)
+    _note_fills(mail, slot, 0, (count,), 1)
     return bits
 
 
@@ -286,7 +305,7 @@ def _gather_kernel(x_ptr, mail, out_ptr, first, words, RANKS: tl.constexpr, BLOC
     word = first + slot * BLOCK + columns
     boxes = mailboxes(mail)
     wait_for_previous(PDL)
-    count = fills(mail, slot, 0, 1)[0]
+    count = next_fill(mail, slot)
     send(tl.load(x_ptr + word, mask=word < words, other=0), mail, boxes, slot, count, columns, word < words)
     mask = (ranks < mail.WORLD)[:, None] & (word < words)[None, :]
     bits = received(mail, slot, count, ranks, columns, mask)

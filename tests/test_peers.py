@@ -81,17 +81,6 @@ def test_add_norm_adds_up_the_ranks(count, shared, post, fp8):
     assert all(map(torch.equal, results[0], expected))
 
 
-PRODUCTS = {  # rows, the weight's dtype or int4's group, and how they are multiplied
-    "bf16": (1, torch.bfloat16, GemvConfig(8, 32, 4, 2, early=1)),
-    "bf16, two rows": (2, torch.bfloat16, GemvConfig(8, 32, 4, 2)),
-    "fp8": (1, E4M3, GemvConfig(4, 64, 4, 2)),
-    "bf16, split": (5, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
-    "int8": (2, 0, IntGemvConfig(16, 64, 1)),
-    "int4": (1, 32, IntGemvConfig(16, 128, 1, split_k=2)),
-    "too many": (9, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
-}
-
-
 @pytest.mark.parametrize("count", [3, 4])
 def test_long_rows_are_added_up_some_ranks_at_a_time(count):
     x = [torch.randn(1, 16).bfloat16() for _ in range(count)]
@@ -107,6 +96,17 @@ def test_long_rows_are_added_up_some_ranks_at_a_time(count):
     products = [matmul.with_config(*each, torch.float32, config, True) for each in zip(x, weights)]
     expected = norm.add_norm_triton(residual, torch.stack(products), None, norm_weight, EPS)
     assert all(map(torch.equal, results[0], expected))
+
+
+PRODUCTS = {  # rows, the weight's dtype or int4's group, and how they are multiplied
+    "bf16": (1, torch.bfloat16, GemvConfig(8, 32, 4, 2, early=1)),
+    "bf16, two rows": (2, torch.bfloat16, GemvConfig(8, 32, 4, 2)),
+    "fp8": (1, E4M3, GemvConfig(4, 64, 4, 2)),
+    "bf16, split": (5, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
+    "int8": (2, 0, IntGemvConfig(16, 64, 1)),
+    "int4": (1, 32, IntGemvConfig(16, 128, 1, split_k=2)),
+    "too many": (9, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
+}
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
