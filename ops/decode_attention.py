@@ -75,15 +75,18 @@ def attention_config(
     is_fp8 = cache_dtype.itemsize == 1
     if tokens > 1:
         return _config_of_tokens(group * tokens, is_fp8, head_dim, dtype)
+    # Each of a group's queries may have programs of its own, which load keys again. (One row of gemma-3-4b, of 128 and 600
+    # tokens: 2.17 and 2.21 ms a step, by tensor cores 2.20 and 2.41; four rows of 1,000 tokens: 3.04 and 2.96 ms.)
+    by_sums = not values_alone and (group == 1 or (pairs * group <= 16 and slots <= 2048))
     if head_dim > 256:
-        if group == 1 and not values_alone:
+        if by_sums:
             return AttentionConfig(block_s=8, num_warps=4, num_stages=2, by_sums=True, ahead=64)
         if dtype == torch.float32:
             return AttentionConfig(block_s=16, num_warps=8, num_stages=2, by_sums=False, ahead=64)
         if is_fp8:
             return AttentionConfig(block_s=64, num_warps=8, num_stages=2, by_sums=False, ahead=64)
         return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
-    if group > 1 or values_alone:
+    if not by_sums:
         if pairs <= 16 and slots <= 512:  # more programs of fewer slots
             return AttentionConfig(block_s=32, num_warps=4, num_stages=2, by_sums=False, ahead=64)
         return AttentionConfig(block_s=64, num_warps=4, num_stages=2, by_sums=False, ahead=64)
@@ -92,8 +95,6 @@ def attention_config(
             if is_fp8:
                 return AttentionConfig(block_s=16, num_warps=4, num_stages=3, by_sums=True)
             return AttentionConfig(block_s=32, num_warps=4, num_stages=4, by_sums=True)
-        if is_fp8:
-            return AttentionConfig(block_s=32, num_warps=4, num_stages=3, by_sums=True)
         return AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
     if slots > 2048:
         if is_fp8:
@@ -168,6 +169,7 @@ def _places(
     end,
     slot,
     S,
+    head,
     lane,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -176,7 +178,7 @@ def _places(
     KV_PRODUCTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Says where keys and values of slots s + lane begin [BLOCK_S, 1], and which of them any new token sees.
+    """Says where a head's keys and values of slots s + lane begin [BLOCK_S, 1], and which of them any new token sees.
 
     They are in `page` or, with slots_ptr, wherever it says of each. `slot` is the newest token's, which is not seen
     where its key and value come from registers.
@@ -187,11 +189,11 @@ def _places(
     if WINDOW > 0:
         used = used & (_age(s + lane, slot, S, WINDOW) < WINDOW + TOKENS - 1)
     if slots_ptr is None:
-        base = ((page * KV_HEADS + tl.program_id(1)) * PAGE + s % PAGE) * D
+        base = ((page * KV_HEADS + head) * PAGE + s % PAGE) * D
         places = base + lane[:, None] * D
     else:
         at = tl.load(slots_ptr + s + lane, mask=used, other=0).to(tl.int64)
-        places = (((at // PAGE * KV_HEADS + tl.program_id(1)) * PAGE + at % PAGE) * D)[:, None]
+        places = (((at // PAGE * KV_HEADS + head) * PAGE + at % PAGE) * D)[:, None]
     return places, used
 
 
@@ -205,6 +207,7 @@ def _block(
     end,
     slot,
     S,
+    head,
     lane,
     d,
     KV_HEADS: tl.constexpr,
@@ -215,8 +218,8 @@ def _block(
     KV_PRODUCTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Loads keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them any new token sees."""
-    places, used = _places(slots_ptr, page, s, end, slot, S, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS, TOKENS)
+    """Loads a head's keys and values [BLOCK_S, BLOCK_D] of slots s + lane, and says which of them any new token sees."""
+    places, used = _places(slots_ptr, page, s, end, slot, S, head, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS, TOKENS)
     mask = used[:, None] & (d < D)[None, :] if D < BLOCK_D else used[:, None]
     offsets = places + d[None, :]
     return tl.load(k_ptr + offsets, mask=mask, other=0.0), tl.load(v_ptr + offsets, mask=mask, other=0.0), used
@@ -233,7 +236,7 @@ def _place(
     PAGE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Returns where program (row, key head, split) works: the slot of the row's newest token, the row's table, and the
+    """Returns where program (row, head, split) works: the slot of the row's newest token, the row's table, and the
     program's slots [start, end)."""
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(position_ptr + row).to(tl.int32)
@@ -252,6 +255,7 @@ def _prefetch_slots(
     page,
     start,
     end,
+    head,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -262,7 +266,7 @@ def _prefetch_slots(
     if PDL and AHEAD > 0:
         PIECE: tl.constexpr = 1024
         ITEM: tl.constexpr = v_ptr.dtype.element_ty.primitive_bitwidth // 8
-        first = (page * KV_HEADS + tl.program_id(1)) * PAGE * D + (start % PAGE) * D
+        first = (page * KV_HEADS + head) * PAGE * D + (start % PAGE) * D
         count = tl.minimum(tl.minimum(end - start, AHEAD), PAGE - start % PAGE) * (D * ITEM) // PIECE
         if k_ptr is not None:
             prefetch_l2(k_ptr + first, PIECE, count, PIECE, PDL)
@@ -276,6 +280,7 @@ def _new_kv(
     k_norm_ptr,
     eps,
     rows,
+    head,
     d,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -286,19 +291,19 @@ def _new_kv(
     OFFSET: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Loads the rotation at the row's position, and makes the row's new key and value, if the layer has any."""
+    """Loads the rotation at the row's position, and makes the head's new key and value, if the layer has any."""
     WIDTH: tl.constexpr = (GROUP + KV_PRODUCTS) * KV_HEADS * D
     row = tl.program_id(0).to(tl.int64)
     in_head = d < D
     cos = tl.load(rope_ptr + row * D + d, mask=in_head, other=0.0)
     sin = tl.load(rope_ptr + (rows + row) * D + d, mask=in_head, other=0.0)
-    head = (GROUP * KV_HEADS + tl.program_id(1)) * D
+    column = (GROUP * KV_HEADS + head) * D
     k, v = cos, sin  # of no use; Triton returns no None
     if KV_PRODUCTS > 0:
         k = _normed_rotated(
-            qkv_ptr, row, rows, head, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, OFFSET, dtype
+            qkv_ptr, row, rows, column, d, in_head, cos, sin, k_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, OFFSET, dtype
         )
-        columns = head + (KV_PRODUCTS - 1) * KV_HEADS * D + d
+        columns = column + (KV_PRODUCTS - 1) * KV_HEADS * D + d
         v = _values(qkv_ptr, row, rows, columns, in_head, eps, WIDTH, D, 0, SPLIT_K, V_NORM, dtype)
     return cos, sin, k, v
 
@@ -330,6 +335,7 @@ def _write_tokens(
     inverse_v_scale,
     eps,
     rows,
+    head,
     d,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -348,15 +354,15 @@ def _write_tokens(
     WIDTH: tl.constexpr = (GROUP + KV_PRODUCTS) * KV_HEADS * D
     d, to, mask = d[None, :], own[:, None] + d[None, :], mine[:, None] & (d < D)[None, :]
     row = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, BLOCK_TOKENS))[:, None]
-    head = (GROUP * KV_HEADS + tl.program_id(1)) * D
+    column = (GROUP * KV_HEADS + head) * D
     if rotation_ptr is None:
         cos = tl.load(rope_ptr + row * D + d, mask=mask, other=0.0)
         sin = tl.load(rope_ptr + (rows + row) * D + d, mask=mask, other=0.0)
         k = _normed_rotated(
-            qkv_ptr, row, rows, head, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, OFFSET, dtype
+            qkv_ptr, row, rows, column, d, mask, cos, sin, k_norm_ptr, eps, WIDTH, D, 1, SPLIT_K, OFFSET, dtype
         )
         _write(k, k_ptr, to, inverse_k_scale, mask, LIMIT)
-    columns = head + (KV_PRODUCTS - 1) * KV_HEADS * D + d
+    columns = column + (KV_PRODUCTS - 1) * KV_HEADS * D + d
     v = _values(qkv_ptr, row, rows, columns, mask, eps, WIDTH, D, 1, SPLIT_K, V_NORM, dtype)
     _write(v, v_ptr, to, inverse_v_scale, mask, LIMIT)
     tl.debug_barrier()
@@ -422,15 +428,18 @@ def _attention_by_sums_kernel(
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attends where each key head has one query, of TOKENS = 1; program (row, key head, split).
+    """Attends with one query a program, of TOKENS = 1; program (row, query head, split).
 
-    Each of BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the loop exchanges nothing
-    between warps; the lanes are joined at the end. The first block is loaded before the wait, unless an earlier kernel
-    of this step has written to it. Queries are left in q_ptr for whoever attends to the prefixes, if there are any.
+    Where GROUP query heads share a key head, each of their programs loads its keys, and writes the same new one. Each of
+    BLOCK_S lanes has a softmax of its own over every BLOCK_S-th slot, so that the loop exchanges nothing between warps;
+    the lanes are joined at the end. The first block is loaded before the wait, unless an earlier kernel of this step has
+    written to it. Queries are left in q_ptr for whoever attends to the prefixes, if there are any.
     """
     launch_dependents(PDL)
-    WIDTH: tl.constexpr = (1 + KV_PRODUCTS) * KV_HEADS * D
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    WIDTH: tl.constexpr = (GROUP + KV_PRODUCTS) * KV_HEADS * D
+    HEADS: tl.constexpr = GROUP * KV_HEADS
+    row, query = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head = query // GROUP
     lane, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_head = d < D
     output_scale = load_scalar(scale_ptr)
@@ -439,27 +448,27 @@ def _attention_by_sums_kernel(
         slots_ptr += row * S
     own_page = _page(table_ptr, slot, PAGE)
     first_page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
-    memory = (k_ptr, v_ptr, slots_ptr)
+    memory, place = (k_ptr, v_ptr, slots_ptr), (slot, S, head, lane, d)
     if KV_PRODUCTS > 0:
         k, v, used = _block(
-            *memory, first_page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
+            *memory, first_page, start, end, *place, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
         )
     s = start + BLOCK_S
     page = _page(table_ptr, tl.minimum(s, S - 1), PAGE)
-    _prefetch_slots(k_ptr, v_ptr, page, s, end, KV_HEADS, D, PAGE, AHEAD, PDL)
+    _prefetch_slots(k_ptr, v_ptr, page, s, end, head, KV_HEADS, D, PAGE, AHEAD, PDL)
     wait_for_previous(PDL)
     if KV_PRODUCTS == 0:
         k, v, used = _block(
-            *memory, first_page, start, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
+            *memory, first_page, start, end, *place, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
         )
     inputs = (qkv_ptr, rope_ptr, k_norm_ptr, eps, rows)
-    cos, sin, own_k, own_v = _new_kv(*inputs, d, KV_HEADS, GROUP, D, SPLIT_K, KV_PRODUCTS, V_NORM, OFFSET, dtype)
+    cos, sin, own_k, own_v = _new_kv(*inputs, head, d, KV_HEADS, GROUP, D, SPLIT_K, KV_PRODUCTS, V_NORM, OFFSET, dtype)
     q = _normed_rotated(
-        qkv_ptr, row, rows, head * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, OFFSET, dtype
+        qkv_ptr, row, rows, query * D, d, in_head, cos, sin, q_norm_ptr, eps, WIDTH, D, 0, SPLIT_K, OFFSET, dtype
     )
     if q_ptr is not None:
         mask = d < tl.where(tl.program_id(2) == 0, D, 0)
-        tl.store(q_ptr + (row * KV_HEADS + head) * D + d, q.to(dtype), mask=mask)
+        tl.store(q_ptr + (row * HEADS + query) * D + d, q.to(dtype), mask=mask)
     if KV_PRODUCTS > 0:
         own_at = ((own_page * KV_HEADS + head) * PAGE + slot % PAGE) * D
         own_k, own_v = _write_new(own_k, own_v, k_ptr, v_ptr, own_at, inverse_k_scale, inverse_v_scale, d, D, LIMIT)
@@ -474,9 +483,7 @@ def _attention_by_sums_kernel(
     m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     for s in tl.range(start + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
-        k, v, used = _block(
-            *memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
-        )
+        k, v, used = _block(*memory, at, s, end, *place, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS)
         m, l, acc = _attend_by_sums(m, l, acc, q, k, v, used, scale, softcap)
     m_all = tl.max(m, axis=0)
     weight = tl.exp2(m - m_all)
@@ -484,14 +491,14 @@ def _attention_by_sums_kernel(
     y = tl.sum(acc * weight[:, None], axis=0)
     if acc_ptr is None:
         store_rounded(
-            out_ptr + (row * KV_HEADS + head) * D + d,
+            out_ptr + (row * HEADS + query) * D + d,
             (y / l_all * v_scale).to(dtype).to(tl.float32),
             output_scale,
             in_head,
             dtype,
         )
     else:
-        entry = (tl.program_id(2) * rows + row) * KV_HEADS + head
+        entry = (tl.program_id(2) * rows + row) * HEADS + query
         tl.store(stats_ptr + entry * 2, m_all)
         tl.store(stats_ptr + entry * 2 + 1, l_all)
         if start < end:
@@ -550,11 +557,10 @@ def _attention_kernel(
     """Attends where each key head has GROUP queries of each of TOKENS new tokens, which tensor cores take as rows of a
     matrix, those of a token side by side.
 
-    The programs are those of `_attention_by_sums_kernel`, and `rows` counts tokens. The key and value of one token stay
-    in registers; of several, each program writes those whose slots it has, and loads them as it does all others. Where
-    the cache keeps values alone, there is a rotation_ptr: what keys are multiplied by is the queries' matter then, but
-    for the R pairs of a head that turn and are loaded again. With a k_ptr all values are loaded again, for the product
-    with queries.
+    Program (row, key head, split); `rows` counts tokens. The key and value of one token stay in registers; of several,
+    each program writes those whose slots it has, and loads them as it does all others. Where the cache keeps values
+    alone, there is a rotation_ptr: what keys are multiplied by is the queries' matter then, but for the R pairs of a
+    head that turn and are loaded again. With a k_ptr all values are loaded again, for the product with queries.
     """
     launch_dependents(PDL)
     # FP8 is exact in float16, and converted faster than to bfloat16
@@ -581,7 +587,9 @@ def _attention_kernel(
         mine = (t < TOKENS) & (own_slot >= start) & (own_slot < end)
     own_page = _page(table_ptr, own_slot, PAGE)
     page = _page(table_ptr, tl.minimum(start, S - 1), PAGE)
-    _prefetch_slots(k_ptr if rotation_ptr is None else None, v_ptr, page, start, end, KV_HEADS, D, PAGE, AHEAD, PDL)
+    _prefetch_slots(
+        k_ptr if rotation_ptr is None else None, v_ptr, page, start, end, head, KV_HEADS, D, PAGE, AHEAD, PDL
+    )
     wait_for_previous(PDL)
     if TOKENS > 1:
         if KV_PRODUCTS > 0 and tl.max(mine.to(tl.int32), axis=0) > 0:
@@ -595,6 +603,7 @@ def _attention_kernel(
                 inverse_v_scale,
                 eps,
                 rows,
+                head,
                 d,
                 KV_HEADS,
                 GROUP,
@@ -612,7 +621,9 @@ def _attention_kernel(
         q_sin = tl.load(rope_ptr + (rows + of_row) * D + d[None, :], mask=q_mask, other=0.0)
     else:
         inputs = (qkv_ptr, rope_ptr, k_norm_ptr, eps, rows)
-        cos, sin, own_k, own_v = _new_kv(*inputs, d, KV_HEADS, GROUP, D, SPLIT_K, KV_PRODUCTS, V_NORM, OFFSET, dtype)
+        cos, sin, own_k, own_v = _new_kv(
+            *inputs, head, d, KV_HEADS, GROUP, D, SPLIT_K, KV_PRODUCTS, V_NORM, OFFSET, dtype
+        )
         q_cos, q_sin = cos[None, :], sin[None, :]
     heads = (head * GROUP + member)[:, None] * D
     q = _normed_rotated(
@@ -659,7 +670,7 @@ def _attention_kernel(
         acc += tl.where(first, own_v[None, :], 0.0)
     else:
         m = tl.full([BLOCK_GROUP], LOWEST, tl.float32)
-    memory = (k_ptr, v_ptr, slots_ptr)
+    memory, place = (k_ptr, v_ptr, slots_ptr), (slot, S, head, lane, d)
     if rotation_ptr is not None:
         r = tl.arange(0, BLOCK_R)
         low_factor = _norm_factor(k_norm_ptr, r, D, OFFSET)
@@ -673,7 +684,9 @@ def _attention_kernel(
     for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         at = _page(table_ptr, s, PAGE)
         if rotation_ptr is not None:
-            places, used = _places(slots_ptr, at, s, end, slot, S, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS, TOKENS)
+            places, used = _places(
+                slots_ptr, at, s, end, slot, S, head, lane, KV_HEADS, D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
+            )
             kv_mask, pairs = used[:, None] & in_head[None, :], used[:, None] & (r < R)[None, :]
             v = tl.load(v_ptr + places + d[None, :], mask=kv_mask, other=0.0)
             k = v
@@ -686,9 +699,7 @@ def _attention_kernel(
             products = tl.dot(high, tl.trans(high_k), products, input_precision="ieee")
             products = tl.dot(query, tl.trans(k.to(factor)), products, input_precision="ieee")
         else:
-            k, v, used = _block(
-                *memory, at, s, end, slot, S, lane, d, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS
-            )
+            k, v, used = _block(*memory, at, s, end, *place, KV_HEADS, D, BLOCK_D, PAGE, WINDOW, KV_PRODUCTS, TOKENS)
             products = tl.dot(query, tl.trans(k.to(factor)), input_precision="ieee")
         scores = log2_scores(products, scale, softcap)
         seen = _seen(used, s + lane, slot, S, token, WINDOW, TOKENS)
@@ -790,8 +801,9 @@ def decode_attention(
         config = attention_config(batch * kv_heads, group, slots, cache.v.dtype, d, dtype, alone, tokens)
         if shared is not None and config.by_sums and m * kv_heads >= SMS:  # a row's own keys are few
             config = AttentionConfig(block_s=16, num_warps=2, num_stages=3, by_sums=True)
+    heads = n_heads if config.by_sums else kv_heads  # that have a program each
     warps = config.num_warps if d <= 256 else 4  # a program of larger heads has an SM, however many its warps
-    kv_splits = kv_splits or pick_kv_splits(batch * kv_heads, slots, config.block_s, warps)
+    kv_splits = kv_splits or pick_kv_splits(batch * heads, slots, config.block_s, warps)
     splits, slot_table = kv_splits, getattr(cache, "slot_table", None)
     if tokens > 1 and (config.by_sums or slot_table is not None):
         raise ValueError("several tokens a row are for tensor cores and for rows that read their own pages")
@@ -810,7 +822,7 @@ def decode_attention(
     k_scale, v_scale = cache.k_scale, cache.v_scale
     launch(
         _attention_by_sums_kernel if config.by_sums else _attention_kernel,
-        (batch, kv_heads, kv_splits),
+        (batch, heads, kv_splits),
         *(qkv, positions.rope, layer.q_norm, layer.k_norm, k, cache.v, rotation),
         *(positions.position, cache.table, slot_table, prefix, output_scale, out, q, acc, stats),
         *(layer.scale * k_scale, v_scale, layer.softcap, 1 / k_scale, 1 / v_scale, layer.eps, m, slots),

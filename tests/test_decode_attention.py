@@ -234,11 +234,14 @@ CASES = {  # heads, D, softcap, norms, config, groups, partial sums, products of
     "mha-sums-softcap": (MHA, 32, 2.0, False, SUMS, "long", 2),
     "mha": (MHA, 32, None, False, DOTS, "alone", 0),
     "gqa": (GQA, 24, None, True, DOTS, "several", 0),
+    "gqa-sums": (GQA, 24, None, True, SUMS, "several", 0),
     "mqa": (MQA, 24, 2.0, True, DOTS, "two", 3),
+    "mqa-sums": (MQA, 24, 2.0, True, SUMS, "two", 3),
     "k-is-v-sums": (MHA, 24, None, True, SUMS, "several", 2, 1),
     "k-is-v": (MQA, 24, None, True, DOTS, "several", 0, 1),
     "no-kv-sums": (MHA, 24, None, True, SUMS, "several", 0, 0),
     "no-kv": (GQA, 24, None, True, DOTS, "long", 2, 0),
+    "no-kv-gqa-sums": (GQA, 24, None, True, SUMS, "several", 2, 0),
 }
 
 
@@ -318,7 +321,7 @@ def test_windows_share_nothing(window, monkeypatch):
 def test_slot_table(config, dtypes):
     """Beams: each slot of a row is in any row's pages."""
     scales = (0.02, 0.5) if dtypes[1].itemsize == 1 else (1.0, 1.0)
-    layer = layer_of(MHA if config.by_sums else GQA, 24, softcap=2.0)
+    layer = layer_of(GQA, 24, softcap=2.0)
     step = Step(layer, *dtypes, [(0, [100, 0, 64, 17])], 128, scales=scales, beams=True)
     step.check(shared=False, kv_splits=2, config=config._replace(ahead=64))
 
