@@ -2,15 +2,15 @@
 
 A rank has a mailbox, which all ranks can write to. In it every rank has a box for each row of a matrix, twice: rows take
 turns with the two, so that one can be filled while the other is still read. To add up a row over the ranks, each writes
-its own part of it to its boxes at all ranks, waits until those at home are full, and adds up the parts in the order of
+its own part of it to its boxes at the others, waits until those at home are full, and adds up the parts in the order of
 the ranks. So every rank has the same bits. A row's boxes are filled again two sums later. By then the sender has its
 receiver's part of the sum between, which that sent in a kernel behind the one that read the box; so nothing is ever
 reset. How often a row was filled is counted, and there are two ways to say that a box is:
 
 - *Words.* A number lies beside the count in a word of 8 bytes, which is written at once (NCCL's protocol LL). A reader
   sees by itself what is new, and one trip over the link is all that it takes. A product of a few rows sends so what it
-  makes, each of its programs a piece, and the norm behind it has only to receive. (gemma-7b in BF16 on two H200s: 2.35 ms
-  a step; 2.53 if the norm sends.) Partial sums have boxes of their own, as so many more rows.
+  makes, to its own rank, too, each of its programs a piece, and the norm behind it has only to receive. (gemma-7b in BF16
+  on two H200s: 2.35 ms a step; 2.53 if the norm sends.) Partial sums have boxes of their own, as so many more rows.
 - *Flags.* Numbers alone, and the count behind them as soon as all are there: half as many bytes, and one word to look
   at, for a second trip. A norm sends so what other products have made, a row a program. (FP8, 64 rows: 2.96 ms instead
   of 3.10.) Many rows over more than two ranks are added up by one rank each, which sends the others the sum.
@@ -180,34 +180,58 @@ def _store_row(y, mail, box, count, slot, columns, mask):
 
 
 @jit
-def _raise_flag(mail, box, count, slot):
-    """Says that a row is there, once all threads have stored it."""
-    flag = box.to(tl.pointer_type(tl.int32)) + 2 * _box(mail, count, mail.rank, slot) + (2 * mail.WIDTH - 1)
-    tl.atomic_xchg(flag, count, sem="release", scope="sys")
+def _fenced(count, WAITS: tl.constexpr):
+    """`count`, once what this program has stored is seen wherever a flag is that it raises from now on: flags are stored
+    by the first thread, which has a fence for all."""
+    tl.debug_barrier()
+    if WAITS:
+        count = tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .b32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first fence.acq_rel.sys;
+            mov.b32 $0, $1;
+            }""",
+            "=r,r",
+            [count],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return count
 
 
 @jit
-def _send_to_all(y, mail, boxes, count, slot, columns, mask):
-    """Sends a row to all ranks, this one included."""
+def _raise_flag(mail, box, count, raised, slot):
+    """Says that a row is there, of which `raised` is the fenced count."""
+    flag = box.to(tl.pointer_type(tl.int32)) + 2 * _box(mail, count, mail.rank, slot) + (2 * mail.WIDTH - 1)
+    tl.atomic_xchg(flag, raised, sem="relaxed", scope="sys")
+
+
+@jit
+def _send_to_others(y, mail, boxes, count, slot, columns, mask):
+    """Sends a row to all ranks but this one."""
     for peer in tl.static_range(mail.WORLD):
-        _store_row(y, mail, boxes[peer], count, slot, columns, mask)
-    tl.debug_barrier()
+        _store_row(y, mail, boxes[peer], count, slot, columns, mask & (columns * 0 + mail.rank != peer))
+    raised = _fenced(count, mail.WAITS)
     for peer in tl.static_range(mail.WORLD):
-        _raise_flag(mail, boxes[peer], count, slot)
+        if peer != mail.rank:
+            _raise_flag(mail, boxes[peer], count, raised, slot)
 
 
 @jit
 def send_row(y, mail, boxes, count, slot, columns, mask):
-    """Sends this rank's part y of a row to all ranks or, where rows are SHARED, to the one that adds it up."""
+    """Sends this rank's part y of a row to the others or, where rows are SHARED, to the one that adds it up."""
     if mail.SHARED:
         owner = slot % mail.WORLD
         if owner != mail.rank:
             box = tl.multiple_of(tl.load(mail.addresses + owner).to(tl.pointer_type(tl.int64)), 16)
             _store_row(y, mail, box, count, slot, columns, mask)
-            tl.debug_barrier()
-            _raise_flag(mail, box, count, slot)
+            _raise_flag(mail, box, count, _fenced(count, mail.WAITS), slot)
     else:
-        _send_to_all(y, mail, boxes, count, slot, columns, mask)
+        _send_to_others(y, mail, boxes, count, slot, columns, mask)
 
 
 @jit
@@ -253,24 +277,28 @@ def _row_of(mail, peer, count, slot, columns, mask):
 
 
 @jit
+def _sum_of_all(y, mail, count, slot, columns, mask):
+    total = tl.zeros(mask.shape, tl.float32)
+    for peer in tl.static_range(mail.WORLD):
+        part = y
+        if peer != mail.rank:
+            part = _row_of(mail, peer, count, slot, columns, mask)
+        total += part
+    return total
+
+
+@jit
 def received_row(y, mail, boxes, count, slot, columns, mask):
     """Adds up what all ranks have sent of a row, in their order; y is this one's part."""
     if mail.SHARED:
         owner = (slot % mail.WORLD).to(tl.int32)
         if owner == mail.rank:
-            total = tl.zeros(mask.shape, tl.float32)
-            for peer in tl.static_range(mail.WORLD):
-                part = y
-                if peer != mail.rank:
-                    part = _row_of(mail, peer, count, slot, columns, mask)
-                total += part
-            _send_to_all(total, mail, boxes, count, slot, columns, mask)
+            total = _sum_of_all(y, mail, count, slot, columns, mask)
+            _send_to_others(total, mail, boxes, count, slot, columns, mask)
         else:
             total = _row_of(mail, owner, count, slot, columns, mask)
     else:
-        total = tl.zeros(mask.shape, tl.float32)
-        for peer in tl.static_range(mail.WORLD):
-            total += _row_of(mail, peer, count, slot, columns, mask)
+        total = _sum_of_all(y, mail, count, slot, columns, mask)
     _note_fills(mail, slot, 0, (count,), 1)
     return total
 
