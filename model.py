@@ -14,6 +14,7 @@ from cache import KVCache, KVScales
 from config import ModelConfig
 from formats import FORMATS, LINEAR, Weight
 from ops import Ops
+from ops.norm import Pair
 from ops.peers import Parts
 from ops.rope import AttentionLayer, Positions, Shared, rope_frequency
 from parallel import Sums
@@ -38,18 +39,19 @@ def shared_product(ops: Ops, x: Tensor, weight: Weight, dtype: torch.dtype) -> T
 class Residual(NamedTuple):
     """The residual stream x [M, N], and the newest layer's output y, which the next norm adds to it.
 
-    y is [M, N] or float32 partial sums of it, of this rank or of all, None before the first layer; post_weight [N]
-    belongs to the norm that y gets before that, if there is one; factor [1] multiplies the sum, if there is one.
+    y is [M, N] or float32 partial sums of it, of this rank or of all, or a pair of such; None before the first layer.
+    post_weight [N] belongs to the norm that y gets before that, if there is one; factor [1] multiplies the sum, if there
+    is one.
     """
 
     x: Tensor
-    y: Tensor | Parts | None = None
+    y: Tensor | Parts | Pair | None = None
     post_weight: Tensor | None = None
     factor: Tensor | None = None
 
     def at(self, index: Tensor, ops: Ops, config: ModelConfig) -> "Residual":
         """That of the tokens at `index`."""
-        if isinstance(self.y, Parts):  # of all tokens, which may be sent already
+        if isinstance(self.y, Parts | Pair):  # of all tokens, which may be sent already
             return Residual(self.added(ops, config, None)[0][index])
         return self._replace(x=self.x[index], y=None if self.y is None else self.y[..., index, :])
 
@@ -130,16 +132,17 @@ class Experts(nn.Module):
         self.w13 = Weight(2 * config.expert_size, config.hidden_size, experts=count)
         self.w2 = Weight(config.hidden_size, config.expert_size, experts=count, own_inputs=True)
 
-    def forward(self, ops: Ops, x: Tensor) -> Tensor:
-        config, router = self.config, self.router
-        chosen, weights = ops.route(
-            x, router.input_factor, router.proj, router.expert_factor, config.n_active_experts, config.norm_eps
-        )
-        _, h = Residual(x).added(ops, config, self.norm, self.w13.input_scale)
+    def route(self, ops: Ops, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which experts tokens go to, their weights, and what these are given, of the residual stream x [M, N]."""
+        config, router, parts = self.config, self.router, (self.norm.weight, self.w13.input_scale)
+        factors = router.input_factor, router.proj, router.expert_factor
+        return ops.route(x, *factors, config.n_active_experts, config.norm_eps, *parts, config.norm_offset)
+
+    def forward(self, ops: Ops, chosen: Tensor, weights: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
         if ops.sums is None:
-            return ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype)
+            return ops.experts(h, self.w13, self.w2, chosen, weights, dtype)
         mail = ops.mail(*h.shape)
-        return ops.parts(ops.experts(h, self.w13, self.w2, chosen, weights, x.dtype, partials=True, mail=mail))
+        return ops.parts(ops.experts(h, self.w13, self.w2, chosen, weights, dtype, partials=True, mail=mail))
 
 
 class Router(nn.Module):
@@ -220,10 +223,12 @@ class Block(nn.Module):
         y = attention(ops, h, positions, cache, dtype)
         residual = Residual(x, y, self.post_attention_norm and self.post_attention_norm.weight)
         x, h = residual.added(ops, config, self.feed_forward_norm, feed_forward.w13.input_scale)
-        y = feed_forward(ops, h, dtype)
-        if self.experts is not None:
+        if self.experts is None:
+            y = feed_forward(ops, h, dtype)
+        else:
+            routed = self.experts.route(ops, x)  # whose last kernel has one program: w13 loads weights meanwhile
             dense, sparse = self.post_dense_norm.weight, self.post_experts_norm.weight
-            y = ops.normed_sum(y, dense, self.experts(ops, x), sparse, config.norm_eps, config.norm_offset, dtype)
+            y = Pair(feed_forward(ops, h, dtype), dense, self.experts(ops, *routed, dtype), sparse)
         post = self.post_feed_forward_norm and self.post_feed_forward_norm.weight
         if self.per_layer is not None:
             x, _ = Residual(x, y, post).added(ops, config, None)

@@ -12,9 +12,8 @@ TransformerEngine's modules. model.py is written over `Ops` and knows none of th
 | matmul           | a product by a weight of any format                    | matmul.py, integer.py        |
 | matmul_geglu     | gate and up products and GeGLU, rounded to FP8 or not  | matmul.py, integer.py        |
 | gelu_gate        | a product, its GELU, and that times another factor     | matmul.py                    |
-| normed_sum       | the sum of two outputs, each with its norm             | norm.py                      |
 | per_layer_inputs | what each layer is given of the tokens                 | norm.py                      |
-| route            | which experts a token goes to, and their weights       | router.py                    |
+| route            | a token's experts and their weights, and their norm    | router.py                    |
 | experts          | the weighted sum of what a token's experts make        | experts.py                   |
 | mask             | which keys a query sees                                | attention.py                 |
 | attend           | norms, rotation, cache write and attention             | attention.py, *_attention.py |
@@ -47,7 +46,6 @@ class Ops:
     matmul: Callable
     matmul_geglu: Callable
     gelu_gate: Callable
-    normed_sum: Callable
     per_layer_inputs: Callable
     route: Callable
     experts: Callable
@@ -78,7 +76,6 @@ TORCH = Ops(
     matmul=matmul.matmul,
     matmul_geglu=matmul.matmul_geglu,
     gelu_gate=matmul.gelu_gate,
-    normed_sum=norm.normed_sum,
     per_layer_inputs=norm.per_layer_inputs,
     route=router.route,
     experts=experts.experts,
@@ -96,7 +93,6 @@ KERNELS = Ops(
     matmul=matmul.matmul_triton,
     matmul_geglu=matmul.matmul_geglu_triton,
     gelu_gate=matmul.gelu_gate_triton,
-    normed_sum=norm.normed_sum_triton,
     per_layer_inputs=norm.per_layer_inputs_triton,
     route=router.route_triton,
     experts=experts.experts_triton,

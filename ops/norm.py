@@ -1,5 +1,7 @@
 """What is done to rows: the embedding's lookup, residual + RMSNorm, GeGLU, each with rounding to FP8 at its end."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +30,7 @@ from ops.peers import Parts, mailboxes, next_fill, received_row, received_sum, s
 from parallel import Sums
 
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
-SENT_WARPS = 16  # of a program that receives rows in words (four H200s, gemma-7b in FP8: 1.11 ms a step; with 8 1.21)
+SENT_WARPS = 32  # of a program that receives rows in words (four H200s, gemma-7b in FP8: 1.05 ms a step; with 16 1.09)
 LAYERS_BLOCK = 4  # layers whose inputs a program makes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,9 +144,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 1.0) 
     return y.to(x.dtype)
 
 
+class Pair(NamedTuple):
+    """Two outputs of a layer, which are added up, each normed before: RMSNorm(y) * (offset + weight) + RMSNorm(z) *
+    (offset + other_weight). y and z are as `add_norm` takes y; each norm, and the sum, is rounded."""
+
+    y: Tensor | Parts
+    weight: Tensor
+    z: Tensor | Parts
+    other_weight: Tensor
+
+
 def add_norm(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor | Pair | None,
     post_weight: Tensor | None,
     weight: Tensor | None,
     eps: float,
@@ -154,12 +166,15 @@ def add_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """Adds a layer's output to the residual stream and norms the sum: (x + y, RMSNorm(x + y) * (offset + weight)).
 
-    x [M, N] is the residual stream. y is [M, N] in x's dtype, float32 partial sums [split_k, M, N], or None for no
-    output yet. With post_weight [N], y gets a norm of its own before the sum. With factor [1] the sum, rounded, is
-    multiplied by it; there is a y then. Without weight [N] the second result is None. The second result is in x's dtype
-    or, with input_scale, in E4M3.
+    x [M, N] is the residual stream. y is [M, N] in x's dtype, float32 partial sums [split_k, M, N], the sum of a `Pair`
+    of such, or None for no output yet. With post_weight [N], y gets a norm of its own before the sum. With factor [1] the
+    sum, rounded, is multiplied by it; there is a y then. Without weight [N] the second result is None. The second result
+    is in x's dtype or, with input_scale, in E4M3.
     """
     if y is not None:
+        if isinstance(y, Pair):
+            pair = (y.y, y.weight), (y.z, y.other_weight)
+            y = sum(rms_norm(summed(each, x.dtype), its_weight, eps, offset) for each, its_weight in pair)
         y = summed(y, x.dtype)
         x = x + (y if post_weight is None else rms_norm(y, post_weight, eps, offset))
         x = x if factor is None else (x * factor).to(x.dtype)
@@ -186,126 +201,26 @@ def sum_over_ranks(
 
 
 @jit
-def _add_norm_kernel(
-    x_ptr,
+def _pair_sum(
     y_ptr,
-    mail,
-    post_ptr,
-    weight_ptr,
-    scale_ptr,
-    factor_ptr,
-    x_new_ptr,
-    h_ptr,
-    eps,
-    rows,
-    N: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    launch_dependents(PDL)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < N
-    scale = load_scalar(scale_ptr)
-    factor = load_scalar(factor_ptr)
-    if post_ptr is not None:
-        post = tl.load(post_ptr + columns, mask=mask, other=0.0)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-    boxes = mailboxes(mail)
-    wait_for_previous(PDL)
-    x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
-    if mail is not None:
-        y = sum_over_ranks(y_ptr, mail, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
-    elif y_ptr is not None:
-        y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
-    if mail is not None or y_ptr is not None:
-        if post_ptr is not None:
-            y = normed(y, inverse_rms_of(y, N, eps), post, dtype, OFFSET)
-        x = (x + y).to(dtype).to(tl.float32)
-        if factor is not None:
-            x = (x * factor.to(tl.float32)).to(dtype).to(tl.float32)
-        tl.store(x_new_ptr + row * N + columns, x.to(dtype), mask=mask)
-    if weight_ptr is not None:
-        h = normed(x, inverse_rms_of(x, N, eps), weight, dtype, OFFSET)
-        store_rounded(h_ptr + row * N + columns, h, scale, mask, dtype)
-
-
-def add_norm_triton(
-    x: Tensor,
-    y: Tensor | Parts | None,
-    post_weight: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    input_scale: Tensor | None = None,
-    offset: float = 1.0,
-    factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Does what `add_norm` does, with one kernel; of parts of a sum over the ranks, too."""
-    m, n = x.shape
-    y, mail, sent = y if isinstance(y, Parts) else (y, None, 0)
-    x_new = x if y is mail is None else torch.empty_like(x)
-    h = None if weight is None else torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
-    launch(
-        _add_norm_kernel,
-        (m,),
-        *(x, y, mail, post_weight, weight, input_scale, factor, None if x_new is x else x_new, h, eps, m),
-        N=n,
-        OFFSET=offset,
-        BLOCK=power_of_2(n),
-        SPLIT_K=sent or split_k_of(y),
-        num_warps=SENT_WARPS if sent else row_warps(n),
-    )
-    return x_new, h
-
-
-def normed_sum(
-    y: Tensor,
-    weight: Tensor,
-    z: Tensor,
-    other_weight: Tensor,
-    eps: float,
-    offset: float = 1.0,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    """Norms two layers' outputs and adds them up: RMSNorm(y) * (offset + weight) + RMSNorm(z) * (offset + other_weight).
-
-    y and z are [M, N] in `dtype` or float32 partial sums [split_k, M, N]. Each norm and their sum [M, N] are rounded to
-    `dtype`.
-    """
-    return rms_norm(summed(y, dtype), weight, eps, offset) + rms_norm(summed(z, dtype), other_weight, eps, offset)
-
-
-@jit
-def _normed_sum_kernel(
-    weight_ptr,
-    y_ptr,
+    weight,
     z_ptr,
-    other_ptr,
+    other,
     sent_mail,
     mail,
-    out_ptr,
-    eps,
+    boxes,
+    row,
     rows,
-    N: tl.constexpr,
+    columns,
+    mask,
+    eps,
+    N,
     OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr,
     SPLIT_K: tl.constexpr,
     OTHER_SPLIT_K: tl.constexpr,
-    PDL: tl.constexpr,
+    dtype: tl.constexpr,
 ):
-    launch_dependents(PDL)
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < N
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-    other = tl.load(other_ptr + columns, mask=mask, other=0.0)
-    boxes = mailboxes(mail)
-    wait_for_previous(PDL)
+    """Computes a row of the sum of a `Pair`. Of what is sent now, z has rows of its own behind those of y."""
     if mail is None and sent_mail is None:
         y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
         z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, dtype)
@@ -322,29 +237,110 @@ def _normed_sum_kernel(
         z = z.to(dtype).to(tl.float32)
     y = normed(y, inverse_rms_of(y, N, eps), weight, dtype, OFFSET)
     z = normed(z, inverse_rms_of(z, N, eps), other, dtype, OFFSET)
-    tl.store(out_ptr + row * N + columns, (y + z).to(dtype), mask=mask)
+    return (y + z).to(dtype).to(tl.float32)
 
 
-def normed_sum_triton(
-    y: Tensor | Parts,
-    weight: Tensor,
-    z: Tensor | Parts,
-    other_weight: Tensor,
+@jit
+def _add_norm_kernel(
+    x_ptr,
+    y_ptr,
+    y_weight_ptr,
+    z_ptr,
+    z_weight_ptr,
+    sent_mail,
+    mail,
+    post_ptr,
+    weight_ptr,
+    scale_ptr,
+    factor_ptr,
+    x_new_ptr,
+    h_ptr,
+    eps,
+    rows,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    OTHER_SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < N
+    scale = load_scalar(scale_ptr)
+    factor = load_scalar(factor_ptr)
+    if z_weight_ptr is not None:
+        y_weight = tl.load(y_weight_ptr + columns, mask=mask, other=0.0)
+        z_weight = tl.load(z_weight_ptr + columns, mask=mask, other=0.0)
+    if post_ptr is not None:
+        post = tl.load(post_ptr + columns, mask=mask, other=0.0)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    boxes = mailboxes(mail)
+    wait_for_previous(PDL)
+    x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+    if x_new_ptr is not None:
+        if z_weight_ptr is not None:
+            y = _pair_sum(
+                y_ptr,
+                y_weight,
+                z_ptr,
+                z_weight,
+                sent_mail,
+                mail,
+                boxes,
+                row,
+                rows,
+                columns,
+                mask,
+                eps,
+                N,
+                OFFSET,
+                SPLIT_K,
+                OTHER_SPLIT_K,
+                dtype,
+            )
+        elif mail is not None or sent_mail is not None:
+            y = sum_over_ranks(y_ptr, sent_mail, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
+        else:
+            y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
+        if post_ptr is not None:
+            y = normed(y, inverse_rms_of(y, N, eps), post, dtype, OFFSET)
+        x = (x + y).to(dtype).to(tl.float32)
+        if factor is not None:
+            x = (x * factor.to(tl.float32)).to(dtype).to(tl.float32)
+        tl.store(x_new_ptr + row * N + columns, x.to(dtype), mask=mask)
+    if weight_ptr is not None:
+        h = normed(x, inverse_rms_of(x, N, eps), weight, dtype, OFFSET)
+        store_rounded(h_ptr + row * N + columns, h, scale, mask, dtype)
+
+
+def add_norm_triton(
+    x: Tensor,
+    y: Tensor | Parts | Pair | None,
+    post_weight: Tensor | None,
+    weight: Tensor | None,
     eps: float,
+    input_scale: Tensor | None = None,
     offset: float = 1.0,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    """Does what `normed_sum` does, with one kernel; of parts of sums over the ranks, too."""
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Does what `add_norm` does, with one kernel; of parts of sums over the ranks, too."""
+    m, n = x.shape
+    y, y_weight, z, z_weight = y if isinstance(y, Pair) else (y, None, None, None)
     parts = [each if isinstance(each, Parts) else Parts(each, None) for each in (y, z)]
     (y, _, sent), (z, _, _) = parts
     sent_mail = next((each.mail for each in parts if each.sent), None)
-    mail = next((each.mail for each in parts if not each.sent), None)
-    m, n = 1 if z is None else z.shape[-2], len(weight)  # of one row it may be sent
-    out = torch.empty(m, n, dtype=dtype, device=weight.device)
+    mail = next((each.mail for each in parts if not each.sent and each.mail is not None), None)
+    x_new = x if y is None and not sent else torch.empty_like(x)
+    h = None if weight is None else torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
     launch(
-        _normed_sum_kernel,
+        _add_norm_kernel,
         (m,),
-        *(weight, y, z, other_weight, sent_mail, mail, out, eps, m),
+        *(x, y, y_weight, z, z_weight, sent_mail, mail, post_weight, weight, input_scale, factor),
+        *(None if x_new is x else x_new, h, eps, m),
         N=n,
         OFFSET=offset,
         BLOCK=power_of_2(n),
@@ -352,7 +348,7 @@ def normed_sum_triton(
         OTHER_SPLIT_K=split_k_of(z),
         num_warps=row_warps(n) if sent_mail is None else SENT_WARPS,
     )
-    return out
+    return x_new, h
 
 
 # ---------------------------------------------------------------------------------------------------------------------

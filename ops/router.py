@@ -5,23 +5,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops.common import inverse_rms_of, jit, launch, launch_dependents, power_of_2, tl, wait_for_previous
+from ops.common import (
+    E4M3,
+    inverse_rms_of,
+    jit,
+    launch,
+    launch_dependents,
+    load_scalar,
+    normed,
+    power_of_2,
+    round_fp8,
+    store_rounded,
+    tl,
+    wait_for_previous,
+)
 from ops.matmul import matmul
 from ops.norm import rms_norm
 
 
-def route(x: Tensor, scale: Tensor, proj, expert_scale: Tensor, top_k: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Picks the top_k experts of each row of the residual stream x [M, N].
+def route(
+    x: Tensor,
+    scale: Tensor,
+    proj,
+    expert_scale: Tensor,
+    top_k: int,
+    eps: float,
+    weight: Tensor,
+    input_scale: Tensor | None = None,
+    offset: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Picks the top_k experts of each row of the residual stream x [M, N], and norms it for them.
 
     The row's RMS norm, times scale [N], times N**-0.5, each rounded, is multiplied by proj, a `formats.Weight` [E, N];
     the result, rounded, goes through a softmax in float32. Returns the indices [M, top_k] (int32) of the largest
     probabilities, the largest first and equal ones in the order of their experts, and their weights [M, top_k]
-    (float32): the probabilities, divided by their sum, times expert_scale [E].
+    (float32): the probabilities, divided by their sum, times expert_scale [E]. The third result [M, N] is RMSNorm(x) *
+    (offset + weight [N]), in x's dtype or, with input_scale, in E4M3.
     """
     logits = matmul(rms_norm(x, None, eps) * scale * x.shape[1] ** -0.5, proj, x.dtype)
     chances, order = logits.softmax(-1, dtype=torch.float32).sort(dim=-1, descending=True, stable=True)
     chances, experts = chances[:, :top_k], order[:, :top_k]
-    return experts.int(), chances / chances.sum(-1, keepdim=True) * expert_scale[experts]
+    weights = chances / chances.sum(-1, keepdim=True) * expert_scale[experts]
+    h = rms_norm(x, weight, eps, offset)
+    return experts.int(), weights, h if input_scale is None else round_fp8(h, input_scale)
 
 
 class RouterConfig(NamedTuple):
@@ -59,16 +85,20 @@ def _router_gemv_kernel(
     x_ptr,
     scale_ptr,
     proj_ptr,
+    weight_ptr,
+    input_scale_ptr,
     logits_ptr,
+    h_ptr,
     eps,
     factor,
     EXPERTS: tl.constexpr,
     IN: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Makes the logits of a row for BLOCK_E experts; program (block of experts, row)."""
+    """Makes the logits of a row for BLOCK_E experts, and the first of them its norm; program (block of experts, row)."""
     launch_dependents(PDL)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(1).to(tl.int64)
@@ -76,11 +106,17 @@ def _router_gemv_kernel(
     mask = k < IN
     proj = tl.load(proj_ptr + e[:, None] * IN + k[None, :], mask=(e < EXPERTS)[:, None] & mask[None, :], other=0.0)
     scale = tl.load(scale_ptr + k, mask=mask, other=0.0)
+    normed_here = k < tl.where(tl.program_id(0) == 0, IN, 0)
+    weight = tl.load(weight_ptr + k, mask=normed_here, other=0.0)
+    input_scale = load_scalar(input_scale_ptr)
     wait_for_previous(PDL)
     x = tl.load(x_ptr + row * IN + k, mask=mask, other=0.0).to(tl.float32)
-    y = _router_row(x, inverse_rms_of(x, IN, eps), scale, factor, dtype)
+    inverse_rms = inverse_rms_of(x, IN, eps)
+    y = _router_row(x, inverse_rms, scale, factor, dtype)
     logits = tl.sum(proj.to(tl.float32) * y.to(tl.float32)[None, :], axis=1)
     tl.store(logits_ptr + row * EXPERTS + e, logits.to(dtype), mask=e < EXPERTS)
+    h = normed(x, inverse_rms, weight, dtype, OFFSET)
+    store_rounded(h_ptr + row * IN + k, h, input_scale, normed_here, dtype)
 
 
 @jit
@@ -88,25 +124,32 @@ def _router_gemm_kernel(
     x_ptr,
     scale_ptr,
     proj_ptr,
+    weight_ptr,
+    input_scale_ptr,
     logits_ptr,
+    h_ptr,
     eps,
     factor,
     rows,
     EXPERTS: tl.constexpr,
     IN: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Makes the logits of BLOCK_M rows for BLOCK_E experts; program (block of rows, block of experts)."""
+    """Makes the logits of BLOCK_M rows for BLOCK_E experts, and the first of these their norms; program (block of rows,
+    block of experts)."""
     launch_dependents(PDL)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     e, columns = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * IN + columns[None, :]
+    h_ptrs = h_ptr + m.to(tl.int64)[:, None] * IN + columns[None, :]
     proj_ptrs = proj_ptr + e[None, :] * IN + columns[:, None]
+    input_scale = load_scalar(input_scale_ptr)
     wait_for_previous(PDL)
     squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
@@ -121,6 +164,10 @@ def _router_gemm_kernel(
         y = _router_row(x, inverse_rms[:, None], scale[None, :], factor, dtype)
         proj = tl.load(proj_ptrs + k, mask=mask[:, None] & (e < EXPERTS)[None, :], other=0.0)
         acc = tl.dot(y, proj, acc, input_precision="ieee")
+        mask = k + columns < tl.where(tl.program_id(1) == 0, IN, 0)
+        weight = tl.load(weight_ptr + k + columns, mask=mask, other=0.0)
+        h = normed(x, inverse_rms[:, None], weight[None, :], dtype, OFFSET)
+        store_rounded(h_ptrs + k, h, input_scale, (m < rows)[:, None] & mask[None, :], dtype)
     offsets = m.to(tl.int64)[:, None] * EXPERTS + e[None, :]
     tl.store(logits_ptr + offsets, acc.to(dtype), mask=(m < rows)[:, None] & (e < EXPERTS)[None, :])
 
@@ -164,16 +211,20 @@ def route_triton(
     expert_scale: Tensor,
     top_k: int,
     eps: float,
+    weight: Tensor,
+    input_scale: Tensor | None = None,
+    offset: float = 1.0,
     config: RouterConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Does what `route` does, with one kernel for the logits and one for the rest."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Does what `route` does, with one kernel for the logits and the norm, and one for the rest."""
     (m, k), n = x.shape, proj.shape[0]
     config = config or router_config(m)
     logits = torch.empty(m, n, dtype=x.dtype, device=x.device)
     chosen = torch.empty(m, top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(m, top_k, dtype=torch.float32, device=x.device)
-    arguments = (x, scale, proj.data, logits, eps, k**-0.5)
-    constants = {"EXPERTS": n, "IN": k, "BLOCK_E": config.block_e, "num_warps": config.num_warps}
+    h = torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
+    arguments = (x, scale, proj.data, weight, input_scale, logits, h, eps, k**-0.5)
+    constants = {"EXPERTS": n, "IN": k, "OFFSET": offset, "BLOCK_E": config.block_e, "num_warps": config.num_warps}
     if config.block_m == 1:
         launch(_router_gemv_kernel, (-(-n // config.block_e), m), *arguments, **constants, BLOCK=power_of_2(k))
     else:
@@ -195,4 +246,4 @@ def route_triton(
         BLOCK=power_of_2(n),
         num_warps=4,
     )
-    return chosen, weights
+    return chosen, weights, h

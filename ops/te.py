@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ops.attention import attend_triton, softmax_attention
 from ops.common import E4M3
-from ops.norm import add_norm_triton, geglu_triton, rescale_triton
+from ops.norm import add_norm_triton, geglu_triton
 
 
 def operations(kernels, device: torch.device):
@@ -41,9 +41,6 @@ def operations(kernels, device: torch.device):
         ),
         matmul=partial(modules.matmul, kernels),
         matmul_geglu=partial(modules.matmul_geglu, kernels),
-        experts=lambda h, w13, *more: kernels.experts(
-            h if h.dtype == E4M3 else rescale_triton(h, 1.0, w13.input_scale), w13, *more
-        ),
         attend=modules.attend,
     )
 

@@ -35,6 +35,7 @@ from ops.attention import additive_mask, softmax_attention, split_heads
 from ops.common import power_of_2
 from ops.norm import add_norm, embed, geglu, rms_norm
 from ops.rope import AttentionLayer, Positions
+from ops.router import route
 from ops.te import import_te
 
 IGNORED = -100  # a target that doesn't count
@@ -364,12 +365,16 @@ def by_torch(device: torch.device) -> Training:
     def unrounded_add_norm(x, y, post_weight, weight, eps, input_scale=None, offset=1.0, factor=None):
         return added(x, y, post_weight, weight, eps, None, offset, factor)  # in front of a frozen FP8 weight, too
 
+    def unrounded_route(x, scale, proj, expert_scale, top_k, eps, weight, input_scale=None, offset=1.0):
+        return route(x, scale, proj, expert_scale, top_k, eps, weight, None, offset)
+
     operations = replace(
         TORCH,
         embed=_embed,
         add_norm=unrounded_add_norm,
         matmul=product,
         matmul_geglu=lambda x, weight, dtype, scale=None: gated(product(x, weight, dtype), dtype),
+        route=unrounded_route,
         experts=experts,
         attend=partial(attend_documents, gpu_attention if on_gpu else masked_attention, compiled(split_heads)),
     )
@@ -414,7 +419,6 @@ class TransformerEngine:
             add_norm=self.add_norm,
             matmul=self.matmul,
             matmul_geglu=self.matmul_geglu,
-            experts=lambda h, *rest: experts(self.norm(*h), *rest),
             attend=partial(attend_documents, self.core, torch.compile(split_heads, dynamic=False)),
         )
         precision, checkpoint = nullcontext, partial(self.te.checkpoint, use_reentrant=False)

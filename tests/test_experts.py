@@ -129,7 +129,7 @@ def test_experts_and_router_compile(format, group):
     arguments = case(format, group, F32, 3)
     compiled = torch.compile(moe.experts, fullgraph=True, backend="aot_eager")
     assert_agree(compiled(*arguments), moe.experts(*arguments), format, F32)
-    arguments = (*router(F32, 3), 2, EPS)
+    arguments = (*router(F32, 3), 2, EPS, normal(64))
     compiled = torch.compile(routing.route, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*arguments)[0], routing.route(*arguments)[0])
 
@@ -150,8 +150,11 @@ def test_gradients_of_experts_and_router():
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
     x, scale, proj, expert_scale = router(BF16, 3)
-    routing.route(x.requires_grad_(), scale, proj, expert_scale, 2, EPS)[1].sum().backward()
-    assert x.grad.abs().sum() > 0
+    weight = normal(64, dtype=BF16)
+    for result in (1, 2):
+        x.grad = None
+        routing.route(x.requires_grad_(), scale, proj, expert_scale, 2, EPS, weight)[result].sum().backward()
+        assert x.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
@@ -172,7 +175,7 @@ def test_router_and_experts_are_transformers(dtype):
         x = normal(40, 64, dtype=dtype)
         _, expected_weights, expected_chosen = theirs[0](x)
         router = theirs[0].scale, Weight.of("bf16", theirs[0].proj.weight), theirs[0].per_expert_scale
-        chosen, weights = routing.route(x, *router, 2, config.rms_norm_eps)
+        chosen, weights, _ = routing.route(x, *router, 2, config.rms_norm_eps, normal(64, dtype=dtype))
         assert torch.equal(chosen.long(), expected_chosen)
         assert torch.equal(weights, expected_weights)
         expected = theirs[1](x, expected_chosen, expected_weights)
@@ -201,7 +204,9 @@ def router(dtype, m, n_experts=8, hidden=64):
 
 def test_route_is_the_formula():
     x, scale, proj, expert_scale = router(F32, 6)
-    chosen, weights = routing.route(x, scale, proj, expert_scale, 3, EPS)
+    weight = normal(64)
+    chosen, weights, h = routing.route(x, scale, proj, expert_scale, 3, EPS, weight, offset=0.5)
+    torch.testing.assert_close(h, F.rms_norm(x, (64,), 0.5 + weight, EPS))
     assert (chosen.dtype, weights.dtype) == (torch.int32, F32)
     for row, its, its_weights in zip(x.double(), chosen.long(), weights, strict=True):
         logits = proj.data.double() @ (row / (row.square().mean() + EPS).sqrt() * scale.double() / 8)
@@ -221,9 +226,11 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("m", "n_experts", "top_k", "hidden"), [(1, 8, 2, 64), (5, 128, 8, 72), (17, 6, 3, 40)])
 def test_route(dtype, config, m, n_experts, top_k, hidden):
-    arguments = (*router(dtype, m, n_experts, hidden), top_k, EPS)
-    chosen, weights = routing.route_triton(*arguments, config)
-    expected_chosen, expected_weights = routing.route(*arguments)
+    input_scale, offset = (scalar(0.01), 1.0) if m == 5 else (None, 0.0)
+    arguments = (*router(dtype, m, n_experts, hidden), top_k, EPS, normal(hidden, dtype=dtype), input_scale, offset)
+    chosen, weights, h = routing.route_triton(*arguments, config)
+    expected_chosen, expected_weights, expected_h = routing.route(*arguments)
+    assert_same(h, expected_h)
     assert (chosen.dtype, weights.dtype) == (torch.int32, F32)
     assert torch.equal(chosen, expected_chosen)
     torch.testing.assert_close(weights, expected_weights, rtol=0.02 if dtype == BF16 else 1e-4, atol=1e-6)
@@ -237,7 +244,7 @@ def test_of_equal_experts_the_first_are_taken(route):
     proj[:, 5] = torch.tensor([1.0, 3, 2, 3, 1, 2, 3, 0] * 2)
     x[:, 5] = x[:, 5].abs() + 1
     x[3, 5] = 0  # every expert is as good
-    chosen, weights = route(x, scale, Weight.of("bf16", proj), torch.ones_like(expert_scale), 8, EPS)
+    chosen, weights, _ = route(x, scale, Weight.of("bf16", proj), torch.ones_like(expert_scale), 8, EPS, scale)
     assert chosen[:3].tolist() == [[1, 3, 6, 9, 11, 14, 2, 5]] * 3
     assert chosen[3].tolist() == list(range(8))
     torch.testing.assert_close(weights[3], torch.full_like(weights[3], 1 / 8))
@@ -249,7 +256,7 @@ def test_a_router_without_numbers_names_experts_all_the_same():
     """Weights of NaN end a run with a message; an expert that doesn't exist would end the process."""
     x, *rest = router(BF16, 3, 16)
     x[0], x[1, 2] = float("nan"), float("inf")
-    chosen, weights = routing.route_triton(x, *rest, 4, EPS)
+    chosen, weights, _ = routing.route_triton(x, *rest, 4, EPS, rest[0])
     assert weights[:2].isnan().all()
     assert ((chosen >= 0) & (chosen < 16)).all()
     assert all(len(set(row)) == 4 for row in chosen.tolist())
@@ -365,13 +372,13 @@ def test_full_size_in_a_graph(full_size, m):
     """What a graph that was captured with other tokens makes of these."""
     format, (w13, w2) = full_size.format, full_size.weights
     router = 1 + normal(2816, dtype=BF16, scale=0.2), Weight.of("bf16", normal(128, 2816, dtype=BF16))
-    router += (1 + normal(128, dtype=BF16, scale=0.2), 8, EPS)
+    router += (1 + normal(128, dtype=BF16, scale=0.2), 8, EPS, 1 + normal(2816, dtype=BF16, scale=0.2))
+    router += (w13.input_scale, 0.0)
     x = normal(m, 2816, dtype=BF16)
 
     def run(route, experts):
-        chosen, weights = route(x, *router)
-        h = x if format != "fp8" else round_fp8(x, w13.input_scale)
-        return chosen, weights, experts(h, w13, w2, chosen, weights, BF16)
+        chosen, weights, h = route(x, *router)
+        return chosen, weights, h, experts(h, w13, w2, chosen, weights, BF16)
 
     run(routing.route_triton, moe.experts_triton)
     torch.cuda.synchronize()
@@ -383,12 +390,12 @@ def test_full_size_in_a_graph(full_size, m):
     first = [result.clone() for result in results]
     graph.replay()
     assert all(torch.equal(result, again) for result, again in zip(first, results, strict=True))
-    chosen, weights, y = results
-    expected_chosen, expected_weights = routing.route(x, *router)
+    chosen, weights, h, y = results
+    expected_chosen, expected_weights, expected_h = routing.route(x, *router)
+    assert_same(h, expected_h)
     same = (chosen == expected_chosen).all(1)  # not where logits were rounded to neighbours
     assert same.float().mean() > 0.9
     torch.testing.assert_close(weights[same], expected_weights[same], rtol=0.02, atol=0.002)
-    h = x if format != "fp8" else round_fp8(x, w13.input_scale)
     assert_agree(y, moe.experts(h, w13, w2, chosen, weights, BF16), format, BF16)
 
 

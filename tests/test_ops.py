@@ -188,14 +188,23 @@ def test_add_norm_of_x_alone_and_without_a_norm(add_norm):
 
 @DTYPES
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_normed_sum(dtype, offset):
+@pytest.mark.parametrize("post", [False, True])
+def test_add_norm_of_a_pair(dtype, offset, post):
     m, n = 3, 75
-    y, z, weight, other = (normal(*shape, dtype=dtype) for shape in ((m, n), (m, n), (n,), (n,)))
-    rounded = [F.rms_norm(x.float(), (n,), offset + w.float(), 1e-6).to(dtype) for x, w in ((y, weight), (z, other))]
+    x, y, z = (normal(m, n, dtype=dtype) for _ in range(3))
+    weight, y_weight, z_weight, post_weight = (normal(n, dtype=dtype) for _ in range(4))
+
+    def normed(x, weight):
+        return F.rms_norm(x.float(), (n,), offset + weight.float(), 1e-6).to(dtype)
+
+    added = normed(y, y_weight) + normed(z, z_weight)
+    expected = x + (normed(added, post_weight) if post else added)
     for split_k, other_split_k in ((0, 0), (2, 0), (0, 3)):
-        parts = partial_sums(y, split_k), weight, partial_sums(z, other_split_k), other
-        for normed_sum in (norm.normed_sum, norm.normed_sum_triton):
-            assert_same(normed_sum(*parts, 1e-6, offset, dtype), sum(rounded))
+        pair = norm.Pair(partial_sums(y, split_k), y_weight, partial_sums(z, other_split_k), z_weight)
+        for add_norm in (norm.add_norm, norm.add_norm_triton):
+            x_new, h = add_norm(x, pair, post_weight if post else None, weight, 1e-6, None, offset)
+            assert_same(x_new, expected)
+            assert_same(h, normed(x_new, weight))
 
 
 @DTYPES

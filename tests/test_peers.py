@@ -139,8 +139,15 @@ def test_products_send_what_they_make(kind):
     assert all(map(torch.equal, results[0], expected))
 
 
-def test_normed_sum_adds_up_what_was_sent_and_what_was_not():
-    x, z, weights = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 2, 3, 40), torch.randn(2, 40)
+def added_pair(rows, y, z, weights, dtype=torch.bfloat16):
+    """A residual stream to which both are added, and its norm; of three or four norms' weights."""
+    x = torch.linspace(-1, 1, rows * weights.shape[1]).view(rows, -1).to(dtype)
+    pair = norm.Pair(y, weights[0], z, weights[1])
+    return norm.add_norm_triton(x, pair, weights[3] if len(weights) > 3 else None, weights[2], EPS)
+
+
+def test_a_pair_is_what_was_sent_and_what_was_not():
+    x, z, weights = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 2, 3, 40), torch.randn(4, 40)
     products = [dense_inputs(3, 40, 64, torch.bfloat16)[1] for _ in range(2)]
     config = GemmConfig(16, 64, 32, 2, 4, 2)
 
@@ -148,17 +155,17 @@ def test_normed_sum_adds_up_what_was_sent_and_what_was_not():
         mail = sums.mail(3, 40, True) if sends else None
         y = matmul.with_config(x[rank], products[rank], torch.float32, config, True, mail=mail)
         y = y if sends else Parts(y if y.dim() == 3 else y[None], sums.mail(3, 40))
-        return [norm.normed_sum_triton(y, weights[0], Parts(z[rank], sums.mail(3, 40)), weights[1], EPS)]
+        return added_pair(3, y, Parts(z[rank], sums.mail(3, 40)), weights)
 
     results = on_ranks(2, 40, run, slots=16)
     check_alike(results)
-    assert torch.equal(results[0][0], on_ranks(2, 40, lambda *rank: run(*rank, False), slots=16)[0][0])
+    assert all(map(torch.equal, results[0], on_ranks(2, 40, lambda *rank: run(*rank, False), slots=16)[0]))
 
 
 def test_experts_of_one_row_send_what_they_make():
     """Into boxes of their own, beside what a product sends or what is sent by the norm."""
     h, chosen, weights = torch.randn(1, 16).bfloat16(), torch.tensor([[2, 0]], dtype=torch.int32), torch.rand(1, 2)
-    x, norms = torch.randn(2, 1, 16).bfloat16(), torch.randn(2, 16)
+    x, norms = torch.randn(2, 1, 16).bfloat16(), torch.randn(3, 16)
     dense = [dense_inputs(1, 16, 16, torch.bfloat16)[1] for _ in range(2)]
     stacks = [
         [experts_in("bf16", torch.randn(3, *shape).bfloat16() / 8) for shape in ((16, 16), (16, 8))] for _ in range(2)
@@ -170,31 +177,25 @@ def test_experts_of_one_row_send_what_they_make():
         z = experts_triton(h, *stacks[rank], chosen, weights, torch.bfloat16, True, mails[1])
         parts = [each if isinstance(each, Parts) else Parts(each[None], sums.mail(1, 16)) for each in (y, z)]
         assert [bool(each.sent) for each in parts] == [y_sends, z_sends]
-        return [norm.normed_sum_triton(parts[0], norms[0], parts[1], norms[1], EPS)]
+        return added_pair(1, *parts, norms)
 
     expected = on_ranks(2, 16, lambda rank, sums: run(rank, sums, False, False))
     for run_so in (run, partial(run, y_sends=False), partial(run, z_sends=False)):
         results = on_ranks(2, 16, run_so)
         check_alike(results)
-        assert torch.equal(results[0][0], expected[0][0])
+        assert all(map(torch.equal, results[0], expected[0]))
 
 
-def test_normed_sum_adds_up_both():
-    y, z, weights = torch.randn(2, 1, 3, 40), torch.randn(2, 2, 3, 40), torch.randn(2, 40)
+def test_a_pair_is_sent_by_the_norm():
+    y, z, weights = torch.randn(2, 1, 3, 40), torch.randn(2, 2, 3, 40), torch.randn(3, 40)
 
     def run(rank, sums):
         mail = sums.mail(3, 40)
-        return [
-            norm.normed_sum_triton(
-                Parts(y[rank], mail), weights[0], Parts(z[rank], mail), weights[1], EPS, dtype=y.dtype
-            )
-        ]
+        return added_pair(3, Parts(y[rank], mail), Parts(z[rank], mail), weights, y.dtype)
 
     results = on_ranks(2, 40, run)
     check_alike(results)
-    assert torch.equal(
-        results[0][0], norm.normed_sum_triton(y.sum(1), weights[0], z.sum(1), weights[1], EPS, dtype=y.dtype)
-    )
+    assert all(map(torch.equal, results[0], added_pair(3, y.sum(1), z.sum(1), weights, y.dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, E4M3])
