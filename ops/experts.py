@@ -244,18 +244,18 @@ class GroupedConfig(NamedTuple):
 Configs = tuple[GemvConfig, GemvConfig] | tuple[GroupedConfig, GroupedConfig]  # of w13 and of w2
 
 
-def experts_config(m: int, top_k: int, n_experts: int, dtype: torch.dtype) -> Configs:
-    """Picks how the pairs of m tokens are multiplied by weights stored in `dtype`: what was fastest on an H100, of the
-    sizes of Gemma 4 26B-A4B. Both configurations of one choice have the same block_m.
+def experts_config(m: int, top_k: int, n_experts: int, dtype: torch.dtype, size: int) -> Configs:
+    """Picks how the pairs of m tokens are multiplied by weights of experts of `size`, stored in `dtype`: what was fastest
+    on an H100 or H200, of the sizes of Gemma 4 26B-A4B. Both configurations of one choice have the same block_m.
 
     (BF16, microseconds for 2,048 and 16,384 tokens: 764 and 3,369, where torch._grouped_mm takes 962 and 3,656.)
     """
     block_k = 128 // dtype.itemsize  # a cache line of each weight row
     if m == 1 and dtype != torch.int32:  # tensor cores take int4's experts of one row in 45 us, sums in 112
-        w13 = GemvConfig(2, 1024, num_warps=2, num_stages=3)
+        w13 = GemvConfig(2, 512, num_warps=2, num_stages=4)
         if dtype.itemsize == 1:
             w13 = GemvConfig(4, 512, num_warps=4, num_stages=4)
-        return w13, GemvConfig(1, 1024, num_warps=4, num_stages=1)
+        return w13, GemvConfig(4, 512, 8, num_stages=1) if size <= 512 else GemvConfig(1, 1024, 4, num_stages=1)
     if m <= FEW_ROWS:
         wide = 1 if dtype == torch.int32 else 2  # cache lines at a time
         return GroupedConfig(16, 64, wide * block_k, 4, 3), GroupedConfig(16, 64, block_k, num_warps=4, num_stages=4)
@@ -516,7 +516,7 @@ def experts_triton(
         return experts(h, w13, w2, chosen, weights, dtype, partials)
     w13, w2 = (_multiplied(weight, dtype) for weight in (w13, w2))
     stored = torch.int32 if w13.group or w2.group else w13.data.dtype
-    configs = experts_config(*chosen.shape, w13.experts, stored)
+    configs = experts_config(*chosen.shape, w13.experts, stored, w2.shape[1])
     return with_configs(h, w13, w2, chosen, weights, dtype, configs, torch.float32 if partials else dtype, mail)
 
 

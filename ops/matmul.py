@@ -155,7 +155,7 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
     """Picks how m rows are multiplied by a weight [n, k] of `dtype`; None means cuBLAS.
 
     What was fastest in whole steps on an H200 and, beyond one row, on an H100: of gemma-2b, 2-2b, 3-4b, 7b and 2-9b and,
-    of one row, of a half and a quarter of gemma-7b, which are what ranks have.
+    of one row, of a half and a quarter of gemma-7b and a half of gemma-4-31B, which are what ranks have.
     """
     if (m == 1 and dtype != torch.int8) or (m == 2 and dtype.itemsize == 2 and n >= 32768 and k > 2048):
         return row_config(n, k, dtype.itemsize == 1)
@@ -163,7 +163,7 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
         return None
     if m > 16 and dtype == E4M3 and n <= 16384:
         if 4096 < n <= 6144 and k <= 4096:
-            return GemmConfig(power_of_2(m), block_n=64, block_k=128, split_k=2, num_warps=4, num_stages=4)
+            return GemmConfig(power_of_2(m), block_n=64, block_k=256, split_k=1, num_warps=4, num_stages=4, early=1)
         return None
     wide = dtype.itemsize == 2 or (dtype == E4M3 and m <= 16)
     block_n = 64 if m <= 16 or dtype.itemsize == 1 else 128
@@ -183,19 +183,23 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
     if k > 8192 and n <= 2048:
         return config(4, 2048, 3) if in_8 else GemvConfig(8, 1024, num_warps=8, num_stages=3, early=2)
     if k > 8192 and in_8:
-        return config(2, 2048, 3 if k > 16384 else 2)
+        return config(2, 2048, 3 if k > 10240 else 2)
     if k > 8192:
         return config(2, 1024, 4) if n > 2560 else config(4, 1024, 3)
     if n < 4096 and k <= 1024:
         return config(4, 1024, 1)
     if n < 4096 and k > (4096 if in_8 else 2048):
-        return config(4, 1024, 3 if in_8 else 2)
+        return config(4, 1024, 2 if not in_8 else 1 if n > 2560 else 3)
     if n < 4096:  # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
-        return config(2 if n == 2560 else 4, 2048, -(-k // 2048))
+        return config(2 if n == 2560 else 4, 2048, max(1, k // 2048))
     if k <= 2048 and n < 200_000:
         return config(4, 2048 if in_8 else 1024, 1)
     if n <= 12288 and not in_8:
-        return config(4, 1024, 2)
+        return config(4, 1024, 1 if 4096 <= k <= 5376 else 2)
+    if 20480 < n <= 24576 and k > 4096 and not in_8:
+        return config(4, 1024, 3)
+    if 8192 < n <= 12288 and k > 2048:
+        return config(8, 512, 3)
     return config(8, 512, 2 if k <= 2048 or n <= 20480 else 3 if n <= 24576 else 1 if n < 32768 else 0)
 
 
