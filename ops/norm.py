@@ -213,8 +213,8 @@ def _pair_sum(
     rows,
     columns,
     mask,
-    eps,
     N,
+    eps,
     OFFSET: tl.constexpr,
     SPLIT_K: tl.constexpr,
     OTHER_SPLIT_K: tl.constexpr,
@@ -278,7 +278,7 @@ def _add_norm_kernel(
         post = tl.load(post_ptr + columns, mask=mask, other=0.0)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-    boxes = mailboxes(mail)
+    boxes, at = mailboxes(mail), (row, rows, columns, mask, N)
     wait_for_previous(PDL)
     x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
     if x_new_ptr is not None:
@@ -291,21 +291,17 @@ def _add_norm_kernel(
                 sent_mail,
                 mail,
                 boxes,
-                row,
-                rows,
-                columns,
-                mask,
+                *at,
                 eps,
-                N,
                 OFFSET,
                 SPLIT_K,
                 OTHER_SPLIT_K,
                 dtype,
             )
         elif mail is not None or sent_mail is not None:
-            y = sum_over_ranks(y_ptr, sent_mail, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
+            y = sum_over_ranks(y_ptr, sent_mail, mail, boxes, *at, SPLIT_K, dtype)
         else:
-            y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
+            y = load_sum(y_ptr, *at, SPLIT_K, dtype)
         if post_ptr is not None:
             y = normed(y, inverse_rms_of(y, N, eps), post, dtype, OFFSET)
         x = (x + y).to(dtype).to(tl.float32)
