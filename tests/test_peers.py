@@ -102,9 +102,12 @@ PRODUCTS = {  # rows, the weight's dtype or int4's group, and how they are multi
     "bf16": (1, torch.bfloat16, GemvConfig(8, 32, 4, 2, early=1)),
     "bf16, two rows": (2, torch.bfloat16, GemvConfig(8, 32, 4, 2)),
     "fp8": (1, E4M3, GemvConfig(4, 64, 4, 2)),
-    "bf16, split": (5, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
+    "bf16, split": (3, torch.bfloat16, GemmConfig(16, 32, 32, 4, 4, 2)),
+    "bf16, five rows": (5, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
+    "fp8, split": (3, E4M3, GemmConfig(16, 32, 32, 2, 4, 2)),
     "int8": (2, 0, IntGemvConfig(16, 64, 1)),
     "int4": (1, 32, IntGemvConfig(16, 128, 1, split_k=2)),
+    "int4, more rows": (4, 32, GemmConfig(16, 16, 128, 2, 4, 2)),
     "too many": (9, torch.bfloat16, GemmConfig(16, 32, 32, 2, 4, 2)),
 }
 
@@ -115,8 +118,7 @@ def test_products_send_what_they_make(kind):
     rows, dtype, config = PRODUCTS[kind]
     residual, norm_weight = torch.randn(rows, 20).bfloat16(), torch.randn(20)
     if isinstance(dtype, int):
-        k = 256 if dtype else 64
-        inputs = [(torch.randn(rows, k).bfloat16(), int_weight(20, k, dtype)) for _ in range(2)]
+        inputs = [(torch.randn(rows, 256).bfloat16(), int_weight(20, 256, dtype)) for _ in range(2)]
     else:
         inputs = [dense_inputs(rows, 20, 256, dtype)[:2] for _ in range(2)]
 
@@ -146,10 +148,11 @@ def added_pair(rows, y, z, weights, dtype=torch.bfloat16):
     return norm.add_norm_triton(x, pair, weights[3] if len(weights) > 3 else None, weights[2], EPS)
 
 
-def test_a_pair_is_what_was_sent_and_what_was_not():
-    x, z, weights = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 2, 3, 40), torch.randn(4, 40)
-    products = [dense_inputs(3, 40, 64, torch.bfloat16)[1] for _ in range(2)]
-    config = GemmConfig(16, 64, 32, 2, 4, 2)
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_a_pair_is_what_was_sent_and_what_was_not(split_k):
+    x, z, weights = torch.randn(2, 3, 256).bfloat16(), torch.randn(2, 2, 3, 40), torch.randn(4, 40)
+    products = [dense_inputs(3, 40, 256, torch.bfloat16)[1] for _ in range(2)]
+    config = GemmConfig(16, 16, 32, split_k, 4, 2)
 
     def run(rank, sums, sends=True):
         mail = sums.mail(3, 40, True) if sends else None
