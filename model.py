@@ -133,10 +133,11 @@ class Experts(nn.Module):
         self.w2 = Weight(config.hidden_size, config.expert_size, experts=count, own_inputs=True)
 
     def route(self, ops: Ops, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which experts tokens go to, their weights, and what these are given, of the residual stream x [M, N]."""
-        config, router, parts = self.config, self.router, (self.norm.weight, self.w13.input_scale)
+        """Which experts tokens go to, their weights, and the rows that experts are given, of the residual stream x [M, N]."""
+        config, router = self.config, self.router
         factors = router.input_factor, router.proj, router.expert_factor
-        return ops.route(x, *factors, config.n_active_experts, config.norm_eps, *parts, config.norm_offset)
+        norm = self.norm.weight, self.w13.input_scale, config.norm_offset
+        return ops.route(x, *factors, config.n_active_experts, config.norm_eps, *norm)
 
     def forward(self, ops: Ops, chosen: Tensor, weights: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
         if ops.sums is None:

@@ -13,7 +13,7 @@ TransformerEngine's modules. model.py is written over `Ops` and knows none of th
 | matmul_geglu     | gate and up products and GeGLU, rounded to FP8 or not  | matmul.py, integer.py        |
 | gelu_gate        | a product, its GELU, and that times another factor     | matmul.py                    |
 | per_layer_inputs | what each layer is given of the tokens                 | norm.py                      |
-| route            | a token's experts and their weights, and their norm    | router.py                    |
+| route            | a token's experts, their weights, and what they take   | router.py                    |
 | experts          | the weighted sum of what a token's experts make        | experts.py                   |
 | mask             | which keys a query sees                                | attention.py                 |
 | attend           | norms, rotation, cache write and attention             | attention.py, *_attention.py |

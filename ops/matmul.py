@@ -198,7 +198,7 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
         return config(4, 1024, 1 if 4096 <= k <= 5376 else 2)
     if 20480 < n <= 24576 and k > 4096 and not in_8:
         return config(4, 1024, 3)
-    if 8192 < n <= 12288 and k > 2048:
+    if 8192 < n <= 12288:
         return config(8, 512, 3)
     return config(8, 512, 2 if k <= 2048 or n <= 20480 else 3 if n <= 24576 else 1 if n < 32768 else 0)
 

@@ -173,9 +173,11 @@ def add_norm(
     """
     if y is not None:
         if isinstance(y, Pair):
-            pair = (y.y, y.weight), (y.z, y.other_weight)
-            y = sum(rms_norm(summed(each, x.dtype), its_weight, eps, offset) for each, its_weight in pair)
-        y = summed(y, x.dtype)
+            y, y_weight, z, z_weight = y
+            z = rms_norm(summed(z, x.dtype), z_weight, eps, offset)
+            y = rms_norm(summed(y, x.dtype), y_weight, eps, offset) + z
+        else:
+            y = summed(y, x.dtype)
         x = x + (y if post_weight is None else rms_norm(y, post_weight, eps, offset))
         x = x if factor is None else (x * factor).to(x.dtype)
     if weight is None:
