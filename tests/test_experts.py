@@ -291,7 +291,7 @@ def test_pairs_are_sorted(block_m, m, n_experts, top_k, one_expert):
 
 @needs_triton
 @FORMATS_IN
-@pytest.mark.parametrize("m", [1, 2, 5, 17, 70])
+@pytest.mark.parametrize("m", [1, 2, 5, 17, 65])
 def test_experts(format, group, dtype, m, monkeypatch):
     monkeypatch.setattr(moe, "COMBINE_BLOCK", 32)
     arguments = case(format, group, dtype, m, one_expert=m == 17)
@@ -300,7 +300,7 @@ def test_experts(format, group, dtype, m, monkeypatch):
 
 @needs_triton
 @FORMATS_IN
-@pytest.mark.parametrize("m", [6])
+@pytest.mark.parametrize("m", [3])
 def test_many_experts(format, group, dtype, m):
     arguments = case(format, group, dtype, m, n_experts=128, top_k=8, hidden=128, f=32)
     assert_agree(moe.experts_triton(*arguments), moe.experts(*arguments), format, dtype)
@@ -311,7 +311,8 @@ def test_many_experts(format, group, dtype, m):
 @pytest.mark.parametrize("m", [3, 40])
 def test_blocks_of_outputs_and_rows(format, group, m):
     """Blocks that the sizes are no multiples of."""
-    arguments = case(format, group, BF16, m, hidden=192, f=144 if group == 0 else 192, one_expert=True)
+    f = 144 if group == 0 else 192
+    arguments = case(format, group, BF16, m, n_experts=4, hidden=192, f=f, one_expert=True)
     for block_m, block_n, block_k in ((16, 32, 64), (32, 128, 32)):
         config = GroupedConfig(block_m, block_n, block_k, num_warps=4, num_stages=2)
         y = moe.with_configs(*arguments, (config, config))
@@ -320,7 +321,7 @@ def test_blocks_of_outputs_and_rows(format, group, m):
 
 @needs_triton
 def test_int4_in_short_chunks_is_dequantized():
-    arguments = case("int4", 32, BF16, 3, hidden=64, f=96)
+    arguments = case("int4", 32, BF16, 3, n_experts=3, hidden=64, f=96)
     assert_agree(moe.experts_triton(*arguments), moe.experts(*arguments), "int4", BF16)
 
 

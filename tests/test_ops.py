@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CASES, SIZES, small_model
+from conftest import CASES, GLOBAL, LOCAL, SIZES, small_model
 
 import ops
 from cache import CODECS, KVCache, KVScales, LayerCache, codec_of
@@ -457,8 +457,8 @@ def test_attention_of_prompts(dtype, cache_dtype, split_k, window, ragged, cache
     """What new tokens get, behind cached ones or not, and what a later query will see of the cache; packed, too. Global
     layers' caches may keep values alone."""
     window = None if alone else window
-    rows, tokens, heads, kv_heads, d, slots = 3, 11, 4, 2, 24, 64 if window else 128
-    lengths = torch.tensor([tokens, 3, 9] if ragged else [tokens] * 3, device=DEVICE)
+    rows, tokens, heads, kv_heads, d, slots = 3, 8, 4, 2, 24, 64 if window else 128
+    lengths = torch.tensor([tokens, 3, 6] if ragged else [tokens] * 3, device=DEVICE)
     position = None if cached is None else torch.tensor(cached, device=DEVICE)
     qkv = partial_sums(normal(rows * tokens, (heads + (2 - alone) * kv_heads) * d, dtype=dtype), split_k)
     norms = dict(q_norm=normal(d, dtype=dtype), k_norm=normal(d, dtype=dtype)) if split_k else dict(softcap=5.0)
@@ -955,8 +955,12 @@ def tiny_model(case, dtype, format, monkeypatch):
     if format == "int4" and model_type.startswith("gemma4"):
         settings = settings | {"moe_intermediate_size": 64}
     if model_type == "gemma3_text":
-        layers = ["sliding_attention", "full_attention", "sliding_attention"]
-        settings = settings | {"num_hidden_layers": 3, "layer_types": layers}
+        settings = settings | {"num_hidden_layers": 3, "layer_types": [LOCAL, GLOBAL, LOCAL]}
+    elif case == "gemma4-unified":
+        settings = settings | {"num_hidden_layers": 3, "layer_types": [LOCAL, LOCAL, GLOBAL]}
+    elif case == "gemma4-shared":  # two layers without keys of their own behind three
+        layers = [LOCAL, LOCAL, GLOBAL, LOCAL, GLOBAL]
+        settings = settings | {"num_hidden_layers": 5, "layer_types": layers, "num_kv_shared_layers": 2}
     elif not model_type.startswith("gemma4"):
         settings = settings | {"num_hidden_layers": 2}
     config = ModelConfig.from_hf(SIZES | sizes | settings | {"model_type": model_type})
@@ -997,16 +1001,16 @@ STEPS = [
     ("gemma2-window-small", 3, F32, "bf16", None),
     ("gemma2-window-small", 1, F32, "fp8", E5M2),
     ("gemma3-window-half", 1, F32, "bf16", None),
-    ("gemma3-window-half", 3, BF16, "fp8", None),
+    ("gemma3-window-half", 2, BF16, "fp8", None),
     ("gemma-mqa", 1, F32, "int4", None),
     ("gemma-gqa", 3, BF16, "int4", E4M3),
-    ("gemma-mqa", 3, BF16, "int8", E4M3),
+    ("gemma-mqa", 2, BF16, "int8", E4M3),
     ("gemma3-window-half", 1, BF16, "int8", None),
     ("gemma4-experts", 1, F32, "bf16", None),
     ("gemma4-experts", 3, F32, "fp8", E4M3),
     ("gemma4-experts", 2, F32, "int4", None),
-    ("gemma4-unified", 3, BF16, "bf16", E5M2),
-    ("gemma4-shared", 3, F32, "bf16", None),
+    ("gemma4-unified", 2, BF16, "bf16", E5M2),
+    ("gemma4-shared", 2, F32, "bf16", None),
     ("gemma4-shared", 1, F32, "bf16", E4M3),
 ]
 
@@ -1014,22 +1018,26 @@ STEPS = [
 @torch.inference_mode()
 @pytest.mark.parametrize(NAMES, STEPS)
 def test_decode_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch):
-    """Whole steps of tiny models, rows at different positions, behind a prefill that both share. Tokens and positions
-    are columns of matrices: kernels take what lies in memory without a gap."""
+    """Whole steps of tiny models, rows at different positions, behind a prefill that both share: logits, and what a later
+    query will see of the KV cache. Tokens and positions are columns of matrices: kernels take what lies in memory without
+    a gap."""
     model = tiny_model(case, dtype, format, monkeypatch)
     position = torch.tensor([19, 3, 12][:rows], device=DEVICE)
     tokens = torch.randint(2, 128, (rows, 20), device=DEVICE)
     prompts = torch.randint(2, 128, (rows, 19), device=DEVICE)
-    logits = []
+    logits, held, count = [], [], 1 if DEVICE.type == "cpu" else 20
     for operations in (ops.TORCH, ops.KERNELS):
         cache, model.ops = new_cache(model, rows, cache_dtype), ops.TORCH
         model.logits(prompts, cache, None, position)
         steps, model.ops = [], operations
-        for i in range(2 if DEVICE.type == "cpu" else 20):
+        for i in range(count):
             strided = torch.stack((position + i, position), 1)[:, 0]
             steps.append(model.logits(tokens[:, i : i + 1], cache, strided).float())
         logits.append(torch.stack(steps))
+        held.append([x for layer in cache.layers for x in layer.held(position + count, F32)])
     assert_same_step(logits[1], logits[0], dtype, format)
+    for expected, actual in zip(*held):
+        assert_same_step(actual, expected, dtype, "fp8" if cache_dtype else format)
 
 
 @torch.inference_mode()
@@ -1037,8 +1045,8 @@ def test_decode_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch):
 def test_prefill_is_forward(case, rows, dtype, format, cache_dtype, monkeypatch):
     """Logits, and what a later query will see of the KV cache."""
     model = tiny_model(case, dtype, format, monkeypatch)
-    width = 11  # longer than the small window
-    lengths = torch.tensor([width, 3, 9][:rows], device=DEVICE)
+    width = 8  # longer than the small window
+    lengths = torch.tensor([width, 3, 6][:rows], device=DEVICE)
     prompts = torch.randint(2, 128, (rows, width), device=DEVICE)
     logits, held = [], []
     for operations in (ops.TORCH, ops.KERNELS):
@@ -1194,7 +1202,8 @@ def test_steps_that_start_early(case, rows, dtype, format, cache_dtype, monkeypa
 @torch.no_grad()
 def test_model_whose_caches_keep_values_alone(name):
     """A prompt, a piece behind it and a step: by kernels as by their definitions."""
-    model, results = small_model(case="gemma4-unified").to(DEVICE), []
+    layers = dict(num_hidden_layers=2, layer_types=[LOCAL, GLOBAL])
+    model, results = small_model(case="gemma4-unified", **layers).to(DEVICE), []
     model.kv_scales = KVScales([(0.3, 0.02)] * model.config.n_layers)
     x = torch.randint(3, 120, (1, 70)).to(DEVICE)
     for kind in ("torch", "kernels"):
