@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import processes
 import pytest
 import torch
-from conftest import ROOT, TINY_GEMMA
+from conftest import ROOT, TINY_GEMMA, made_once
 
 import generate as program
 import parallel
@@ -115,25 +117,39 @@ sys.exit(benchmark.main(["parallel", *options, "--no_peers", "--output", {output
 """
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    made = tmp_path_factory.mktemp("processes")
+def write_prompts(directory: Path):
     lines = [{"prompt": f"def f{i}(", "num_samples": 1 + i % 2, "max_new_tokens": 10 + i} for i in range(6)]
     lines.insert(3, {"prompt": "long", "max_new_tokens": 9000})
-    (made / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return made
+    (directory / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
-@pytest.fixture(scope="module")
-def ran(directory):
-    """What the processes of all cases have ended with."""
+def run_cases(prompts: Path, directory: Path):
+    """Runs the processes of all cases and writes what they have ended with."""
     cases = {what: (2, STEPS.format(tp=2, does=does)) for what, does in ENDS.items()}
     cases["copy hangs"] = 2, STEPS.format(tp=1, does=ENDS["hangs"])
     cases["programs"] = 2, PROGRAMS
-    files = dict(prompts=str(directory / "prompts.jsonl"), output=str(directory / "out.jsonl"))
+    files = dict(prompts=str(prompts), output=str(directory / "out.jsonl"))
     cases["replicas"] = 4, REPLICAS.format(options=[*OPTIONS, "--batch_size", "2"], **files)
     cases["benchmark"] = 2, BENCHMARK.format(output=str(directory / "parallel.json"))
-    return processes.run(cases)
+    (directory / "ran.json").write_text(json.dumps(processes.run(cases)))
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    return made_once(tmp_path_factory, "prompts_of_processes", write_prompts) / "prompts.jsonl"
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory, prompts):
+    """Where they have run, once for all of xdist's workers."""
+    return made_once(tmp_path_factory, "processes", partial(run_cases, prompts))
+
+
+@pytest.fixture(scope="session")
+def ran(directory):
+    """What they have ended with."""
+    found = json.loads((directory / "ran.json").read_text())
+    return {name: [tuple(each) for each in ranks] for name, ranks in found.items()}
 
 
 ENDED = {
@@ -181,10 +197,10 @@ def stdin(monkeypatch, text: str):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 
-def test_replicas_that_ranks_share_write_what_one_process_writes(ran, directory, monkeypatch):
+def test_replicas_that_ranks_share_write_what_one_process_writes(ran, directory, prompts, monkeypatch, tmp_path):
     assert [status for status, *_ in ran["replicas"]] == [0] * 4, ran["replicas"]
     monkeypatch.setattr("cli.copy_bandwidth", lambda device: 1e10)
-    one, prompts = directory / "one.jsonl", directory / "prompts.jsonl"
+    one = tmp_path / "one.jsonl"
     assert program.main(["--prompts_file", str(prompts), "--output", str(one), *OPTIONS, "--batch_size", "2"]) == 0
     assert one.read_text() == (directory / "out.jsonl").read_text()
     assert not [*directory.glob("*.partial")]

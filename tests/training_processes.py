@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch._dynamo  # for the forks, whose optimizers import it
+import torch.distributed.checkpoint.state_dict  # noqa: F401, which they import, too
 from processes import fork, free_port
 
 import finetune
