@@ -671,14 +671,14 @@ def test_a_turn_that_reuses_is_as_one_that_does_not(monkeypatch, capsys, json_to
 
     monkeypatch.setattr(chat, "Scheduler", Recorded)
     fake_input(monkeypatch, ["a", "hello there", "x " * 30, *"bcdefg"])
-    options = ["--temperature", "0", "--max_new_tokens", "24", "--thinking"]
+    options = ["--temperature", "0", "--max_new_tokens", "14", "--thinking"]
     status, _, err = run(capsys, "--checkpoint_path", directory, "--interactive", *options)
     assert status == 0, err
     assert len(turns) == 9
     model, _ = program.load_model(directory, device="cpu", precision="fp32")
     monkeypatch.undo()
     for prompt, _, tokens in turns:
-        (expected,) = program.generate(model, [prompt], 24, temperature=0, prefix_cache=False)
+        (expected,) = program.generate(model, [prompt], 14, temperature=0, prefix_cache=False)
         assert tokens == expected
     if case == "gemma-gqa":
         assert all(cached for _, cached, _ in turns[1:])

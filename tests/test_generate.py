@@ -49,11 +49,11 @@ def test_no_more_steps_than_the_last_row_needs(tiny, prompts):
 def test_a_row_does_not_depend_on_its_neighbours(tiny, prompts):
     model, _ = tiny
     options = dict(temperature=0.9, top_k=50, seed=3)
-    sampled = generate(model, prompts, 20, **options)
-    greedy = [generate(model, [prompt], 20, **GREEDY)[0] for prompt in prompts]
+    sampled = generate(model, prompts, 12, **options)
+    greedy = [generate(model, [prompt], 12, **GREEDY)[0] for prompt in prompts]
     for batch_size in (1, 2, 3, 4, 9):
-        assert generate(model, prompts, 20, batch_size=batch_size, **options) == sampled
-        assert generate(model, prompts, 20, batch_size=batch_size, **GREEDY) == greedy
+        assert generate(model, prompts, 12, batch_size=batch_size, **options) == sampled
+        assert generate(model, prompts, 12, batch_size=batch_size, **GREEDY) == greedy
 
 
 def test_settings_of_each_prompt(tiny, prompts):
@@ -61,7 +61,7 @@ def test_settings_of_each_prompt(tiny, prompts):
     model, tokenizer = tiny
     more = [tokenizer.encode("x" * n) for n in (1, 40, 7, 150)]
     prompts = [*prompts, *more]
-    limits = [1, 30, 7, 12, 25, 3, 18, 9]
+    limits = [1, 16, 5, 9, 13, 3, 11, 7]
     samplings = [
         Sampling(temperature=0),
         Sampling(top_k=20),
@@ -110,7 +110,7 @@ def test_prompts_that_share_pages_have_the_texts_that_they_have_alone(case, chun
         common[: source.choice([0, 63, 64, 65, 128, 130])] + [source.randrange(7, 120) for _ in range(1 + 3 * i)]
         for i in range(8)
     ]
-    limits, counts = [source.randrange(1, 20) for _ in prompts], [1, 3, 1, 1, 2, 1, 1, 1]
+    limits, counts = [source.randrange(1, 12) for _ in prompts], [1, 3, 1, 1, 2, 1, 1, 1]
     samplings = [
         Sampling(temperature=0.9 * (i % 2), top_k=5 * (i % 3), repetition_penalty=1 + 0.3 * (i % 3 == 0))
         for i in range(8)
@@ -131,7 +131,7 @@ def test_prompts_that_share_pages_have_the_texts_that_they_have_alone(case, chun
     seeds = [(7, i) for i in range(8)]
     options = dict(sampling=samplings, num_samples=counts, seed=seeds, stop_ids=(5, 6), on_step=poison)
     for rows in (1, 3, 16):
-        for prefix_cache in (True, True, False):
+        for prefix_cache in (True, True, False) if rows > 1 else (True, True):
             assert generate(model, prompts, limits, batch_size=rows, prefix_cache=prefix_cache, **options) == alone
 
 
