@@ -136,10 +136,12 @@ class GemvConfig(NamedTuple):
 
 
 class GemmConfig(NamedTuple):
-    """How up to 64 rows are multiplied: a program owns block_n outputs of all rows, at most block_m of them.
+    """How up to 64 rows are multiplied: a program owns `blocks` times block_n outputs of all rows, at most block_m of them.
 
-    split_k programs share those outputs, each with a part of the columns; then the results are partial sums. `early`
-    tiles are brought to L2 while the kernel before still runs. The rest is as in `GemvConfig`.
+    A tensor core's product has a side of 64 at least: block_n or, with several blocks, which may be smaller, so that
+    programs divide well among the SMs, block_m. split_k programs share their outputs, each with a part of the columns;
+    then the results are partial sums. `early` tiles are brought to L2 while the kernel before still runs, or waits for
+    other ranks. The rest is as in `GemvConfig`.
     """
 
     block_m: int
@@ -149,13 +151,14 @@ class GemmConfig(NamedTuple):
     num_warps: int
     num_stages: int
     early: int = 0
+    blocks: int = 1
 
 
 def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) -> GemvConfig | GemmConfig | None:
     """Picks how m rows are multiplied by a weight [n, k] of `dtype`; None means cuBLAS.
 
-    What was fastest in whole steps on an H200 and, beyond one row, on an H100: of gemma-2b, 2-2b, 3-4b, 7b and 2-9b and,
-    of one row, of a half and a quarter of gemma-7b and a half of gemma-4-31B, which are what ranks have.
+    What was fastest in whole steps on an H200 and, beyond one row, on an H100: of gemma-2b, 2-2b, 3-4b, 7b and 2-9b and
+    of what two and four ranks have of gemma-7b and, of one row, of gemma-4-31B.
     """
     if (m == 1 and dtype != torch.int8) or (m == 2 and dtype.itemsize == 2 and n >= 32768 and k > 2048):
         return row_config(n, k, dtype.itemsize == 1)
@@ -163,15 +166,23 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
         return None
     if m > 16 and dtype == E4M3 and n <= 16384:
         if 4096 < n <= 6144 and k <= 4096:
-            return GemmConfig(power_of_2(m), block_n=64, block_k=256, split_k=1, num_warps=4, num_stages=4, early=1)
+            return GemmConfig(power_of_2(m), block_n=64, block_k=256, split_k=1, num_warps=4, num_stages=4, early=6)
         return None
+    if m > 32 and dtype.itemsize == 2:  # blocks of 64 outputs would be 1.1 to 1.5 programs an SM
+        if 16896 < n <= 24576 and k <= 4096:  # w13
+            block_n, blocks = (16, 5) if n <= 20480 else (32, 3)
+            return GemmConfig(64, block_n, block_k=128, split_k=1, num_warps=4, num_stages=3, early=1, blocks=blocks)
+        if 2048 < n <= 3072 and k > 4096:  # w2
+            block_n, blocks = (16, 5) if n <= 2560 else (32, 3)
+            return GemmConfig(64, block_n, block_k=128, split_k=4, num_warps=4, num_stages=4, early=1, blocks=blocks)
     wide = dtype.itemsize == 2 or (dtype == E4M3 and m <= 16)
     block_n = 64 if m <= 16 or dtype.itemsize == 1 else 128
     block_k = (256 if wide else 128) // dtype.itemsize  # two cache lines or one of each weight row
     wanted = 0.7 if m > 16 else 1 if wide else 1.5
     split_k = pick_split_k(n, k, block_n, wanted * SMS, 4 * block_k)
     num_stages = 6 if not wide else 4 if m <= 16 else 3
-    return GemmConfig(max(16, power_of_2(m)), block_n, block_k, split_k, 4, num_stages, early=int(wide))
+    early = 12 if m > 16 and dtype == E4M3 and 20480 < n <= 24576 else int(wide)
+    return GemmConfig(max(16, power_of_2(m)), block_n, block_k, split_k, 4, num_stages, early)
 
 
 def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
@@ -195,7 +206,7 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
     if k <= 2048 and n < 200_000:
         return config(4, 2048 if in_8 else 1024, 1)
     if n <= 12288 and not in_8:
-        return config(4, 1024, 1 if 4096 <= k <= 5376 else 2)
+        return config(4, 1024, 2 if not 4096 <= k <= 5376 else 6 if n > 8192 else 3 if n <= k else 1)
     if 20480 < n <= 24576 and k > 4096 and not in_8:
         return config(4, 1024, 3)
     if 8192 < n <= 12288:
@@ -243,11 +254,11 @@ def with_config(
         if geglu:  # half as many outputs a program, as each has two rows
             config = config._replace(block_n=max(1, config.block_n // 2))
         return gemv(x, weight, dtype, geglu, next_scale, config, mail=mail)
-    if geglu:
+    if geglu and config.blocks == 1:
         few_deep = len(x) <= 16 and weight.shape[1] > 2048
         int8 = weight.data.dtype == torch.int8
         config = config._replace(block_n=64, num_stages=4 if few_deep and int8 else 3)
-    elif not partials:
+    elif not geglu and not partials:
         config = config._replace(split_k=1)
     return gemm(x, weight, dtype, geglu, next_scale, config, mail=mail)
 
@@ -410,62 +421,76 @@ def _gemm_kernel(
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
     PROMOTE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiplies up to BLOCK_M rows of x by BLOCK_N rows of the weight; program (block of outputs, split).
+    """Multiplies up to BLOCK_M rows of x by BLOCKS * BLOCK_N rows of the weight; program (blocks of outputs, split).
 
-    The weight's rows are the wide side of the product, x's few rows the narrow one. What tiles hold outside of their
-    matrix is zero. With other_ptr the result is a gate, whose other factor is there, in rows other_stride apart.
+    The weight's rows are the wide side of the product, x's few rows the narrow one; several blocks of the weight are
+    narrow each. What tiles hold outside of their matrix is zero. With other_ptr the result is a gate, whose other factor
+    is there, in rows other_stride apart.
     """
     launch_dependents(PDL)
-    first_row = tl.program_id(0) * BLOCK_N
+    first_row = tl.program_id(0) * (BLOCKS * BLOCK_N)
     first_tile = tl.program_id(1) * tiles
     early_ptr = weight_ptr + first_row.to(tl.int64) * IN + first_tile * BLOCK_K
     inside = (first_tile + EARLY) * BLOCK_K <= IN
-    count = tl.where(inside, tl.minimum(BLOCK_N, OUT - first_row), 0)
+    count = tl.where(inside, tl.minimum(BLOCKS * BLOCK_N, OUT - first_row), 0)
     ITEM: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
     prefetch_l2(early_ptr, IN * ITEM, count, EARLY * BLOCK_K * ITEM, PDL)
     if GEGLU:
         prefetch_l2(early_ptr + OUT * IN, IN * ITEM, count, EARLY * BLOCK_K * ITEM, PDL)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if GEGLU:
-        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc = (tl.zeros([BLOCK_N, BLOCK_M] if BLOCKS == 1 else [BLOCK_M, BLOCK_N], tl.float32),) * BLOCKS
+    up = acc
     input_scale = load_scalar(input_scale_ptr)
     next_scale = load_scalar(next_scale_ptr)
     if input_scale_ptr is not None:
         weight_scale = tl.load(weight_scale_ptr)
     wait_for_previous(PDL)
     for tile in tl.range(first_tile, first_tile + tiles, num_stages=STAGES):
-        x = x_tiles.load([0, tile * BLOCK_K]).T
-        # A Hopper tensor core keeps few bits of a sum of FP8 products: each tile's is added in float32. (With fewer
-        # than 32 products Triton would turn to FP16 instead, at a conversion for every weight.)
-        weight = weight_tiles.load([first_row, tile * BLOCK_K])
-        weight = weight.to(x.dtype)  # int8
-        acc = tl.dot(weight, x, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
+        x = x_tiles.load([0, tile * BLOCK_K])
+        acc = _add_tiles(acc, x, weight_tiles, first_row, tile * BLOCK_K, BLOCKS, BLOCK_N, PROMOTE)
         if GEGLU:
-            weight = weight_tiles.load([first_row + OUT, tile * BLOCK_K])
-            weight = weight.to(x.dtype)
-            up = tl.dot(weight, x, up, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
-    n = first_row + tl.arange(0, BLOCK_N)
+            up = _add_tiles(up, x, weight_tiles, first_row + OUT, tile * BLOCK_K, BLOCKS, BLOCK_N, PROMOTE)
     m = tl.arange(0, BLOCK_M)
-    if input_scale_ptr is not None:
-        scale = input_scale * weight_scale
-        acc *= scale
+    for block in tl.static_range(BLOCKS):
+        n = first_row + block * BLOCK_N + tl.arange(0, BLOCK_N)
+        y = acc[block] if BLOCKS == 1 else acc[block].T
         if GEGLU:
-            up *= scale
-    elif weight_scale_ptr is not None:
-        # int8's, of each row: not among the constants, since the loop needs the registers
-        acc *= tl.load(weight_scale_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
+            y_up = up[block] if BLOCKS == 1 else up[block].T
+        if input_scale_ptr is not None:
+            scale = input_scale * weight_scale
+            y *= scale
+            if GEGLU:
+                y_up *= scale
+        elif weight_scale_ptr is not None:
+            # int8's, of each row: not among the constants, since the loop needs the registers
+            y *= tl.load(weight_scale_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
+            if GEGLU:
+                y_up *= tl.load(weight_scale_ptr + n + OUT, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
         if GEGLU:
-            up *= tl.load(weight_scale_ptr + n + OUT, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
-    if GEGLU:
-        acc = gelu_times(acc.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
-    if other_ptr is not None:
-        mask = (n < OUT)[:, None] & (m < rows)[None, :]
-        other = tl.load(other_ptr + m.to(tl.int64)[None, :] * other_stride + n[:, None], mask=mask, other=0.0)
-        acc = gelu_times(acc.to(dtype).to(tl.float32), other.to(tl.float32), dtype)
-    store_partial(out_ptr, mail, acc, next_scale, n, m, rows, OUT)
+            y = gelu_times(y.to(dtype).to(tl.float32), y_up.to(dtype).to(tl.float32), dtype)
+        if other_ptr is not None:
+            mask = (n < OUT)[:, None] & (m < rows)[None, :]
+            other = tl.load(other_ptr + m.to(tl.int64)[None, :] * other_stride + n[:, None], mask=mask, other=0.0)
+            y = gelu_times(y.to(dtype).to(tl.float32), other.to(tl.float32), dtype)
+        store_partial(out_ptr, mail, y, next_scale, n, m, rows, OUT)
+
+
+@jit
+def _add_tiles(acc, x, weight_tiles, row, column, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, PROMOTE: tl.constexpr):
+    """Adds a tile of x times the same columns of each block of the weight, the first of them at `row`, to the block's sums.
+
+    A Hopper tensor core keeps few bits of a sum of FP8 products: each tile's is added in float32. (With fewer than 32
+    products Triton would turn to FP16 instead, at a conversion for every weight.)
+    """
+    sums = ()
+    for block in tl.static_range(BLOCKS):
+        weight = weight_tiles.load([row + block * BLOCK_N, column]).to(x.dtype)  # from int8
+        a, b = (weight, x.T) if BLOCKS == 1 else (x, weight.T)
+        sums = sums + (tl.dot(a, b, acc[block], input_precision="ieee", max_num_imprecise_acc=PROMOTE),)
+    return sums
 
 
 def split_k_output(
@@ -507,7 +532,7 @@ def gemm(
     tiles, split_k, out = split_k_output(x, n, config.block_k, split_k, dtype if next_scale is None else E4M3, mail)
     launch(
         _gemm_kernel,
-        (-(-n // config.block_n), split_k),
+        (-(-n // (config.blocks * config.block_n)), split_k),
         *(data, *out_and_mail(out)),
         TensorDescriptor.from_tensor(data, [config.block_n, config.block_k]),
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
@@ -521,6 +546,7 @@ def gemm(
         STAGES=config.num_stages,
         EARLY=min(config.early, tiles),
         PROMOTE=config.block_k if data.dtype == E4M3 else 0,
+        BLOCKS=config.blocks,
         dtype=triton_dtype(dtype),
         num_warps=config.num_warps,
     )

@@ -634,8 +634,11 @@ def test_matmul_geglu(dtype, m):
         config = GemvConfig(block_n=2, block_k=32, num_warps=4, num_stages=2, early=1)
         assert_same(matmul.gemv(x, weight, out, True, next_scale, config), expected)
     if m > 1:
-        config = GemmConfig(16, block_n=32, block_k=32, split_k=2, num_warps=4, num_stages=2)
-        assert_same(matmul.gemm(x, weight, out, True, next_scale, config), expected)
+        for config in (
+            GemmConfig(16, block_n=32, block_k=32, split_k=2, num_warps=4, num_stages=2),
+            GemmConfig(64, block_n=16, block_k=32, split_k=1, num_warps=4, num_stages=2, early=1, blocks=3),
+        ):
+            assert_same(matmul.gemm(x, weight, out, True, next_scale, config), expected)
 
 
 @DTYPES
@@ -654,11 +657,11 @@ def test_gelu_gate(dtype, m, p):
 
 @PRODUCTS
 @pytest.mark.parametrize("split_k", [1, 2, 4])
-@pytest.mark.parametrize("shape", [(5, 40, 128), (16, 64, 256), (19, 70, 176)])
+@pytest.mark.parametrize("shape", [(5, 40, 128), (16, 64, 256), (19, 70, 176), (50, 110, 176)])
 def test_gemm(dtype, split_k, shape):
     x, weight, out = dense_inputs(*shape, dtype)
-    block_m = 16 if len(x) <= 16 else 32
-    config = GemmConfig(block_m, block_n=32, block_k=32, split_k=split_k, num_warps=4, num_stages=2)
+    block_m, block_n, blocks = (16, 32, 1) if len(x) <= 16 else (32, 32, 1) if len(x) <= 32 else (64, 16, 3)
+    config = GemmConfig(block_m, block_n, 32, split_k, num_warps=4, num_stages=2, blocks=blocks)
     assert_sum(matmul.gemm(x, weight, out, config=config), split_k, x, weight, out)
 
 
