@@ -458,11 +458,12 @@ class Transformer(nn.Module):
             query = index - first[row]
         else:
             batch, count = tokens.shape
-            query = torch.arange(count, device=device).repeat(batch)
         decoding |= position is not None and tokens.shape == (batch, 1)
         if decoding:
             query = position if count == 1 else (position[:, None] + torch.arange(count, device=device)).flatten()
-        elif cache is not None:
+        elif first is None:
+            query = torch.arange(count, device=device).repeat(batch)
+        if cache is not None and not decoding:
             row = torch.arange(batch, device=device).repeat_interleave(count) if row is None else row
             end = count if lengths is None else lengths[row]
             if position is not None:
