@@ -157,7 +157,7 @@ class GemmConfig(NamedTuple):
 def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) -> GemvConfig | GemmConfig | None:
     """Picks how m rows are multiplied by a weight [n, k] of `dtype`; None means cuBLAS.
 
-    What was fastest in whole steps on an H200 and, beyond one row, on an H100: of gemma-2b, 2-2b, 3-4b, 7b and 2-9b and
+    What was fastest in whole steps on an H200 and, of 2 to 16 rows, on an H100: of gemma-2b, 2-2b, 3-4b, 7b and 2-9b and
     of what two and four ranks have of gemma-7b and, of one row, of gemma-4-31B.
     """
     if (m == 1 and dtype != torch.int8) or (m == 2 and dtype.itemsize == 2 and n >= 32768 and k > 2048):
