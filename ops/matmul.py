@@ -258,7 +258,7 @@ def with_config(
         few_deep = len(x) <= 16 and weight.shape[1] > 2048
         int8 = weight.data.dtype == torch.int8
         config = config._replace(block_n=64, num_stages=4 if few_deep and int8 else 3)
-    elif not geglu and not partials:
+    elif not partials:
         config = config._replace(split_k=1)
     return gemm(x, weight, dtype, geglu, next_scale, config, mail=mail)
 
