@@ -1,6 +1,8 @@
 """Each kernel against the PyTorch that defines it: on a GPU where there is one, else in Triton's interpreter."""
 
+import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,15 +11,16 @@ from conftest import CASES, GLOBAL, LOCAL, SIZES, small_model
 
 import ops
 from cache import CODECS, KVCache, KVScales, LayerCache, codec_of
-from config import PAGE, ModelConfig
+from config import NAMED_CONFIGS, PAGE, ModelConfig
 from formats import Weight
-from model import Transformer
+from model import Attention, FeedForward, Transformer
 from ops import attention, common, decode_attention, integer, lookup, matmul, next_token, norm, rope
 from ops.common import E4M3
 from ops.decode_attention import AttentionConfig
 from ops.integer import IntGemvConfig
 from ops.matmul import GemmConfig, GemvConfig
 from ops.rope import AttentionLayer, Positions
+from parallel import Shard
 from runner import State, decode_step
 from sampling import ALL_GREEDY
 
@@ -663,6 +666,34 @@ def test_gemm(dtype, split_k, shape):
     block_m, block_n, blocks = (16, 32, 1) if len(x) <= 16 else (32, 32, 1) if len(x) <= 32 else (64, 16, 3)
     config = GemmConfig(block_m, block_n, 32, split_k, num_warps=4, num_stages=2, blocks=blocks)
     assert_sum(matmul.gemm(x, weight, out, config=config), split_k, x, weight, out)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", NAMED_CONFIGS)
+def test_tiles_of_each_model_fit_an_sm(name, ranks, monkeypatch):
+    """In shared memory, of which an H100 has 227 KiB a program; and each row that is to come early has a thread."""
+    config = ModelConfig.from_name(name).sharded(Shard(0, ranks))
+
+    def check(x, weight, dtype, geglu, next_scale, found, mail=None):
+        rows = found.blocks * found.block_n
+        tiles = (rows * (1 + geglu) + found.block_m) * found.block_k * weight.data.itemsize
+        assert found.num_stages * tiles <= 226 << 10 and rows <= 32 * found.num_warps, (len(x), weight.shape, found)
+
+    monkeypatch.setattr(matmul, "gemm", check)
+    monkeypatch.setattr(matmul, "gemv", lambda *arguments, **options: None)
+    shapes = {(config.vocab_size, config.hidden_size, False)}
+    with torch.device("meta"):
+        for layer in range(config.n_layers):
+            attention = Attention(config, layer)
+            feed_forward = FeedForward(config.hidden_size, config.intermediate_size_of(layer))
+            shapes |= {(*weight.shape, False) for weight in (attention.wqkv, attention.wo, feed_forward.w2)}
+            shapes.add((*feed_forward.w13.shape, True))
+        for (n, k, geglu), dtype in itertools.product(shapes, (BF16, E4M3)):
+            weight = SimpleNamespace(shape=(n, k), data=torch.empty(n, k, dtype=dtype))
+            for m in (2, 8, 16, 17, 33, 64):
+                found = matmul.linear_config(m, n, k, dtype)
+                if found is not None:  # cuBLAS
+                    matmul.with_config(torch.empty(m, k), weight, BF16, found, partials=not geglu, geglu=geglu)
 
 
 @pytest.mark.parametrize(
