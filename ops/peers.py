@@ -278,6 +278,7 @@ def _row_of(mail, peer, count, slot, columns, mask):
 
 @jit
 def _sum_of_all(y, mail, count, slot, columns, mask):
+    """Adds up a row over the ranks, in their order; y is this one's part, the others' are waited for."""
     total = tl.zeros(mask.shape, tl.float32)
     for peer in tl.static_range(mail.WORLD):
         part = y

@@ -244,17 +244,10 @@ CASES = {  # heads, D, softcap, norms, config, groups, partial sums, products of
     "no-kv-gqa-sums": (GQA, 24, None, True, SUMS, "several", 2, 0),
 }
 
-ROUNDED, EXACT = (BF16, E4M3), (F32, F32)
-# Each kernel with each number of products in both; what is beside that, in one or the other
-IN_BOTH = ("k-is-v-sums", "k-is-v", "no-kv")
-IN_ONE = {"mha-sums": ROUNDED, "mha-sums-softcap": EXACT, "mha": EXACT, "gqa": ROUNDED, "gqa-sums": EXACT}
-IN_ONE |= {"mqa": EXACT, "mqa-sums": ROUNDED, "no-kv-sums": ROUNDED, "no-kv-gqa-sums": EXACT}
-
 
 @pytest.mark.usefixtures("few_splits")
-@pytest.mark.parametrize(
-    ("case", "dtypes"), [*IN_ONE.items(), *((case, dtypes) for case in IN_BOTH for dtypes in (ROUNDED, EXACT))]
-)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtypes", [(BF16, E4M3), (F32, F32)])
 def test_shared_prefix(case, dtypes):
     heads, d, softcap, normed, config, groups, split_k, *products = CASES[case]
     options = dict(kv_products=products[0], v_norm=True, norm_offset=0.0) if products else {}
@@ -274,13 +267,10 @@ ALONE = {  # heads, D, pairs that turn, groups, beams, partial sums
 
 
 @pytest.mark.usefixtures("few_splits")
-@pytest.mark.parametrize(
-    ("case", "shared", "dtypes"),
-    [("mqa", shared, dtypes) for shared in (True, False) for dtypes in (ROUNDED, EXACT)]
-    + [("mha", True, EXACT), ("mha", False, ROUNDED), ("gqa", True, ROUNDED), ("gqa", False, EXACT)]
-    + [("beams", True, ROUNDED), ("beams", False, EXACT)],
-)
-def test_values_alone(case, shared, dtypes):
+@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, E4M3)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_values_alone(case, dtypes, shared):
     """Keys are made of the values that a cache holds."""
     heads, d, turning, groups, beams, split_k = ALONE[case]
     layer = layer_of(heads, d, dtypes[0], kv_products=1, v_norm=True, norm_offset=0.0 if beams else 1.0)
@@ -353,10 +343,9 @@ def test_slot_table_of_another_layers_keys(config, window):
     step.check(shared=False, kv_splits=2, config=config)
 
 
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, E5M2)])
 @pytest.mark.parametrize(
-    ("heads", "products", "turning", "dtypes"),
-    [((8, 1), 1, None, (F32, E5M2)), ((2, 2), 2, None, (BF16, BF16))]  # by sums, in blocks of one size
-    + [(*case, dtypes) for case in (((16, 2), 0, None), ((8, 1), 1, 64)) for dtypes in ((BF16, BF16), (F32, E5M2))],
+    ("heads", "products", "turning"), [((8, 1), 1, None), ((16, 2), 0, None), ((2, 2), 2, None), ((8, 1), 1, 64)]
 )
 def test_heads_of_512(heads, products, turning, dtypes):
     """By what is picked for them."""
