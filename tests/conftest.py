@@ -1,9 +1,12 @@
-"""Tiny random models made by transformers, the reference, and saved as Hugging Face publishes them."""
+"""Tiny random models made by transformers, the reference, and saved as Hugging Face publishes them; and Triton's
+interpreter as all tests have it."""
 
+import importlib.util
 import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -267,6 +270,69 @@ def fake_input(monkeypatch, lines: list[str]):
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
+
+
+patched_modules = set()  # Triton's own, in which the interpreter has replaced what it replaces
+
+
+@pytest.fixture(autouse=True)
+def exact_interpreter(monkeypatch):
+    """Makes the interpreter round as the hardware does, and take a third of its time.
+
+    Triton's interpreter cuts bfloat16 off, loses FP8's carries (1.99 becomes 1), makes no bfloat16 of integers,
+    multiplies its matrices as integers, and with NumPy 2.5 can't use a loaded number as a loop's bound. For each call
+    of a function it replaces all of the language anew, which the launch of the kernel has done before, and for each sum
+    of integers it finds out whether it overflows, which it tells nobody.
+    """
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    torch_dtypes = {
+        tl.float32: torch.float32,
+        tl.float16: torch.float16,
+        tl.bfloat16: torch.bfloat16,
+        tl.float8e4nv: torch.float8_e4m3fn,
+        tl.float8e5: torch.float8_e5m2,
+    }
+    as_integers = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+    def convert(data, source, target, rounding=None):
+        source, target = torch_dtypes[source], torch_dtypes[target]
+        values = torch.from_numpy(np.frombuffer(data.tobytes(), np.uint8).copy()).view(source).to(target)
+        return values.view(torch.uint8).numpy().view(as_integers[target.itemsize]).reshape(data.shape)
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        a, b = (
+            x.data if x.dtype == tl.float32 else convert(x.data, x.dtype, tl.float32).view(np.float32) for x in (a, b)
+        )
+        return interpreter.TensorHandle(a @ b + d.data, d.dtype.scalar)
+
+    def from_integers(self, source, target):
+        values = source.data.astype(np.float32)
+        values = values if target.scalar == tl.float32 else convert(values, tl.float32, target.scalar)
+        return interpreter.TensorHandle(values, target.scalar)
+
+    def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in patched_modules:  # nothing undoes this
+            interpreter._patch_lang(self.fn)
+            patched_modules.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", from_integers)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
 
 
 def made_once(tmp_path_factory, name: str, make) -> Path:

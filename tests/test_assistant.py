@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import GLOBAL, LOCAL, small_model
 from safetensors.torch import load_file, save_file
-from test_ops import exact_interpreter  # noqa: F401
 from torch import nn
 
 import assistant as assistant_module

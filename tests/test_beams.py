@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 import torch
 from conftest import GREEDY, TEXTS, reference_model, save_checkpoint, small_model
-from test_ops import exact_interpreter  # noqa: F401
 
 import beams
 import generate as program

@@ -10,7 +10,6 @@ from test_ops import (  # noqa: F401
     DEVICE,
     F32,
     copy_of,
-    exact_interpreter,
     frequencies,
     layer_cache,
     normal,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ops import BF16, DEVICE, F32, assert_near, assert_same, exact_interpreter, normal, scalar, seeded  # noqa: F401
+from test_ops import BF16, DEVICE, F32, assert_near, assert_same, normal, scalar, seeded  # noqa: F401
 
 from formats import FORMATS, Weight
 from ops import common

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from test_experts import experts_in
-from test_ops import decode_states, dense_inputs, exact_interpreter, int_weight  # noqa: F401
+from test_ops import decode_states, dense_inputs, int_weight
 
 from ops import matmul, next_token, norm
 from ops.common import E4M3

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_ops import BF16, DEVICE, E5M2, F32, exact_interpreter, normal, scalar, seeded  # noqa: F401
+from test_ops import BF16, DEVICE, E5M2, F32, normal, scalar, seeded  # noqa: F401
 
 from config import PAGE
 from ops import common
