@@ -12,6 +12,8 @@ kernel and definition differ by the order of summation only.
   which every kernel does first. So the launch costs nothing, and loads can begin early.
 - Before `wait_for_previous` a kernel may read what no kernel of the same step writes: weights, scales, norms,
   positions, and the keys and values of older tokens. After it, everything that earlier kernels wrote is there.
+- A kernel that calls `launch_dependents` behind its own wait starts the next one later, but that may then read before
+  its wait what all kernels have written but this last one (`ops.peers.Parts.late`).
 - Every kernel has to wait, also one that needs nothing from the one before: only then does "the one before has
   finished" mean that all before it have. Nothing may be written before the wait.
 - `rope`, the first kernel of a step, is launched without an early start (`early=False`), so that the step before, which

@@ -334,17 +334,19 @@ def _expert_sum_kernel(
     PDL: tl.constexpr,
 ):
     """Multiplies each row of x [TOP_K, IN] by BLOCK_N rows of its expert, and adds up the weighted results, which are
-    stored or, with `mail`, sent.
+    stored or, with `mail`, sent `late`.
 
     SLOTS is the power of 2 from TOP_K on.
     """
-    launch_dependents(PDL)
+    if mail is None:
+        launch_dependents(PDL)
     i, columns = tl.arange(0, SLOTS * BLOCK_N), tl.arange(0, BLOCK_K)
     pair = i // BLOCK_N
     n = tl.program_id(0) * BLOCK_N + i % BLOCK_N
     boxes = mailboxes(mail)
     wait_for_previous(PDL)
     if mail is not None:
+        launch_dependents(PDL)
         count = next_fill(mail, mail.SLOTS // 2)
     e = tl.load(experts_ptr + pair, mask=pair < TOP_K, other=0)
     row = e * OUT + tl.minimum(n, OUT - 1)
@@ -589,8 +591,7 @@ def _of_one_row(
         num_warps=configs[0].num_warps,
     )
     out = sent_parts(mail, 1, 1)
-    if out is None:
-        out = torch.empty(1, n, dtype=out_dtype, device=device)
+    out = torch.empty(1, n, dtype=out_dtype, device=device) if out is None else out._replace(late=True)
     launch(
         _expert_sum_kernel,
         (-(-n // configs[1].block_n),),

@@ -26,7 +26,7 @@ from ops.common import (
     triton_dtype,
     wait_for_previous,
 )
-from ops.peers import Parts, mailboxes, next_fill, received_row, received_sum, send_row
+from ops.peers import Parts, mailboxes, next_fill, pieces, received_row, received_sum, send_row
 from parallel import Sums
 
 GEGLU_BLOCK, GEGLU_WARPS = 1024, 4
@@ -117,14 +117,15 @@ def embed_triton(
     if sums is not None and mail is None:
         return embed(tokens, weight, factor, dtype, scale, first, sums)
     x = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=tokens.device)
-    launch(
-        _embed_kernel,
-        (len(tokens),),
-        *(tokens, weight, scale, x, mail, factor, first, len(weight)),
-        N=weight.shape[1],
-        BLOCK=power_of_2(weight.shape[1]),
-        num_warps=row_warps(weight.shape[1]),
-    )
+    for piece in pieces(mail, len(tokens)):
+        launch(
+            _embed_kernel,
+            (piece.stop - piece.start,),
+            *(tokens[piece], weight, scale, x[piece], mail, factor, first, len(weight)),
+            N=weight.shape[1],
+            BLOCK=power_of_2(weight.shape[1]),
+            num_warps=row_warps(weight.shape[1]),
+        )
     return x
 
 
@@ -221,23 +222,27 @@ def _pair_sum(
     SPLIT_K: tl.constexpr,
     OTHER_SPLIT_K: tl.constexpr,
     dtype: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Computes a row of the sum of a `Pair`. Of what is sent now, z has rows of its own behind those of y."""
+    """Computes a row of the sum of a `Pair`. With PDL the kernel that sent z late is waited for once y is there."""
     if mail is None and sent_mail is None:
         y = load_sum(y_ptr, row, rows, columns, mask, N, SPLIT_K, dtype)
         z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, dtype)
+        y = normed(y, inverse_rms_of(y, N, eps), weight, dtype, OFFSET)
     else:
         if z_ptr is not None:
-            z_count = next_fill(mail, rows + row)
+            z_slot = mail.SLOTS // 2 + row
+            z_count = next_fill(mail, z_slot)
             z = load_sum(z_ptr, row, rows, columns, mask, N, OTHER_SPLIT_K, tl.float32)
-            send_row(z, mail, boxes, z_count, rows + row, columns, mask)
+            send_row(z, mail, boxes, z_count, z_slot, columns, mask)
         y = sum_over_ranks(y_ptr, sent_mail, mail, boxes, row, rows, columns, mask, N, SPLIT_K, dtype)
+        y = normed(y, inverse_rms_of(y, N, eps), weight, dtype, OFFSET)
+        wait_for_previous(PDL)
         if z_ptr is not None:
-            z = received_row(z, mail, boxes, z_count, rows + row, columns, mask)
+            z = received_row(z, mail, boxes, z_count, z_slot, columns, mask)
         else:
             z = received_sum(sent_mail, sent_mail.SLOTS // 2 + row, 0, columns, mask, 1)
         z = z.to(dtype).to(tl.float32)
-    y = normed(y, inverse_rms_of(y, N, eps), weight, dtype, OFFSET)
     z = normed(z, inverse_rms_of(z, N, eps), other, dtype, OFFSET)
     return (y + z).to(dtype).to(tl.float32)
 
@@ -264,6 +269,7 @@ def _add_norm_kernel(
     BLOCK: tl.constexpr,
     SPLIT_K: tl.constexpr,
     OTHER_SPLIT_K: tl.constexpr,
+    LATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     launch_dependents(PDL)
@@ -281,7 +287,7 @@ def _add_norm_kernel(
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
     boxes, at = mailboxes(mail), (row, rows, columns, mask, N)
-    wait_for_previous(PDL)
+    wait_for_previous(PDL and not LATE)  # else for what is sent last only
     x = tl.load(x_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
     if x_new_ptr is not None:
         if z_weight_ptr is not None:
@@ -299,6 +305,7 @@ def _add_norm_kernel(
                 SPLIT_K,
                 OTHER_SPLIT_K,
                 dtype,
+                PDL and LATE,
             )
         elif mail is not None or sent_mail is not None:
             y = sum_over_ranks(y_ptr, sent_mail, mail, boxes, *at, SPLIT_K, dtype)
@@ -329,23 +336,26 @@ def add_norm_triton(
     m, n = x.shape
     y, y_weight, z, z_weight = y if isinstance(y, Pair) else (y, None, None, None)
     parts = [each if isinstance(each, Parts) else Parts(each, None) for each in (y, z)]
-    (y, _, sent), (z, _, _) = parts
+    (y, _, sent, _), (z, _, _, late) = parts
     sent_mail = next((each.mail for each in parts if each.sent), None)
     mail = next((each.mail for each in parts if not each.sent and each.mail is not None), None)
     x_new = x if y is None and not sent else torch.empty_like(x)
     h = None if weight is None else torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
-    launch(
-        _add_norm_kernel,
-        (m,),
-        *(x, y, y_weight, z, z_weight, sent_mail, mail, post_weight, weight, input_scale, factor),
-        *(None if x_new is x else x_new, h, eps, m),
-        N=n,
-        OFFSET=offset,
-        BLOCK=power_of_2(n),
-        SPLIT_K=sent or split_k_of(y),
-        OTHER_SPLIT_K=split_k_of(z),
-        num_warps=row_warps(n) if sent_mail is None else SENT_WARPS,
-    )
+    of = lambda each, piece: each if each is None or mail is None else each[..., piece, :]
+    for piece in pieces(mail, m):
+        launch(
+            _add_norm_kernel,
+            (piece.stop - piece.start,),
+            *(of(x, piece), of(y, piece), y_weight, of(z, piece), z_weight, sent_mail, mail, post_weight, weight),
+            *(input_scale, factor, None if x_new is x else of(x_new, piece), of(h, piece), eps, m),
+            N=n,
+            OFFSET=offset,
+            BLOCK=power_of_2(n),
+            SPLIT_K=sent or split_k_of(y),
+            OTHER_SPLIT_K=split_k_of(z),
+            LATE=late and mail is None,  # Gemma 4 26B-A4B on two H200s: 1.85 ms a step, 1.91 without
+            num_warps=row_warps(n) if sent_mail is None else SENT_WARPS,
+        )
     return x_new, h
 
 

@@ -29,13 +29,15 @@ from ops.common import jit, launch, launch_dependents, power_of_2, tl, wait_for_
 LIMIT = tl.constexpr(60_000_000_000)  # nanoseconds: longer than a rank compiles what others have compiled
 SENT_ROWS = 16  # of partial sums that a product sends itself, at most
 SENT_PARTS = 8  # of all ranks together: a program that adds them up holds some rows of them
+LINE = 32  # numbers of 4 bytes, a line of the cache, at which boxes with flags begin
 WORDS = tl.constexpr(16384)  # that it holds at a time
 GATHERED = 1024  # words of 4 bytes that a program gathers
 
 
 class Mail(NamedTuple):
     """A mailbox as kernels take it: WORLD ranks have boxes of WIDTH words for each of SLOTS rows. A box is filled always
-    with words, or always with numbers and a flag, which is its last 4 bytes."""
+    with words, or always with numbers and a flag, which is its last 4 bytes. Of two sums that are waited for at once the
+    second has the second half of the slots."""
 
     addresses: Tensor  # int64 [WORLD]: where the mailboxes of all ranks are
     own: Tensor  # int64 [2, WORLD, SLOTS, WIDTH]: this rank's boxes
@@ -52,11 +54,24 @@ class Mail(NamedTuple):
 
 class Parts(NamedTuple):
     """What a rank has of a product that is to be added up over the ranks: float32 y [P, M, N], to be sent with a flag for
-    each row, or None if that many partial sums are `sent` already, in words."""
+    each row, or None if that many partial sums are `sent` already, in words; `late` says by a kernel that lets the next
+    one, the norm, start only once all kernels before itself have finished."""
 
     y: Tensor | None
     mail: Mail
     sent: int = 0
+    late: bool = False
+
+
+def box_width(width: int, words: bool) -> int:
+    """The WIDTH of boxes for so many numbers, in words or with a flag."""
+    return width if words else -(-(width + 1) // LINE) * LINE // 2
+
+
+def pieces(mail: Mail | None, rows: int) -> list[slice]:
+    """Which of so many rows are sent by one launch, with flags: at most as many as there are boxes for."""
+    most = rows if mail is None else mail.SLOTS.value // 2
+    return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
 
 
 def sent_parts(mail: Mail | None, rows: int, parts: int) -> Parts | None:

@@ -13,7 +13,7 @@ from ops.common import E4M3
 from ops.experts import experts_triton
 from ops.integer import IntGemvConfig, int_matmul
 from ops.matmul import GemmConfig, GemvConfig
-from ops.peers import Parts, gather, mail_of
+from ops.peers import Parts, box_width, gather, mail_of
 from parallel import Shard
 
 CPU, EPS = torch.device("cpu"), 1e-6
@@ -36,8 +36,9 @@ def on_ranks(count: int, width: int, run, slots: int = 8, fills: int = 3, shared
     less: the others have sent before it."""
     kinds = {}
     for words in (False, True):
-        boxes = [torch.zeros(2, count, slots, width, dtype=torch.int64) for _ in range(count)]
-        kinds[words] = [mail_of(boxes, rank, slots, width, CPU) for rank in range(count)]
+        shape = 2, count, slots, box_width(width, words)
+        boxes = [torch.zeros(shape, dtype=torch.int64) for _ in range(count)]
+        kinds[words] = [mail_of(boxes, rank, *shape[2:], CPU) for rank in range(count)]
     mails = kinds[False] + kinds[True]
     for _ in range(3):
         filled, results = {words: [mail.filled.clone() for mail in kinds[words]] for words in kinds}, [None] * count
@@ -63,9 +64,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("count,shared", [(2, False), (3, False), (3, True)])
+@pytest.mark.parametrize("count,shared,slots", [(2, False, 8), (2, False, 4), (3, False, 8), (3, True, 8)])
 @pytest.mark.parametrize("post,fp8", [(False, True), (True, False)])
-def test_add_norm_adds_up_the_ranks(count, shared, post, fp8):
+def test_add_norm_adds_up_the_ranks(count, shared, slots, post, fp8):
+    """With four slots, in two pieces."""
     x, parts = torch.randn(3, 100), torch.randn(count, 2, 3, 100)
     weight, scale = torch.randn(100), torch.tensor(0.02) if fp8 else None
     post_weight = torch.randn(100) if post else None
@@ -74,7 +76,7 @@ def test_add_norm_adds_up_the_ranks(count, shared, post, fp8):
         y = Parts(parts[rank], sums.mail(3, 100))
         return norm.add_norm_triton(x, y, post_weight, weight, EPS, scale)
 
-    results = on_ranks(count, 100, run, shared=shared)
+    results = on_ranks(count, 100, run, slots, 3 if slots == 8 else 6, shared)
     check_alike(results)
     expected = norm.add_norm_triton(x, parts.sum(1), post_weight, weight, EPS, scale)
     assert all(map(torch.equal, results[0], expected))
@@ -189,14 +191,15 @@ def test_experts_of_one_row_send_what_they_make():
         assert all(map(torch.equal, results[0], expected[0]))
 
 
-def test_a_pair_is_sent_by_the_norm():
+@pytest.mark.parametrize("slots,fills", [(8, 3), (4, 6)])
+def test_a_pair_is_sent_by_the_norm(slots, fills):
     y, z, weights = torch.randn(2, 1, 3, 40), torch.randn(2, 2, 3, 40), torch.randn(3, 40)
 
     def run(rank, sums):
         mail = sums.mail(3, 40)
         return added_pair(3, Parts(y[rank], mail), Parts(z[rank], mail), weights, y.dtype)
 
-    results = on_ranks(2, 40, run)
+    results = on_ranks(2, 40, run, slots, fills)
     check_alike(results)
     assert all(map(torch.equal, results[0], added_pair(3, y.sum(1), z.sum(1), weights, y.dtype)))
 
@@ -211,7 +214,7 @@ def test_embeddings_are_looked_up_where_they_are(dtype):
         own = scale[first:end] if dtype == torch.int8 else scale
         return [norm.embed_triton(tokens, weight[first:end], 2.0, torch.bfloat16, own, first, sums)]
 
-    results = on_ranks(2, 24, run)
+    results = on_ranks(2, 24, run, fills=6)  # five rows, in two pieces
     check_alike(results)
     assert torch.equal(results[0][0], norm.embed_triton(tokens, weight, 2.0, torch.bfloat16, scale))
 

@@ -262,6 +262,19 @@ def test_two_gpus_draw_what_one_does(options, capsys):
 
 @pytest.mark.cuda
 @several_gpus
+def test_what_two_gpus_send_goes_in_pieces(tmp_path, capsys):
+    program_of_few_rows = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport generate, parallel\n"
+    program_of_few_rows += "parallel.MAIL_ROWS = 16\nsys.exit(generate.main(sys.argv[1:]))\n"
+    (tmp_path / "program.py").write_text(program_of_few_rows)
+    options = ["--precision", "fp32", "--prompt", "One day, " * 30, "--max_new_tokens", "20", "--temperature", "0"]
+    ran = torchrun(str(tmp_path / "program.py"), "--tp", "2", *options)
+    assert ran.returncode == 0, ran.stderr
+    assert program.main(options) == 0
+    assert ran.stdout == capsys.readouterr().out
+
+
+@pytest.mark.cuda
+@several_gpus
 @pytest.mark.parametrize("does", ["time.sleep(300)", "os.kill(os.getpid(), signal.SIGKILL)", "raise ValueError('no')"])
 def test_gpus_do_not_wait_for_ever(does, tmp_path):
     (tmp_path / "program.py").write_text(f"""
