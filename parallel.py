@@ -37,7 +37,7 @@ from device import pick_device
 
 VOCABULARY_STEPS = 64, 16, 1  # rows of which a rank has a multiple: the first that leaves every rank some
 MAIL_ROWS = 4096  # that kernels send at a time, at most
-MAIL_BYTES = 16 << 20, 8 << 20  # that a rank sends the others at a time, at most: with flags, and in words
+MAIL_BYTES = 12 << 20  # that a rank sends the others at a time, at most
 SHARED_ROWS = 16  # of a sum over more than two ranks, from which on each adds up some of them for all
 GATHERED_BYTES = 64 << 20  # of a rank, that kernels send
 # Memory that multicast maps outlives a process that dies. For the environment, before CUDA starts
@@ -156,8 +156,8 @@ class Sums:
         return self.gathered(y.sum(0) if y.dim() == 3 else y)
 
     def mail(self, rows: int, width: int, words: bool = False):
-        """The `ops.peers.Mail` by which kernels send so many rows of `width` numbers of 4 bytes, in words or each with a
-        flag; None if they can't, or are slower."""
+        """The `ops.peers.Mail` by which kernels send so many rows of `width` numbers for a sum, or of 4 bytes each in words;
+        None if they can't, or are slower."""
 
     def lost(self) -> int | None:
         """The rank whose part of a sum a kernel has waited for in vain, if there is one."""
@@ -232,27 +232,25 @@ class PeerSums(ProcessSums):
         return mail._replace(SHARED=type(mail.SHARED)(True)) if shared else mail
 
     def _mail(self, width: int, words: bool) -> tuple:
-        from ops.peers import box_width  # which imports this file
-
         # The first call for a width has all ranks wait for one another, so that it must not be recorded
         if (width, words) not in self.mails:
-            self.mails[width, words] = self._new_mail(box_width(width, words), MAIL_BYTES[words])
+            self.mails[width, words] = self._new_mail(width, words)
         return self.mails[width, words]
 
-    def _new_mail(self, width: int, size: int) -> tuple:
+    def _new_mail(self, width: int, words: bool) -> tuple:
         from torch.distributed import _symmetric_memory as memory
 
-        from ops.peers import mail_of
+        from ops.peers import EMPTY, box_shape, mail_of  # which imports this file
 
         count = self.shard.count
-        rows = max(1, min(MAIL_ROWS, size // (8 * width * (count - 1))))
-        shape = 2, count, 2 * rows, width  # twice as many rows, where two sums are waited for at once
-        own = memory.empty(shape, dtype=torch.int64, device=self.device).zero_()
+        rows = max(1, min(MAIL_ROWS, MAIL_BYTES // ((8 if words else 4) * width * (count - 1))))
+        shape, dtype = box_shape(count, rows if words else 2 * rows, width, words)  # two sums are waited for at once
+        own = memory.empty(shape, dtype=dtype, device=self.device).fill_(EMPTY.value)
         handle = memory.rendezvous(own, torch.distributed.group.WORLD)
-        boxes = [handle.get_buffer(rank, shape, torch.int64) for rank in range(count)]
+        boxes = [handle.get_buffer(rank, shape, dtype) for rank in range(count)]
         torch.cuda.synchronize(self.device)
-        self.least(0)  # nobody sends before all have their zeros
-        return rows, mail_of(boxes, self.shard.rank, shape[2], width, self.device, self.missing), (own, handle)
+        self.least(0)  # nobody sends before all are empty
+        return rows, mail_of(boxes, self.shard.rank, self.device, self.missing), (own, handle)
 
     def parts(self, y: Tensor) -> Tensor:
         return self.total(y.sum(0) if y.dim() == 3 else y)[None]

@@ -55,15 +55,15 @@ class Ops:
     lookup: Callable
     sums: Sums | None = None  # what joins the ranks of a model that several share
 
-    def mail(self, rows: int, width: int, words: bool = True):
-        """By what kernels send so many rows of `width` numbers to the other ranks, if they can: products in words."""
-        return self.sums.mail(rows, width, words) if self.name == "kernels" else None
+    def mail(self, rows: int, width: int):
+        """By what kernels send so many rows of `width` numbers to the other ranks, if they can."""
+        return self.sums.mail(rows, width) if self.name == "kernels" else None
 
     def parts(self, y):
         """What all ranks have of a product, of this one's part, in the form that `add_norm` takes."""
         if isinstance(y, Parts):
             return y
-        mail = self.mail(*y.shape[-2:], words=False)
+        mail = self.mail(*y.shape[-2:])
         return self.sums.parts(y) if mail is None else Parts(y if y.dim() == 3 else y[None], mail)
 
 

@@ -366,7 +366,7 @@ def _expert_sum_kernel(
     y = tl.sum(tl.reshape(y, [SLOTS, BLOCK_N]), axis=0)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if mail is not None:
-        send(y.to(tl.int32, bitcast=True), mail, boxes, mail.SLOTS // 2, count, n, n < OUT)
+        send(y, mail, boxes, mail.SLOTS // 2, count, n, n < OUT)
     else:
         tl.store(out_ptr + n, y.to(dtype), mask=n < OUT)
 

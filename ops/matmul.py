@@ -209,6 +209,8 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
         return config(2 if n == 2560 else 4, 2048, max(1, k // 2048))
     if k <= 2048 and n < 200_000:
         return config(4, 2048 if in_8 else 1024, 1)
+    if n <= 4096 and not in_8 and 4096 <= k <= 5376:  # qkv (gemma-4-31B on four: 4.87 ms a step, as below 4.92)
+        return config(8, 512, 4)
     if n <= 12288 and not in_8 and 4096 <= k <= 5376:
         return config(4, 1024, 6 if n > 8192 else 3 if n <= k else 1)
     if n <= 12288 and not in_8:
@@ -341,7 +343,7 @@ def _gemv_kernel(
             other = tl.load(other_ptr + m * other_stride + n, mask=n < OUT, other=0.0)
             y = gelu_times(y, other.to(tl.float32), dtype)
         if mail is not None:
-            send(y.to(tl.int32, bitcast=True), mail, boxes, m, counts[m], n, n < OUT)
+            send(y, mail, boxes, m, counts[m], n, n < OUT)
         else:
             store_rounded(out_ptr + m * OUT + n, y, next_scale, n < OUT, dtype)
 
@@ -399,7 +401,7 @@ def store_partial(out_ptr, mail, y, scale, n, m, rows, OUT: tl.constexpr):
     row, mask = (tl.program_id(1) * rows + m)[None, :], (n < OUT)[:, None] & (m < rows)[None, :]
     if mail is not None:
         count = next_fill(mail, row, (m < rows)[None, :])
-        send(y.to(tl.int32, bitcast=True), mail, mailboxes(mail), row, count, n[:, None], mask)
+        send(y, mail, mailboxes(mail), row, count, n[:, None], mask)
     else:
         store_rounded(out_ptr + row.to(tl.int64) * OUT + n[:, None], y, scale, mask, out_ptr.dtype.element_ty)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ops.common import SMS, jit, launch, launch_dependents, power_of_2, tl, wait_for_previous
-from ops.peers import mailboxes, next_fill, received, send
+from ops.peers import mailboxes, next_fill, received_words, send_words
 from parallel import Sums
 
 ARGMAX_BLOCK, ARGMAX_WARPS = 2048, 4
@@ -116,8 +116,8 @@ def _best_of_ranks_kernel(
     largest = tl.max(best, axis=0)
     index = tl.where(tl.min(index, axis=0) < 0, -1, first + tl.min(tl.where(best == largest, index, V - 1), axis=0))
     bits = tl.where(columns == 0, largest.to(tl.int32, bitcast=True), index)
-    send(bits, mail, boxes, row, count, columns, columns < 2)
-    found = received(mail, row, count, ranks, columns, (ranks < mail.WORLD)[:, None] & (columns < 2)[None, :])
+    send_words(bits, mail, boxes, row, count, columns, columns < 2)
+    found = received_words(mail, row, count, ranks, columns, (ranks < mail.WORLD)[:, None] & (columns < 2)[None, :])
     is_best = (columns == 0)[None, :]
     found_best = tl.sum(tl.where(is_best, found, 0), axis=1).to(tl.float32, bitcast=True)
     found_index = tl.sum(tl.where(is_best, 0, found), axis=1)

@@ -13,7 +13,7 @@ from ops.common import E4M3
 from ops.experts import experts_triton
 from ops.integer import IntGemvConfig, int_matmul
 from ops.matmul import GemmConfig, GemvConfig
-from ops.peers import Parts, box_width, gather, mail_of
+from ops.peers import EMPTY, TURNS, Parts, box_shape, gather, mail_of
 from parallel import Shard
 
 CPU, EPS = torch.device("cpu"), 1e-6
@@ -36,9 +36,9 @@ def on_ranks(count: int, width: int, run, slots: int = 8, fills: int = 3, shared
     less: the others have sent before it."""
     kinds = {}
     for words in (False, True):
-        shape = 2, count, slots, box_width(width, words)
-        boxes = [torch.zeros(shape, dtype=torch.int64) for _ in range(count)]
-        kinds[words] = [mail_of(boxes, rank, *shape[2:], CPU) for rank in range(count)]
+        shape, dtype = box_shape(count, slots, width, words)
+        boxes = [torch.full(shape, EMPTY.value, dtype=dtype) for _ in range(count)]
+        kinds[words] = [mail_of(boxes, rank, CPU) for rank in range(count)]
     mails = kinds[False] + kinds[True]
     for _ in range(3):
         filled, results = {words: [mail.filled.clone() for mail in kinds[words]] for words in kinds}, [None] * count
@@ -48,10 +48,18 @@ def on_ranks(count: int, width: int, run, slots: int = 8, fills: int = 3, shared
                 kinds[words][rank].filled.copy_(filled[words][rank])
             sums = VirtualSums(Shard(rank, count), {words: kinds[words][rank] for words in kinds}, shared)
             results[rank] = run(rank, sums)
+            check_emptied(kinds[False][rank])
     for of_kind in kinds.values():
         assert {int(mail.filled.max()) for mail in of_kind} in ({0}, {fills}) and not any(x.missing for x in of_kind)
     assert any(mail.filled.max() for mail in mails)
     return results
+
+
+def check_emptied(mail):
+    """What was read the time before is gone."""
+    assert torch.equal(*mail.filled)
+    for slot in mail.filled[0].nonzero().flatten():
+        assert mail.own[(mail.filled[0, slot] - 1) % TURNS.value, :, slot].eq(EMPTY.value).all()
 
 
 def check_alike(results: list):
@@ -89,7 +97,7 @@ def test_long_rows_are_added_up_some_ranks_at_a_time(count):
     residual, norm_weight, config = torch.randn(1, 4500).bfloat16(), torch.randn(4500), GemvConfig(2048, 16, 4, 2)
 
     def run(rank, sums):
-        y = matmul.with_config(x[rank], weights[rank], torch.float32, config, True, mail=sums.mail(1, 4500, True))
+        y = matmul.with_config(x[rank], weights[rank], torch.float32, config, True, mail=sums.mail(1, 4500))
         return norm.add_norm_triton(residual, y, None, norm_weight, EPS)
 
     results = on_ranks(count, 4500, run)
@@ -131,7 +139,7 @@ def test_products_send_what_they_make(kind):
         return matmul.with_config(x, weight, torch.float32, config, True, mail=mail)
 
     def run(rank, sums):
-        y = product(rank, sums.mail(rows, 20, True))
+        y = product(rank, sums.mail(rows, 20))
         assert isinstance(y, Parts) == (kind != "too many")
         y = y if isinstance(y, Parts) else Parts(y, sums.mail(rows, 20))
         return norm.add_norm_triton(residual, y, None, norm_weight, EPS)
@@ -157,7 +165,7 @@ def test_a_pair_is_what_was_sent_and_what_was_not(split_k):
     config = GemmConfig(16, 16, 32, split_k, 4, 2)
 
     def run(rank, sums, sends=True):
-        mail = sums.mail(2, 24, True) if sends else None
+        mail = sums.mail(2, 24) if sends else None
         y = matmul.with_config(x[rank], products[rank], torch.float32, config, True, mail=mail)
         y = y if sends else Parts(y if y.dim() == 3 else y[None], sums.mail(2, 24))
         return added_pair(2, y, Parts(z[rank], sums.mail(2, 24)), weights)
@@ -177,7 +185,7 @@ def test_experts_of_one_row_send_what_they_make():
     ]
 
     def run(rank, sums, y_sends=True, z_sends=True):
-        mails = [sums.mail(1, 16, True) if sends else None for sends in (y_sends, z_sends)]
+        mails = [sums.mail(1, 16) if sends else None for sends in (y_sends, z_sends)]
         y = matmul.matmul_triton(x[rank], dense[rank], torch.float32, True, mails[0])
         z = experts_triton(h, *stacks[rank], chosen, weights, torch.bfloat16, True, mails[1])
         parts = [each if isinstance(each, Parts) else Parts(each[None], sums.mail(1, 16)) for each in (y, z)]
@@ -189,6 +197,18 @@ def test_experts_of_one_row_send_what_they_make():
         results = on_ranks(2, 16, run_so)
         check_alike(results)
         assert all(map(torch.equal, results[0], expected[0]))
+
+
+def test_no_number_looks_as_if_it_were_not_there():
+    parts = torch.full((2, 1, 1, 40), EMPTY.value, dtype=torch.int32).view(torch.float32)  # NaN
+
+    def run(rank, sums):
+        mail = sums.mail(1, 40)
+        x, _ = norm.add_norm_triton(torch.zeros(1, 40), Parts(parts[rank], mail), None, None, EPS)
+        return [x.isnan(), mail.own[int(mail.filled[0, 0]), 1 - rank, 0, :40] == EMPTY.value]
+
+    for is_nan, is_empty in on_ranks(2, 40, run):
+        assert is_nan.all() and not is_empty.any()
 
 
 @pytest.mark.parametrize("slots,fills", [(8, 3), (4, 6)])
