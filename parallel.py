@@ -37,7 +37,7 @@ from device import pick_device
 
 VOCABULARY_STEPS = 64, 16, 1  # rows of which a rank has a multiple: the first that leaves every rank some
 MAIL_ROWS = 4096  # that kernels send at a time, at most
-MAIL_BYTES = 12 << 20  # that a rank sends the others at a time, at most
+MAIL_BYTES = 16 << 20  # that a rank sends the others at a time, at most
 SHARED_ROWS = 16  # of a sum over more than two ranks, from which on each adds up some of them for all
 GATHERED_BYTES = 64 << 20  # of a rank, that kernels send
 # Memory that multicast maps outlives a process that dies. For the environment, before CUDA starts

@@ -350,8 +350,9 @@ def add_norm_triton(
     (y, mail, sent, _), (z, _, z_sent, late) = parts
     x_new = x if y is None and not sent else torch.empty_like(x)
     h = None if weight is None else torch.empty_like(x, dtype=x.dtype if input_scale is None else E4M3)
-    of = lambda each, piece: each if each is None or mail is None else each[..., piece, :]
-    for piece in pieces(mail, m):
+    all_pieces = pieces(mail, m)
+    of = lambda each, piece: each if each is None or len(all_pieces) == 1 else each[..., piece, :]
+    for piece in all_pieces:
         launch(
             _add_norm_kernel,
             ((piece.stop - piece.start) * (2 if sent or z_sent else 1),),

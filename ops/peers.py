@@ -6,10 +6,12 @@ waits until those at home are full, and adds up the parts in the order of the ra
 often a row was filled is counted, which says whose turn it is. There are two kinds of boxes, whose readers see by
 themselves what is new, so that one trip over the link is all that it takes:
 
-- *Numbers*, for sums. What is EMPTY is not there yet; what was read is emptied when the row is next filled. A product of a few rows sends so what it makes, to its own rank, too, each of its programs
-  a piece, and the norm behind it has only to receive. (gemma-7b in BF16 on two H200s: 2.35 ms a step; 2.53 if the norm
-  sends.) Partial sums have boxes of their own, as so many more rows. A norm sends so what other products have made, a row
-  a program. Many rows over more than two ranks are added up by one rank each, which sends the others the sum.
+- *Numbers*, for sums. What is EMPTY is not there yet, and what was read is emptied when the row is filled the next time.
+  (A rank of four of gemma-4-31B: 4.92 ms a step; 5.16 in words.) A product of a few rows sends so what it makes, to its
+  own rank, too, each of its programs a piece, and the norm behind it has only to receive. (gemma-7b in BF16 on two H200s,
+  in words: 2.35 ms a step; 2.53 if the norm sends.) Partial sums have boxes of their own, as so many more rows. A norm
+  sends so what other products have made, a row a program. Many rows over more than two ranks are added up by one rank
+  each, which sends the others the sum.
 - *Words*, for any bits. Beside 4 bytes there is the count, in a word of 8 bytes, which is written at once (NCCL's
   protocol LL).
 
@@ -274,10 +276,8 @@ def received_row(y, mail, boxes, slot, count, columns, mask):
 @jit
 def send_words(bits, mail, boxes, slot, count, columns, mask):
     """Sends this rank's int32 bits of a row to all ranks."""
-    place, word = (
-        _box(mail, count, mail.rank, slot) + columns,
-        (count.to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF),
-    )
+    place = _box(mail, count, mail.rank, slot) + columns
+    word = (count.to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
     for peer in tl.static_range(mail.WORLD):
         tl.store(boxes[peer] + place, word, mask=mask)
 
@@ -333,12 +333,8 @@ def gather(x: Tensor, mail: Mail, rows: int) -> Tensor:
 
 def box_shape(ranks: int, slots: int, width: int, words: bool) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a mailbox with room for so many numbers of 4 bytes a row, in words or not."""
-    return (
-        TURNS.value,
-        ranks,
-        slots,
-        width if words else -(-width // LINE) * LINE,
-    ), torch.int64 if words else torch.int32
+    width = width if words else -(-width // LINE) * LINE
+    return (TURNS.value, ranks, slots, width), torch.int64 if words else torch.int32
 
 
 def mail_of(boxes: list[Tensor], rank: int, device: torch.device, missing: Tensor | None = None) -> Mail:
