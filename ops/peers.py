@@ -69,7 +69,8 @@ class Parts(NamedTuple):
 
 
 def pieces(mail: Mail | None, rows: int) -> list[slice]:
-    """Which of so many rows are sent by one launch: at most as many as there are boxes for."""
+    """Which of so many rows are sent by one launch: at most as many as there are boxes for. (They may be more than run side
+    by side: all GPUs start programs in the order of their rows, and so have the same ones at work.)"""
     most = rows if mail is None else mail.SLOTS.value // 2
     return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
 
