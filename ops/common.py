@@ -9,13 +9,14 @@ kernel and definition differ by the order of summation only.
 **Early starts.** What the author of a kernel has to know, said once:
 - A kernel is launched with programmatic dependent launch where the GPU has it (Hopper and newer, constexpr PDL): it may
   start while the kernel before it still runs, as soon as all programs of that one have called `launch_dependents`,
-  which every kernel does first. So the launch costs nothing, and loads can begin early.
+  which nearly every kernel does first. So the launch costs nothing, and loads can begin early.
 - Before `wait_for_previous` a kernel may read what no kernel of the same step writes: weights, scales, norms,
   positions, and the keys and values of older tokens. After it, everything that earlier kernels wrote is there.
-- A kernel that calls `launch_dependents` behind its own wait starts the next one later, but that may then read before
-  its wait what all kernels have written but this last one (`ops.peers.Parts.late`).
+- A kernel that calls `launch_dependents` behind its own wait starts the next one later, when all before itself have
+  finished: what these have written, and it does not touch, the next one may read and write before its wait
+  (`ops.peers.Parts.late`).
 - Every kernel has to wait, also one that needs nothing from the one before: only then does "the one before has
-  finished" mean that all before it have. Nothing may be written before the wait.
+  finished" mean that all before it have. Else nothing may be written before the wait.
 - `rope`, the first kernel of a step, is launched without an early start (`early=False`), so that the step before, which
   wrote positions and keys, has finished by then.
 

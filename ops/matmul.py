@@ -182,10 +182,8 @@ def linear_config(m: int, n: int, k: int, dtype: torch.dtype, group: int = 0) ->
     split_k = pick_split_k(n, k, block_n, wanted * SMS, 4 * block_k)
     num_stages = 6 if not wide else 4 if m <= 16 else 3
     early = int(wide)
-    if (
-        m > 16 and dtype == E4M3 and 20480 < n <= 24576
-    ):  # w13 of two ranks (64 rows of gemma-7b: 2.61 ms a step; 2.56 so)
-        early = 12
+    if m > 16 and dtype == E4M3 and 20480 < n <= 24576:
+        early = 12  # w13 of two ranks (64 rows of gemma-7b: 2.61 ms a step; 2.56 so)
     return GemmConfig(max(16, power_of_2(m)), block_n, block_k, split_k, 4, num_stages, early)
 
 

@@ -59,8 +59,8 @@ class Mail(NamedTuple):
 
 class Parts(NamedTuple):
     """What a rank has of a product that is to be added up over the ranks: float32 y [P, M, N], to be sent, or None if that
-    many partial sums are `sent` already; `late` says by a kernel that lets the next one, the norm, start only once all
-    kernels before itself have finished."""
+    many partial sums are `sent` already. If they are sent `late`, their kernel lets the next one, the norm, start only once
+    all kernels before itself have finished."""
 
     y: Tensor | None
     mail: Mail
@@ -148,23 +148,26 @@ def _tell(mail, late):
 
 @jit
 def _bits(y):
+    """Those by which numbers are sent."""
     bits = y.to(tl.int32, bitcast=True)
     return tl.where(bits == EMPTY, NAN, bits)
 
 
 @jit
-def send(y, mail, boxes, slot, count, columns, mask):
-    """Sends this rank's numbers of rows to all ranks."""
-    place, bits = _box(mail, count, mail.rank, slot) + columns, _bits(y)
+def _store(values, mail, boxes, slot, count, columns, mask, TO_OWN: tl.constexpr):
+    """Stores what a box holds in this rank's boxes at the others and, TO_OWN, at home."""
+    place = _box(mail, count, mail.rank, slot) + columns
     for peer in tl.static_range(mail.WORLD):
-        tl.store(boxes[peer] + place, bits, mask=mask)
+        wanted = mask
+        if not TO_OWN:
+            wanted = mask & (columns * 0 + mail.rank != peer)
+        tl.store(boxes[peer] + place, values, mask=wanted)
 
 
 @jit
-def _send_to_others(y, mail, boxes, slot, count, columns, mask):
-    place, bits = _box(mail, count, mail.rank, slot) + columns, _bits(y)
-    for peer in tl.static_range(mail.WORLD):
-        tl.store(boxes[peer] + place, bits, mask=mask & (columns * 0 + mail.rank != peer))
+def send(y, mail, boxes, slot, count, columns, mask):
+    """Sends this rank's numbers of rows to all ranks."""
+    _store(_bits(y), mail, boxes, slot, count, columns, mask, True)
 
 
 @jit
@@ -174,7 +177,7 @@ def send_row(y, mail, boxes, slot, count, columns, mask):
         owner, place = slot % mail.WORLD, _box(mail, count, mail.rank, slot) + columns
         tl.store(_mailbox(mail, owner) + place, _bits(y), mask=mask & (columns * 0 + mail.rank != owner))
     else:
-        _send_to_others(y, mail, boxes, slot, count, columns, mask)
+        _store(_bits(y), mail, boxes, slot, count, columns, mask, False)
 
 
 @jit
@@ -265,7 +268,7 @@ def received_row(y, mail, boxes, slot, count, columns, mask):
         owner = (slot % mail.WORLD).to(tl.int32)
         if owner == mail.rank:
             total = _awaited_sum(y, mail, slot, 0, (count,), 0, mail.WORLD, columns, mask, 1, True)
-            _send_to_others(total, mail, boxes, slot, count, columns, mask)
+            _store(_bits(total), mail, boxes, slot, count, columns, mask, False)
         else:
             total = _awaited_sum(None, mail, slot, 0, (count,), owner, owner + 1, columns, mask, 1, True)
     else:
@@ -277,10 +280,8 @@ def received_row(y, mail, boxes, slot, count, columns, mask):
 @jit
 def send_words(bits, mail, boxes, slot, count, columns, mask):
     """Sends this rank's int32 bits of a row to all ranks."""
-    place = _box(mail, count, mail.rank, slot) + columns
-    word = (count.to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
-    for peer in tl.static_range(mail.WORLD):
-        tl.store(boxes[peer] + place, word, mask=mask)
+    words = (count.to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
+    _store(words, mail, boxes, slot, count, columns, mask, True)
 
 
 @jit
