@@ -590,8 +590,8 @@ def _of_one_row(
         dtype=triton_dtype(dtype),
         num_warps=configs[0].num_warps,
     )
-    out = sent_parts(mail, 1, 1)
-    out = torch.empty(1, n, dtype=out_dtype, device=device) if out is None else out._replace(late=True)
+    out = sent_parts(mail, 1, 1, late=True)
+    out = torch.empty(1, n, dtype=out_dtype, device=device) if out is None else out
     launch(
         _expert_sum_kernel,
         (-(-n // configs[1].block_n),),

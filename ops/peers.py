@@ -75,12 +75,12 @@ def pieces(mail: Mail | None, rows: int) -> list[slice]:
     return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
 
 
-def sent_parts(mail: Mail | None, rows: int, parts: int) -> Parts | None:
-    """The Parts that a product returns whose kernel sends so many partial sums of so many rows itself; None if there is
-    nobody to send them to, or the norm behind it is to do so."""
+def sent_parts(mail: Mail | None, rows: int, parts: int, late: bool = False) -> Parts | None:
+    """The Parts that a product returns whose kernel sends so many partial sums of so many rows itself, perhaps `late`; None
+    if there is nobody to send them to, or the norm behind it is to do so."""
     if mail is None or rows * parts > SENT_ROWS or parts * mail.WORLD.value > SENT_PARTS:
         return None
-    return Parts(None, mail, parts)
+    return Parts(None, mail, parts, late)
 
 
 def out_and_mail(out: Tensor | Parts) -> tuple[Tensor | None, Mail | None]:
