@@ -13,9 +13,9 @@ kernel and definition differ by the order of summation only.
 - Before `wait_for_previous` a kernel may read what no kernel of the same step writes: weights, scales, norms,
   positions, and the keys and values of older tokens. After it, everything that earlier kernels wrote is there.
 - A kernel that calls `launch_dependents` behind its own wait starts the next one later, when all before itself have
-  finished: what these have written, and it does not touch, the next one may read and write before its wait. If it then
-  learns by other means that all programs of the late one have read what they read, that is true of their inputs, too.
-  So a norm waits at its end only, whose sums were sent late (`ops.peers.Parts`): all programs have sent them.
+  finished: what these have written, and it does not touch, the next one may read and write before its wait; what it
+  reads, too, once that is known to be read. So a norm whose sums were sent late (`ops.peers.Parts`) waits at its end only:
+  when they are there, all programs have sent them, and read what they were made of.
 - Every kernel has to wait, also one that needs nothing from the one before: only then does "the one before has
   finished" mean that all before it have. Else nothing may be written before the wait.
 - `rope`, the first kernel of a step, is launched without an early start (`early=False`), so that the step before, which

@@ -591,7 +591,8 @@ def _of_one_row(
         num_warps=configs[0].num_warps,
     )
     out = sent_parts(mail, 1, 1, late=True)
-    out = torch.empty(1, n, dtype=out_dtype, device=device) if out is None else out
+    if out is None:
+        out = torch.empty(1, n, dtype=out_dtype, device=device)
     launch(
         _expert_sum_kernel,
         (-(-n // configs[1].block_n),),

@@ -193,7 +193,7 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
     def config(block_n: int, block_k: int, early: int, num_warps: int = 4, num_stages: int = 4) -> GemvConfig:
         return GemvConfig(block_n, block_k, num_warps, num_stages, early)
 
-    if in_8 and k > 8192:
+    if in_8 and k > 8192:  # w2, here and below
         if k == 12288 or n <= 2048:
             return config(2, 2048, 2, num_warps=2)
         return config(2, 2048, 4 if k > 16384 else 2)
@@ -205,9 +205,9 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
         if n == 3072:
             return config(2, 2048, 4 if k > 16384 else 3)
         return config(2, 1024, 4) if n > 2560 else config(4, 1024, 3)
-    if n < 4096 and k <= 1024:
+    if n < 4096 and k <= 1024:  # wo
         return config(4, 1024, 1, num_warps=2 if in_8 and n > 2560 else 4)
-    if n < 4096 and k > 4096:
+    if n < 4096 and k > 4096:  # w2 of ranks
         return config(4, 1024, 3 if in_8 else 2, num_warps=2 if n > 2560 else 4)
     if n < 4096 and in_8:  # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
         if 2048 <= n <= 2304 or (k > 3072 and n <= 2816):
@@ -217,7 +217,7 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
         if n > 2560 and k <= 3072:
             return config(4, 1024, 2, num_warps=2)
         return config(4, 1024, 2) if k > 2048 else config(2 if n == 2560 else 4, 2048, 1)
-    if k <= 2048 and n < 200_000:
+    if k <= 2048 and n < 200_000:  # w13 of small models
         return config(8, 256, 3, num_warps=1) if in_8 and n >= 32768 else config(4, 2048 if in_8 else 1024, 1)
     if in_8:
         if n <= 6144:

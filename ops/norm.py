@@ -268,8 +268,8 @@ def _add_norm_kernel(
 ):
     """Program (row); where products have sent SENT or OTHER_SENT sums of rows, there are as many that empty their boxes.
 
-    AT_LAST the kernel before is waited for that has sent sums: once they are there, it has read all that it reads, and
-    what kernels before it have written is there since it has let this one start.
+    AT_LAST the kernel before is waited for, which has sent the sums late: what it sends says by itself that it is there, and
+    what kernels before it have written has been there since it let this one start.
     """
     launch_dependents(PDL)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
