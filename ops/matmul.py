@@ -193,11 +193,34 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
     def config(block_n: int, block_k: int, early: int, num_warps: int = 4, num_stages: int = 4) -> GemvConfig:
         return GemvConfig(block_n, block_k, num_warps, num_stages, early)
 
-    if in_8 and k > 8192:  # w2, here and below
-        if k == 12288 or n <= 2048:
-            return config(2, 2048, 2, num_warps=2)
-        return config(2, 2048, 4 if k > 16384 else 2)
-    if k > 8192:
+    if in_8:
+        if k > 8192:  # w2
+            if k == 12288 or n <= 2048:
+                return config(2, 2048, 2, num_warps=2)
+            return config(2, 2048, 4 if k > 16384 else 2)
+        if n < 4096:  # qkv and wo, and w2 of ranks
+            if k <= 1024 or k > 4096:
+                return config(4, 1024, 1 if k <= 1024 else 3, num_warps=2 if n > 2560 else 4)
+            if 2048 <= n <= 2304 or (k > 3072 and n <= 2816):
+                return config(2, 1024, 2, num_warps=2)
+            # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
+            return config(2 if n == 2560 or k == 3072 else 4, 2048, 2 if k > 3072 else 1)
+        if k <= 2048 and n < 200_000:
+            return config(8, 256, 3, num_warps=1) if n >= 32768 else config(4, 2048, 1)
+        if n <= 6144:
+            return config(4, 1024, 2, num_warps=2 if n <= 4096 else 1)
+        if 8192 < n <= 12288:
+            return config(8, 256, 4, num_warps=1)
+        if n <= 24576:  # w13, from here on
+            return config(8, 512, 2, num_warps=2) if n <= 20480 else config(8, 512, 3)
+        if n < 32768:
+            return config(4, 2048, 1)
+        if n <= 49152 and k <= 4096:
+            return config(2, 2048, 1, num_warps=2)
+        if n >= 200_000 and 2048 <= k <= 2304:  # the head
+            return config(8, 256, 2, num_warps=1)
+        return config(8, 512, 2 if k <= 2048 else 0)
+    if k > 8192:  # w2
         if n <= 2048:
             return config(8, 1024, 2, num_warps=8, num_stages=3)
         if n > 4096 and k <= 10752:
@@ -205,42 +228,25 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
         if n == 3072:
             return config(2, 2048, 4 if k > 16384 else 3)
         return config(2, 1024, 4) if n > 2560 else config(4, 1024, 3)
-    if n < 4096 and k <= 1024:  # wo
-        return config(4, 1024, 1, num_warps=2 if in_8 and n > 2560 else 4)
-    if n < 4096 and k > 4096:  # w2 of ranks
-        return config(4, 1024, 3 if in_8 else 2, num_warps=2 if n > 2560 else 4)
-    if n < 4096 and in_8:  # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
-        if 2048 <= n <= 2304 or (k > 3072 and n <= 2816):
-            return config(2, 1024, 2, num_warps=2)
-        return config(2 if n == 2560 or k == 3072 else 4, 2048, 2 if k > 3072 else 1)
-    if n < 4096:
-        if n > 2560 and k <= 3072:
-            return config(4, 1024, 2, num_warps=2)
-        return config(4, 1024, 2) if k > 2048 else config(2 if n == 2560 else 4, 2048, 1)
-    if k <= 2048 and n < 200_000:  # w13 of small models
-        return config(8, 256, 3, num_warps=1) if in_8 and n >= 32768 else config(4, 2048 if in_8 else 1024, 1)
-    if in_8:
-        if n <= 6144:
-            return config(4, 1024, 2, num_warps=2 if n <= 4096 else 1)
-        if 8192 < n <= 12288:
-            return config(8, 256, 4, num_warps=1)
-        if n <= 20480:
-            return config(8, 512, 2, num_warps=2)
-        if 24576 < n < 32768:
-            return config(4, 2048, 1)
-        if 32768 <= n <= 49152 and k <= 4096:
-            return config(2, 2048, 1, num_warps=2)
-        if n >= 200_000 and 2048 <= k <= 2304:
-            return config(8, 256, 2, num_warps=1)
-    elif n <= 12288:
-        if n <= 4096:  # qkv (gemma-4-31B on four: 4.87 ms a step, as the next 4.92)
-            return config(8, 512, 4) if k >= 4096 else config(4, 1024, 2, num_warps=2)
-        if 4096 <= k <= 5376 and n <= 10240:
-            return config(8, 512, 2, num_warps=2) if n == k else config(4, 1024, 6 if n > 8192 else 3 if n < k else 1)
+    if n < 4096:  # qkv and wo, and w2 of ranks
+        if k <= 1024 or 3072 < k <= 4096:
+            return config(4, 1024, 1 if k <= 1024 else 2)
+        if n > 2560 or k > 2048:
+            return config(4, 1024, 2, num_warps=2 if n > 2560 else 4)
+        return config(2 if n == 2560 else 4, 2048, 1)
+    if k <= 2048 and n < 200_000:
+        return config(4, 1024, 1)
+    if n <= 4096:  # qkv (gemma-4-31B on four: 4.87 ms a step, as the next 4.92)
+        return config(8, 512, 4) if k >= 4096 else config(4, 1024, 2, num_warps=2)
+    if n <= 10240 and 4096 <= k <= 5376:
+        return config(8, 512, 2, num_warps=2) if n == k else config(4, 1024, 6 if n > 8192 else 3 if n < k else 1)
+    if n <= 12288:
         return config(4, 1024, 2, num_warps=2 if 4096 <= k <= 5376 else 4)
-    elif 20480 < n <= 24576 and k > 4096:
-        return config(4, 1024, 3)
-    return config(8, 512, 2 if k <= 2048 or n <= 20480 else 3 if n <= 24576 else 1 if n < 32768 else 0)
+    if n <= 24576:  # w13, from here on
+        if n <= 20480:
+            return config(8, 512, 2)
+        return config(4, 1024, 3) if k > 4096 else config(8, 512, 3)
+    return config(8, 512, 2 if k <= 2048 else 1 if n < 32768 else 0)
 
 
 def pick_split_k(n: int, k: int, block_n: int, wanted: float, least: int) -> int:
