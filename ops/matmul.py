@@ -199,8 +199,10 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
                 return config(2, 2048, 2, num_warps=2)
             return config(2, 2048, 4 if k > 16384 else 2)
         if n < 4096:  # qkv and wo, and w2 of ranks
-            if k <= 1024 or k > 4096:
-                return config(4, 1024, 1 if k <= 1024 else 3, num_warps=2 if n > 2560 else 4)
+            if k <= 1024:
+                return config(4, 1024, 1, num_warps=2 if n > 2560 else 4)
+            if k > 4096:
+                return config(4, 1024, 3, num_warps=2 if n > 2560 else 4)
             if 2048 <= n <= 2304 or (k > 3072 and n <= 2816):
                 return config(2, 1024, 2, num_warps=2)
             # 2,560 outputs (gemma-2b's qkv) would be 640 programs, which divide badly among the SMs
@@ -229,10 +231,12 @@ def row_config(n: int, k: int, in_8: bool) -> GemvConfig:
             return config(2, 2048, 4 if k > 16384 else 3)
         return config(2, 1024, 4) if n > 2560 else config(4, 1024, 3)
     if n < 4096:  # qkv and wo, and w2 of ranks
-        if k <= 1024 or 3072 < k <= 4096:
-            return config(4, 1024, 1 if k <= 1024 else 2)
-        if n > 2560 or k > 2048:
-            return config(4, 1024, 2, num_warps=2 if n > 2560 else 4)
+        if k <= 1024:
+            return config(4, 1024, 1)
+        if n > 2560 and not 3072 < k <= 4096:
+            return config(4, 1024, 2, num_warps=2)
+        if k > 2048:
+            return config(4, 1024, 2)
         return config(2 if n == 2560 else 4, 2048, 1)
     if k <= 2048 and n < 200_000:
         return config(4, 1024, 1)
